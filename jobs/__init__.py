@@ -1,0 +1,1 @@
+"""Commands: argv to config to one call to an exit code."""

@@ -1,0 +1,131 @@
+"""What made an output: the settings that decide what its vectors mean, kept in `run.json` and every part."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from typing import Any
+
+import numpy
+import PIL
+import pyarrow
+
+from pipeline.config import Config, Field
+from pipeline.decode import Preprocess
+from pipeline.errors import OutputError
+from pipeline.storage import join, read_bytes, write_bytes
+
+RUN_FILE = "run.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """`settings` must be equal for two runs to share an output; `versions` are only told."""
+
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the settings."""
+        return hashlib.sha256(_json(self.settings).encode()).hexdigest()
+
+
+def make_fingerprint(
+    config: Config,
+    *,
+    backbone: str,
+    weights_name: str,
+    weights_sha256: str,
+    preprocess: Preprocess,
+    embedding_shape: tuple[int, ...],
+    precision: str,
+    input_prefix: str,
+    versions: dict[str, str],
+) -> Fingerprint:
+    """The fingerprint of a run. `precision` may be `auto` where it is not known before Ray starts."""
+    settings = {
+        "backbone": backbone,
+        "weights": weights_name,
+        "weights_sha256": weights_sha256,
+        "preprocess": dataclasses.asdict(preprocess),
+        "features": config.features,
+        "embedding_shape": list(embedding_shape),
+        "normalize": config.normalize,
+        "dtype": config.dtype,
+        "precision": precision,
+        "id": _spec(config.id) if config.id else "key",
+        "keep": [_spec(field) for field in config.keep],
+        "image_member": config.image_member,
+        "ignore_orientation": config.ignore_orientation,
+        "max_pixels": config.max_pixels,
+        "max_image_bytes": config.max_image_bytes,
+        "part_rows": config.part_rows,
+        "input_prefix": input_prefix,
+    }
+    base = {
+        "format": str(FORMAT),
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "pyarrow": pyarrow.__version__,
+    }
+    return Fingerprint(json.loads(_json(settings)), base | versions)
+
+
+def _spec(field: Field) -> str:
+    return f"{field.member}{':' if field.path else ''}{'.'.join(field.path)}={field.type}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def read_fingerprint(output: str) -> Fingerprint | None:
+    """What made `output`, or None where nothing has. Raises `OutputError` on a broken `run.json`."""
+    try:
+        data = read_bytes(join(output, RUN_FILE))
+    except FileNotFoundError:
+        return None
+    try:
+        run = json.loads(data)
+        return Fingerprint(run["settings"], run["versions"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{join(output, RUN_FILE)} is not a run.json of this pipeline: {error!r}") from error
+
+
+def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
+    """`asked`, with a precision of `auto` as the output was `made`.
+
+    Raises:
+        OutputError: the output was made with another setting; each difference is named.
+    """
+    if made is None:
+        return asked
+    settings = dict(asked.settings)
+    if settings["precision"] == "auto":
+        settings["precision"] = made.settings.get("precision", "auto")
+    differences = [
+        f"{name}: output {_json(made.settings.get(name))}, this run {_json(settings.get(name))}"
+        for name in sorted(settings.keys() | made.settings.keys())
+        if made.settings.get(name) != settings.get(name)
+    ]
+    if differences:
+        raise OutputError(
+            "the output was made with other settings; choose another --output, or run with the same:\n  "
+            + "\n  ".join(differences)
+        )
+    return Fingerprint(settings, asked.versions)
+
+
+def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:
+    """Write `run.json`."""
+    run = {
+        "fingerprint": fingerprint.digest,
+        "settings": fingerprint.settings,
+        "versions": fingerprint.versions,
+    }
+    write_bytes(output, RUN_FILE, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,180 @@
+"""The whole data flow: shards -> samples -> pixels -> embeddings -> Parquet parts. Read this first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from pipeline.decode import Decoder
+from pipeline.embedder import Embedder, SharedWeights
+from pipeline.errors import InputError
+from pipeline.fingerprint import write_fingerprint
+from pipeline.ledger import Plan, count, make_plan
+from pipeline.parts import PartWriter
+from pipeline.prepare import Job
+from pipeline.report import Tally, make_report, write_report
+from pipeline.resources import Resources, plan_resources
+from pipeline.samples import Pending, SampleReader
+from pipeline.schema import SHARD_SCHEMA
+from pipeline.shards import Shard, find_shards
+from pipeline.storage import clear_temporary, delete
+
+# Small shards are read many to a task, and those of a huge input too: neither a task for every ten
+# images, nor a million tasks.
+_TASK_BYTES = 32 * 2**20
+_MAX_TASKS = 20_000
+# Parts below this travel many to a block; a larger part is a block of its own.
+_BLOCK_BYTES = 32 * 2**20
+_RESTARTS = 3
+
+
+def make_flow(pending: list[Pending], job: Job, weights: SharedWeights, resources: Resources) -> Dataset:
+    """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts."""
+    config = job.config
+    _set_up_engine()
+    shards = ray.data.from_arrow(_task_tables(pending))
+    samples = shards.map_batches(
+        SampleReader(config), batch_size=None, batch_format="pyarrow", num_cpus=resources.read_cpus
+    )
+    decoded = samples.map_batches(
+        Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=resources.decode_cpus,
+    )
+    embedded = decoded.map_batches(
+        Embedder,
+        fn_constructor_kwargs={
+            "backbone": job.backbone,
+            "weights": weights,
+            "features": config.features,
+            "preprocess": job.preprocess,
+            "shape": job.shape,
+            "dtype": config.dtype,
+            "precision": job.precision,
+            "normalize": config.normalize,
+            "device": resources.device,
+            "batch_size": resources.batch_size,
+            "num_threads": resources.num_threads,
+        },
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=resources.num_actors[0], max_size=resources.num_actors[1]),
+        num_cpus=resources.actor_cpus,
+        num_gpus=resources.actor_gpus or None,
+        # Not without end: a batch that kills its actor would be tried for ever.
+        ray_remote_args_fn=_bounded_restarts,
+    )
+    return embedded.map_batches(
+        PartWriter(config, job.fingerprint, job.shape),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=resources.write_cpus,
+    )
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a caller wants to hear of while a run goes on."""
+
+    on_plan: Callable[[Job, Plan, Resources], None]
+    on_pass: Callable[[int, list[Pending]], None]
+    on_part: Callable[[Tally], None]
+
+
+def run(job: Job, watcher: Watcher) -> dict[str, Any]:
+    """Embed what is pending until all of it is stored, and return the report. Ray must be up.
+
+    Ray Data may fail, or lose a part, in any way: what is done is read from the output alone, and what
+    is not is run again, `max_passes` times at most.
+
+    Raises:
+        ClusterError: the cluster lacks what the job needs.
+        OutputError: the output cannot be used.
+    """
+    config = job.config
+    resources = plan_resources(config)
+    if job.precision == "auto":
+        job = job.with_precision(resources.precision())
+    shards = job.shards
+    first_plan = plan = make_plan(shards, config.output)
+    watcher.on_plan(job, plan, resources)
+    _begin(job)
+    names = {shard.name for shard in plan.pending[: config.limit]}
+    weights = SharedWeights.share(job.weights)
+    tally = Tally()
+    problems: list[str] = []
+    for number in range(1, config.max_passes + 1):
+        pending = [shard for shard in plan.pending if shard.name in names and shard.name not in tally.damaged]
+        if not pending:
+            break
+        watcher.on_pass(number, pending)
+        delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
+        try:
+            for receipt in _receipts(make_flow(pending, job, weights, resources)):
+                tally.add(receipt)
+                watcher.on_part(tally)
+        except ray.exceptions.RayError as error:
+            problems.append(f"pass {number}: {_brief(error)}")
+        shards = _listed_again(job, shards, problems)
+        plan = make_plan(shards, config.output)
+    counts = count([shard for shard in shards if shard.name in names], config.output)
+    report = make_report(tally, counts, job, first_plan, resources, problems)
+    write_report(config.output, report)
+    return report
+
+
+def _bounded_restarts() -> dict[str, Any]:
+    return {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
+
+
+def _set_up_engine() -> None:
+    context = DataContext.get_current()
+    context.target_max_block_size = _BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _begin(job: Job) -> None:
+    clear_temporary(job.config.output)
+    if job.is_new:
+        write_fingerprint(job.config.output, job.fingerprint)
+
+
+def _listed_again(job: Job, shards: list[Shard], problems: list[str]) -> list[Shard]:
+    """The input as it is now: a shard may have changed, or gone, since the run began."""
+    try:
+        return find_shards(job.config.input).shards
+    except InputError as error:
+        problems.append(str(error))
+        return shards
+
+
+def _receipts(flow: Dataset) -> Iterator[dict[str, Any]]:
+    for table in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"[:500]
+
+
+def _task_tables(pending: list[Pending]) -> list[pa.Table]:
+    """The pending shards as one table a read task."""
+    total = sum(shard.num_bytes for shard in pending)
+    limit = max(_TASK_BYTES, total // _MAX_TASKS)
+    groups: list[list[Pending]] = []
+    size = limit
+    for shard in pending:
+        if size + shard.num_bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += shard.num_bytes
+    return [pa.Table.from_pylist([shard._asdict() for shard in group], schema=SHARD_SCHEMA) for group in groups]

@@ -1,0 +1,237 @@
+"""Parts: their names, their Parquet with metadata, and how one is written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import Config
+from pipeline.errors import OutputError
+from pipeline.fingerprint import Fingerprint
+from pipeline.schema import (
+    EMBEDDING,
+    END_BROKEN,
+    END_LAST,
+    END_NONE,
+    ERRORS_SCHEMA,
+    IMAGE_ID,
+    KEPT_PREFIX,
+    MEMBER,
+    REASON,
+    RECEIPT_SCHEMA,
+    SAMPLE_INDEX,
+    SHARD,
+    STAGE,
+    STAGE_READ,
+    embeddings_schema,
+    part_rows,
+)
+from pipeline.storage import join, read_tail, write_bytes
+
+EMBEDDINGS = "embeddings"
+ERRORS = "errors"
+ROW_GROUP_ROWS = 1024
+_FOOTER_BYTES = 64 * 2**10
+_METADATA_PREFIX = "embed."
+_SUFFIX = {END_NONE: "", END_LAST: "-last", END_BROKEN: "-broken"}
+_NAME = re.compile(r"(?P<shard>.+)\.(?P<tag>[0-9a-f]{12})-(?P<part>\d{5,})(?P<end>-last|-broken)?\.parquet")
+
+
+class PartName(NamedTuple):
+    """What a part's path below `embeddings/` or `errors/` says."""
+
+    shard: str
+    tag: str
+    part: int
+    end: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}.{self.tag}-{self.part:05d}{_SUFFIX[self.end]}.parquet"
+
+    @classmethod
+    def parse(cls, path: str) -> PartName | None:
+        """The inverse of `str`; None for a path that is no part's."""
+        match = _NAME.fullmatch(path)
+        if match is None:
+            return None
+        end = (match["end"] or "").removeprefix("-")
+        return cls(match["shard"], match["tag"], int(match["part"]), end)
+
+
+def version_tag(num_bytes: int, version: str) -> str:
+    """Short name of one version of a shard.
+
+    It stands in the part names, so that a listing alone tells which parts belong to the shard as it is
+    now, and parts of two versions are never taken for one shard.
+    """
+    return hashlib.sha256(f"{num_bytes}:{version}".encode()).hexdigest()[:12]
+
+
+class PartWriter:
+    """Writes embedded parts below one output, and gives a receipt for each."""
+
+    def __init__(self, config: Config, fingerprint: Fingerprint, shape: tuple[int, ...]) -> None:
+        self._root = config.output
+        self._keep = config.kept_columns
+        self._dtype = config.dtype
+        self._schema = embeddings_schema(shape, config.dtype, self._keep)
+        self._metadata = {
+            "fingerprint": fingerprint.digest,
+            "settings": json.dumps(fingerprint.settings, sort_keys=True, ensure_ascii=False),
+            "versions": json.dumps(fingerprint.versions, sort_keys=True),
+        }
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Embedded parts in, one receipt row (`RECEIPT_SCHEMA`) a part out, after it is stored."""
+        receipts = [self._write(values, samples) for values, samples in part_rows(table)]
+        return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
+
+    def _write(self, values: dict[str, Any], samples: pa.StructArray) -> dict[str, Any]:
+        start = time.perf_counter()
+        name = str(
+            PartName(
+                values["name"],
+                version_tag(values["num_bytes"], values["version"]),
+                values["part"],
+                values["end"],
+            )
+        )
+        failed = samples.field(REASON).is_valid()
+        embedded = self._embeddings(values["name"], samples.filter(pc.invert(failed)))
+        errors = _errors(values, samples.filter(failed))
+        metadata = self._metadata | {
+            "shard_url": values["url"],
+            "shard_bytes": str(values["num_bytes"]),
+            "shard_version": values["version"],
+            "part": str(values["part"]),
+            "end": values["end"],
+            "first_index": str(values["first_index"]),
+            "num_samples": str(values["num_samples"]),
+            "num_embedded": str(len(embedded)),
+            "num_errors": str(len(errors)),
+            "ignored_members": str(values["ignored_members"]),
+        }
+        # The errors first: where the part is there, its errors are too.
+        written = 0
+        if len(errors):
+            written += self._put(f"{ERRORS}/{name}", errors, metadata)
+        written += self._put(f"{EMBEDDINGS}/{name}", embedded, metadata)
+        return {
+            **values,
+            "num_embedded": len(embedded),
+            "reasons": errors.column(REASON).to_pylist(),
+            "written_bytes": written,
+            "write_s": time.perf_counter() - start,
+        }
+
+    def _embeddings(self, shard: str, samples: pa.StructArray) -> pa.Table:
+        embeddings = samples.field(EMBEDDING)
+        stored = self._schema.field(EMBEDDING).type
+        storage = getattr(stored, "storage_type", stored)
+        flat = pa.FixedSizeListArray.from_arrays(embeddings.flatten(), type=storage)
+        column = pa.ExtensionArray.from_storage(stored, flat) if storage is not stored else flat
+        columns = {
+            IMAGE_ID: samples.field(IMAGE_ID),
+            SHARD: pa.repeat(shard, len(samples)),
+            SAMPLE_INDEX: samples.field(SAMPLE_INDEX),
+            EMBEDDING: column,
+            **{name: samples.field(KEPT_PREFIX + name) for name, _ in self._keep},
+        }
+        return pa.Table.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+
+    def _put(self, name: str, table: pa.Table, metadata: Mapping[str, str]) -> int:
+        keyed = {_METADATA_PREFIX + key: value for key, value in metadata.items()}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **keyed})
+        sink = io.BytesIO()
+        split = EMBEDDING in table.column_names and self._dtype == "float32"
+        pq.write_table(
+            table,
+            sink,
+            row_group_size=ROW_GROUP_ROWS,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[name for name in (SHARD, STAGE) if name in table.column_names],
+            use_byte_stream_split=["embedding.list.element"] if split else False,
+            write_statistics=[IMAGE_ID],
+            store_schema=True,
+        )
+        data = sink.getvalue()
+        write_bytes(self._root, name, data)
+        return len(data)
+
+
+def _errors(values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
+    columns = {
+        IMAGE_ID: samples.field(IMAGE_ID),
+        SHARD: pa.repeat(values["name"], len(samples)),
+        SAMPLE_INDEX: samples.field(SAMPLE_INDEX),
+        MEMBER: samples.field(MEMBER),
+        STAGE: samples.field(STAGE),
+        REASON: samples.field(REASON),
+    }
+    rows = pa.Table.from_arrays([columns[name] for name in ERRORS_SCHEMA.names], schema=ERRORS_SCHEMA)
+    if values["fault"] is None:
+        return rows
+    fault = {SHARD: values["name"], STAGE: STAGE_READ, REASON: f"shard fault: {values['fault']}"}
+    return pa.concat_tables([rows, pa.Table.from_pylist([fault], schema=ERRORS_SCHEMA)])
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What a stored Parquet says of itself in its footer."""
+
+    num_rows: int
+    metadata: dict[str, str]
+
+    def number(self, key: str) -> int:
+        """A count of the metadata. Raises `OutputError` where it is missing or no number."""
+        try:
+            return int(self.metadata[key])
+        except (KeyError, ValueError) as error:
+            raise OutputError(f"its metadata has no number {key!r}") from error
+
+
+def read_facts(output: str, name: str) -> PartFacts:
+    """Read one stored Parquet's footer.
+
+    Raises:
+        OutputError: it is missing, cut or not of this pipeline.
+    """
+    url = join(output, name)
+    try:
+        tail = read_tail(url, _FOOTER_BYTES)
+        footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
+        if footer_bytes > len(tail):
+            tail = read_tail(url, footer_bytes)
+        footer = pq.read_metadata(io.BytesIO(tail))
+    except FileNotFoundError as error:
+        raise OutputError(f"{name} is missing") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise OutputError(f"{name} is not whole Parquet: {error}") from error
+    metadata = {
+        key.decode().removeprefix(_METADATA_PREFIX): value.decode()
+        for key, value in (footer.metadata or {}).items()
+        if key.startswith(_METADATA_PREFIX.encode())
+    }
+    return PartFacts(footer.num_rows, metadata)
+
+
+def vectors(table: pa.Table) -> np.ndarray[Any, Any]:
+    """The embeddings of a table as [N, C], or [N, C, H, W] for feature maps; no copy for one chunk."""
+    column = table.column(EMBEDDING).combine_chunks()
+    if isinstance(column.type, pa.FixedShapeTensorType):
+        values: np.ndarray[Any, Any] = column.to_numpy_ndarray()
+    else:
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+    return values

@@ -1,0 +1,69 @@
+"""Everything that a config names, looked up before Ray starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pipeline import backbones
+from pipeline.config import Config
+from pipeline.decode import Preprocess
+from pipeline.fingerprint import Fingerprint, follow, make_fingerprint, read_fingerprint
+from pipeline.shards import Shard, find_shards
+from pipeline.weights import Weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """A config with all that it names at hand.
+
+    `shape` is that of one embedding, (C,) or (C, H, W). `precision` is still `auto` where nothing has
+    decided it: the device is known only when Ray is up.
+    """
+
+    config: Config
+    backbone: str
+    weights: Weights
+    preprocess: Preprocess
+    shape: tuple[int, ...]
+    fingerprint: Fingerprint
+    is_new: bool
+    shards: list[Shard]
+
+    @property
+    def precision(self) -> str:
+        """`fp32`, `bf16`, `fp16`, or `auto`."""
+        return str(self.fingerprint.settings["precision"])
+
+    def with_precision(self, precision: str) -> Job:
+        """The job with `precision` in place of `auto`."""
+        settings = {**self.fingerprint.settings, "precision": precision}
+        return replace(self, fingerprint=replace(self.fingerprint, settings=settings))
+
+
+def prepare(config: Config) -> Job:
+    """Look up backbone, weights, preprocessing, shards, and what the output was made with.
+
+    Raises:
+        SettingsError: one of these does not allow the run.
+    """
+    backbone = backbones.find(config.backbone)
+    preprocess = backbones.preprocess_for(backbone, config.weights, config.preprocess)
+    if config.image_size is not None:
+        preprocess = preprocess.with_size(config.image_size)
+    shape = backbones.output_shape(backbone, config.features, preprocess.crop)
+    found = find_shards(config.input)
+    weights = backbones.load_weights(backbone, config.weights)
+    asked = make_fingerprint(
+        config,
+        backbone=backbone,
+        weights_name=weights.name,
+        weights_sha256=weights.sha256,
+        preprocess=preprocess,
+        embedding_shape=shape,
+        precision=config.precision,
+        input_prefix=found.prefix,
+        versions=backbones.versions(),
+    )
+    made = read_fingerprint(config.output)
+    fingerprint = follow(asked, made)
+    return Job(config, backbone, weights, preprocess, shape, fingerprint, made is None, found.shards)

@@ -1,0 +1,178 @@
+"""What a run did: counts by stage and reason while it runs, and `report.json` and `report.html` at its end."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.ledger import Counts, Plan
+from pipeline.prepare import Job
+from pipeline.resources import Resources
+from pipeline.schema import END_BROKEN, END_LAST, STAGES
+from pipeline.storage import write_bytes
+
+MAX_LISTED = 100
+
+
+@dataclass
+class Tally:
+    """Sums over the receipts of a run."""
+
+    num_samples: int = 0
+    num_embedded: int = 0
+    num_errors: int = 0
+    num_parts: int = 0
+    num_shards: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    kept_nulls: int = 0
+    ignored_members: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    # Shards that reading again cannot mend, with their fault.
+    damaged: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    first_part_s: float | None = None
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        """Count one stored part."""
+        if self.first_part_s is None:
+            self.first_part_s = time.monotonic() - self.started
+        is_broken = receipt["end"] == END_BROKEN
+        self.num_parts += 1
+        self.num_shards += receipt["end"] == END_LAST
+        self.num_samples += receipt["num_samples"]
+        self.num_embedded += receipt["num_embedded"]
+        self.num_errors += receipt["num_samples"] - receipt["num_embedded"]
+        for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members"):
+            setattr(self, name, getattr(self, name) + receipt[name])
+        for stage in STAGES:
+            self.stage_s[stage] += receipt[f"{stage}_s"]
+        for reason in receipt["reasons"]:
+            kind = reason.partition(":")[0]
+            self.reasons[kind] += 1
+            self.examples.setdefault(kind, f"{receipt['name']}: {reason}")
+        if is_broken:
+            self.faults[receipt["name"]] = receipt["fault"]
+            if not receipt["fault_transient"]:
+                self.damaged[receipt["name"]] = receipt["fault"]
+        elif receipt["end"] == END_LAST:
+            self.faults.pop(receipt["name"], None)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
+
+
+def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: float) -> tuple[str, dict[str, float]]:
+    """The stage whose workers were busy for the largest share of the run, and that share of each.
+
+    Args:
+        stage_s: seconds that a stage's workers worked, all together.
+        slots: how many workers of a stage can run at once.
+        wall_s: how long the run took.
+    """
+    busy = {stage: stage_s[stage] / max(slots[stage] * wall_s, 1e-9) for stage in stage_s}
+    return max(busy, key=lambda stage: busy[stage]), busy
+
+
+def make_report(
+    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources, problems: list[str]
+) -> dict[str, Any]:
+    """The report of a run, as it is stored in `report.json`.
+
+    Counts are of the shards that this run took on, read back from what is stored. `problems` is what went
+    wrong with the engine on the way.
+    """
+    wall_s = tally.wall_s
+    slowest, busy = slowest_stage(tally.stage_s, resources.slots, wall_s)
+    num_devices = resources.num_actors[1]
+    device_hours = num_devices * wall_s / 3600
+    per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
+    return {
+        "output": job.config.output,
+        "input": list(job.config.input),
+        "fingerprint": job.fingerprint.digest,
+        "backbone": job.backbone,
+        "weights": job.weights.name,
+        "precision": job.precision,
+        "device": resources.device,
+        "num_devices": num_devices,
+        "balanced": counts.balanced,
+        "samples": counts.num_samples,
+        "embedded": counts.num_embedded,
+        "errors": counts.num_errors,
+        "errors_by_reason": dict(tally.reasons.most_common()),
+        "error_examples": tally.examples,
+        "shards": {
+            "found": len(job.shards),
+            "done_before": plan.num_done,
+            "changed": len(plan.changed),
+            "retried": len(plan.retried),
+            "done_now": tally.num_shards,
+            "broken": len(counts.broken),
+            "missing": len(counts.missing),
+            "stored_but_not_in_input": plan.elsewhere,
+        },
+        "broken_shards": {name: tally.faults.get(name, "broken") for name in counts.broken[:MAX_LISTED]},
+        "missing_shards": counts.missing[:MAX_LISTED],
+        "imbalances": counts.faults[:MAX_LISTED],
+        "problems": problems,
+        "kept_nulls": tally.kept_nulls,
+        "ignored_members": tally.ignored_members,
+        "read_bytes": tally.read_bytes,
+        "written_bytes": tally.written_bytes,
+        "wall_s": round(wall_s, 3),
+        "first_part_s": None if tally.first_part_s is None else round(tally.first_part_s, 3),
+        "embedded_now": tally.num_embedded,
+        "images_per_s": round(tally.num_embedded / wall_s, 2) if wall_s else None,
+        "slowest_stage": slowest if tally.num_parts else None,
+        "stage_busy": {stage: round(share, 4) for stage, share in busy.items()},
+        "stage_s": {stage: round(seconds, 3) for stage, seconds in tally.stage_s.items()},
+        "device_hours_per_million_images": None if per_million is None else round(per_million, 4),
+    }
+
+
+def write_report(output: str, report: dict[str, Any]) -> None:
+    """Write `report.json` and `report.html`."""
+    write_bytes(output, "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(output, "report.html", _page(report).encode())
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; width: 100%; margin: 0 0 2rem; }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
+th { width: 18rem; font-weight: 500; } td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+"""
+
+
+def _page(report: dict[str, Any]) -> str:
+    verdict = "Every sample is one stored row." if report["balanced"] else "The counts do not balance."
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Embedding run</title><style>{_STYLE}</style><h1>Embedding run</h1>"
+        f"<p>{html.escape(verdict)}</p>{_table(report)}</html>\n"
+    )
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{html.escape(str(key))}<td>{_cell(value)}" for key, value in values.items())
+    return f"<table>{rows}</table>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return _table(value) if value else "none"
+    if isinstance(value, list):
+        return "<br>".join(_cell(item) for item in value) if value else "none"
+    return html.escape("none" if value is None else str(value))

