@@ -7,7 +7,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# For the demo: your own images instead of its photos, other weights than DEFAULT, and where all it makes goes.
 IMAGES ?=
+WEIGHTS ?=
 DEMO ?= demo
 
 .PHONY: setup demo test check lint lock clean
@@ -21,6 +23,10 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
+
+demo: setup
+	@$(BIN)/python jobs/demo.py --output "$(DEMO)" $(if $(IMAGES),--images "$(IMAGES)") \
+		$(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 lint: setup
 	$(BIN)/ruff check .

@@ -78,7 +78,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(bool(self.input), "input", "name at least one shard, folder, glob or list", self.input)
-        _check(bool(self.output), "output", "be a folder or an s3:// prefix", self.output)
+        for item in self.input:
+            _check(bool(item.strip()), "input", "name at least one shard, folder, glob or list", item)
+        is_place = bool(self.output.strip()) and not self.output.rstrip("/").endswith(":")
+        _check(is_place, "output", "be a folder or an s3:// prefix", self.output)
         _check(self.features in FEATURES, "features", f"be one of {', '.join(FEATURES)}", self.features)
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
         _check(self.device in DEVICES, "device", f"be one of {', '.join(DEVICES)}", self.device)
@@ -185,9 +188,11 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
         number = int if kind.startswith("int") else float
         if isinstance(value, bool):
             raise SettingsError(f"{name} must be a number, got {value!r}")
+        if number is int and isinstance(value, float) and not value.is_integer():
+            raise SettingsError(f"{name} must be a whole number, got {value!r}")
         try:
             return number(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise SettingsError(f"{name} must be a number, got {value!r}") from error
     return _texts(name, [value])[0]
 

@@ -33,26 +33,18 @@ from pipeline.schema import (
 
 # Formats that Pillow reads by itself; never those that run another program (EPS) or fetch anything.
 FORMATS = (
-    "JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO",
+    "JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO",
 )  # fmt: skip
-# Everything that Pillow raises on broken input, by its sources and by fuzzing.
+# What Pillow raises on broken input: the first line is what 100,000 broken files of every format raised,
+# the second what Pillow itself expects of its parsers (`ImageFile.__init__`), and a lack of memory.
 _PILLOW_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    struct.error,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    ZeroDivisionError,
-    AttributeError,
-    NotImplementedError,
-    MemoryError,
-    Image.DecompressionBombError,
-)
+    OSError, ValueError, SyntaxError, RuntimeError, struct.error,
+    IndexError, TypeError, KeyError, EOFError, ArithmeticError, MemoryError,
+)  # fmt: skip
 _ORIENTATION_TAG = 0x0112
+# A progressive JPEG can repeat its scans, each as much work as a decode and some hundred bytes long: what
+# all of them go over is at most this many times `max_pixels`. Encoders write ten or so.
+MAX_SCANS = 100
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,10 @@ class Decoder:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Parts with encoded images in, the same parts with pixels out."""
-        return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
+        with warnings.catch_warnings():
+            # Pillow warns of what it reads in spite of faults; a filter for each image would cost time.
+            warnings.filterwarnings("ignore", module="PIL")
+            return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
 
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         start = time.perf_counter()
@@ -120,18 +115,20 @@ class Decoder:
         """
         if len(data) == 0:
             raise SampleError("empty: 0 bytes")
-        # The header alone tells the size, so that a bomb is refused before a pixel is decoded.
+        rgb, orientation = self._load(bytes(memoryview(data)))
+        if orientation != 1:
+            rgb = rgb.transpose(_TRANSPOSE[orientation])
+        return np.asarray(resize_crop(rgb, self._preprocess, self._resample))
+
+    def _load(self, data: bytes) -> tuple[Image.Image, int]:
+        """The image as RGB, and the orientation that it has yet to be turned by."""
+        # Pillow refuses by its header alone what has more than twice as many pixels as this.
         Image.MAX_IMAGE_PIXELS = self._max_pixels
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                    num_pixels = image.width * image.height
-                    if num_pixels > self._max_pixels:
-                        raise SampleError(
-                            f"too many pixels: {image.width}x{image.height}, the limit is {self._max_pixels}"
-                        )
-                    return self._to_pixels(image)
+            image = _open(data)
+            self._check_work(image, data)
+            orientation = _orientation_after_load(image, self._ignore_orientation)
+            return to_rgb(image), orientation
         except UnidentifiedImageError as error:
             raise SampleError("not an image of a known format") from error
         except Image.DecompressionBombError as error:
@@ -139,12 +136,36 @@ class Decoder:
         except _PILLOW_ERRORS as error:
             raise SampleError(f"broken image: {type(error).__name__}: {str(error)[:200]}") from error
 
-    def _to_pixels(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        orientation = 1 if self._ignore_orientation else _orientation(image)
-        rgb = to_rgb(image)
-        if orientation != 1:
-            rgb = _upright(rgb, orientation)
-        return np.asarray(resize_crop(rgb, self._preprocess, self._resample))
+    def _check_work(self, image: Image.Image, data: bytes) -> None:
+        """Refuse a bomb before a pixel is decoded."""
+        num_pixels = image.width * image.height
+        if num_pixels > self._max_pixels:
+            raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {self._max_pixels}")
+        if image.info.get("progressive"):
+            num_scans = data.count(b"\xff\xda")
+            if num_scans * num_pixels > MAX_SCANS * self._max_pixels:
+                raise SampleError(f"too many scans: {num_scans} of {image.width}x{image.height} pixels")
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except _PILLOW_ERRORS:
+        # For some faults of an EXIF block Pillow gives up on a JPEG or AVIF, which is there without it.
+        if b"Exif" not in data:
+            raise
+        return Image.open(io.BytesIO(data.replace(b"Exif", b"none")), formats=FORMATS)
+
+
+def _orientation_after_load(image: Image.Image, ignore: bool) -> int:
+    """Load the image, and give the orientation that it has yet to be turned by to be upright, or as stored."""
+    if not ignore:
+        image.load()
+        return _orientation(image)
+    # Pillow turns a TIFF upright when it loads it, which is to be undone.
+    turned = _orientation(image) if image.format == "TIFF" else 1
+    image.load()
+    return _UNDO.get(turned, turned)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -167,8 +188,8 @@ _TRANSPOSE = {
 }
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_TRANSPOSE[orientation])
+# The orientations that undo each other; every other undoes itself.
+_UNDO = {6: 8, 8: 6}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -176,7 +197,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Alpha is dropped, as `weights.transforms()` users do with `convert("RGB")`.
     """
-    image.load()
     if image.mode.startswith("I;16"):
         wide = np.asarray(image, dtype=np.uint16)
         return Image.fromarray((wide >> 8).astype(np.uint8), "L").convert("RGB")
@@ -196,12 +216,14 @@ def resize_crop(image: Image.Image, preprocess: Preprocess, resample: Image.Resa
     long = int(preprocess.resize * long / short)
     new_width, new_height = (preprocess.resize, long) if width <= height else (long, preprocess.resize)
     crop_height, crop_width = preprocess.crop
-    top, left = round((new_height - crop_height) / 2.0), round((new_width - crop_width) / 2.0)
-    if top < 0 or left < 0:
-        # The crop is larger than the image: torchvision pads with zeros.
-        resized = image.resize((new_width, new_height), resample)
-        return resized.crop((left, top, left + crop_width, top + crop_height))
+    # Where the crop is larger than the resized image, all of that is seen, on black.
+    seen_height, seen_width = min(crop_height, new_height), min(crop_width, new_width)
+    top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
     x, y = width / new_width, height / new_height
-    box = (left * x, top * y, (left + crop_width) * x, (top + crop_height) * y)
-    box = (box[0], box[1], min(box[2], width), min(box[3], height))
-    return image.resize((crop_width, crop_height), resample, box=box)
+    box = (left * x, top * y, min((left + seen_width) * x, width), min((top + seen_height) * y, height))
+    seen = image.resize((seen_width, seen_height), resample, box=box)
+    if (seen_height, seen_width) == preprocess.crop:
+        return seen
+    padded = Image.new("RGB", (crop_width, crop_height))
+    padded.paste(seen, ((crop_width - seen_width) // 2, (crop_height - seen_height) // 2))
+    return padded

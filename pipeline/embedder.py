@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn import functional as F
 
 from pipeline.backbones import Backbone, build_backbone
@@ -53,12 +54,28 @@ class SharedWeights:
                   for key, value in weights.state.items()}  # fmt: skip
         return cls(weights.name, weights.sha256, None, ray.put(arrays))
 
+    @classmethod
+    def local(cls, weights: Weights) -> SharedWeights:
+        """For an embedder in this process, without Ray."""
+        return cls(weights.name, weights.sha256, weights.seed, weights.state)
+
     def get(self) -> Weights:
         """The weights, in this process."""
-        if self.state is None:
-            return Weights(self.name, self.sha256, seed=self.seed)
+        if self.state is None or isinstance(self.state, dict):
+            return Weights(self.name, self.sha256, self.state, self.seed)
         state = {key: torch.from_numpy(np.array(value)) for key, value in ray.get(self.state).items()}
         return Weights(self.name, self.sha256, state)
+
+
+def _folded(backbone: nn.Module) -> nn.Module:
+    """The backbone with its batch norms folded into the convolutions before them: the same function, faster.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", 2018, section 3.2; done by `torch.fx`.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+        return backbone
+    return fuse(backbone.eval())
 
 
 class _Embedding(nn.Module):
@@ -66,7 +83,7 @@ class _Embedding(nn.Module):
 
     def __init__(self, backbone: Backbone, preprocess: Preprocess, dtype: torch.dtype, normalize: bool) -> None:
         super().__init__()
-        self.backbone = backbone.to(dtype).to(memory_format=torch.channels_last)
+        self.backbone = _folded(backbone).to(dtype).to(memory_format=torch.channels_last)
         # (x / 255 - mean) / std as one multiplication and one addition.
         mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
         self.register_buffer("scale", (1.0 / (255.0 * std))[None, :, None, None])

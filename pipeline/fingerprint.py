@@ -14,8 +14,8 @@ import pyarrow
 
 from pipeline.config import Config, Field
 from pipeline.decode import Preprocess
-from pipeline.errors import OutputError
-from pipeline.storage import join, read_bytes, write_bytes
+from pipeline.errors import OutputError, ShardError
+from pipeline.storage import describe, join, read_bytes, write_bytes
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -49,7 +49,6 @@ def make_fingerprint(
     """The fingerprint of a run. `precision` may be `auto` where it is not known before Ray starts."""
     settings = {
         "backbone": backbone,
-        "weights": weights_name,
         "weights_sha256": weights_sha256,
         "preprocess": dataclasses.asdict(preprocess),
         "features": config.features,
@@ -68,6 +67,7 @@ def make_fingerprint(
     }
     base = {
         "format": str(FORMAT),
+        "weights": weights_name,
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
@@ -85,16 +85,27 @@ def _json(value: Any) -> str:
 
 
 def read_fingerprint(output: str) -> Fingerprint | None:
-    """What made `output`, or None where nothing has. Raises `OutputError` on a broken `run.json`."""
+    """What made `output`, or None where nothing has.
+
+    Raises:
+        OutputError: `run.json` cannot be read, is broken, or was changed by hand.
+    """
+    url = join(output, RUN_FILE)
     try:
-        data = read_bytes(join(output, RUN_FILE))
+        run = json.loads(read_bytes(url))
+        if not isinstance(run["settings"], dict) or not isinstance(run["versions"], dict):
+            raise TypeError("settings and versions must be objects")
+        fingerprint = Fingerprint(run["settings"], run["versions"])
+        stated = run["fingerprint"]
     except FileNotFoundError:
         return None
-    try:
-        run = json.loads(data)
-        return Fingerprint(run["settings"], run["versions"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{join(output, RUN_FILE)} is not a run.json of this pipeline: {error!r}") from error
+    except (OSError, ShardError) as error:
+        raise OutputError(f"{url} cannot be read: {describe(error)}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OutputError(f"{url} is not a run.json of this pipeline: {error!r}") from error
+    if stated != fingerprint.digest:
+        raise OutputError(f"{url} was changed by hand: its settings do not have the fingerprint {stated}")
+    return fingerprint
 
 
 def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:

@@ -14,8 +14,9 @@ from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, SharedWeights
 from pipeline.errors import InputError
 from pipeline.fingerprint import write_fingerprint
-from pipeline.ledger import Plan, count, make_plan
+from pipeline.ledger import Counts, Plan, count, make_plan
 from pipeline.parts import PartWriter
+from pipeline.precision import choose_precision
 from pipeline.prepare import Job
 from pipeline.report import Tally, make_report, write_report
 from pipeline.resources import Resources, plan_resources
@@ -30,7 +31,7 @@ _TASK_BYTES = 32 * 2**20
 _MAX_TASKS = 20_000
 # Parts below this travel many to a block; a larger part is a block of its own.
 _BLOCK_BYTES = 32 * 2**20
-_RESTARTS = 3
+_RETRIES = 3
 
 
 def make_flow(pending: list[Pending], job: Job, weights: SharedWeights, resources: Resources) -> Dataset:
@@ -67,8 +68,7 @@ def make_flow(pending: list[Pending], job: Job, weights: SharedWeights, resource
         compute=ActorPoolStrategy(min_size=resources.num_actors[0], max_size=resources.num_actors[1]),
         num_cpus=resources.actor_cpus,
         num_gpus=resources.actor_gpus or None,
-        # Not without end: a batch that kills its actor would be tried for ever.
-        ray_remote_args_fn=_bounded_restarts,
+        ray_remote_args_fn=_bounded_retries,
     )
     return embedded.map_batches(
         PartWriter(config, job.fingerprint, job.shape),
@@ -82,33 +82,33 @@ def make_flow(pending: list[Pending], job: Job, weights: SharedWeights, resource
 class Watcher:
     """What a caller wants to hear of while a run goes on."""
 
-    on_plan: Callable[[Job, Plan, Resources], None]
+    on_resources: Callable[[Job, Resources], None]
     on_pass: Callable[[int, list[Pending]], None]
     on_part: Callable[[Tally], None]
 
 
-def run(job: Job, watcher: Watcher) -> dict[str, Any]:
-    """Embed what is pending until all of it is stored, and return the report. Ray must be up.
+def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
+    """Embed what is pending until all of it is stored, and return the report.
 
-    Ray Data may fail, or lose a part, in any way: what is done is read from the output alone, and what
-    is not is run again, `max_passes` times at most.
+    Ray must be up, unless the plan has nothing pending. Ray Data may fail, or lose a part, in any way:
+    what is done is read from the output alone, and what is not is run again, `max_passes` times at most.
 
     Raises:
         ClusterError: the cluster lacks what the job needs.
         OutputError: the output cannot be used.
     """
-    config = job.config
+    config, shards, plan = job.config, job.shards, first_plan
+    tally = Tally()
+    problems: list[str] = []
+    if not plan.pending:
+        return _finish(job, plan, None, tally, count([], config.output), problems)
     resources = plan_resources(config)
     if job.precision == "auto":
-        job = job.with_precision(resources.precision())
-    shards = job.shards
-    first_plan = plan = make_plan(shards, config.output)
-    watcher.on_plan(job, plan, resources)
+        job = job.with_precision(choose_precision(job, plan.pending[0], resources.fast_precisions()))
+    watcher.on_resources(job, resources)
     _begin(job)
     names = {shard.name for shard in plan.pending[: config.limit]}
     weights = SharedWeights.share(job.weights)
-    tally = Tally()
-    problems: list[str] = []
     for number in range(1, config.max_passes + 1):
         pending = [shard for shard in plan.pending if shard.name in names and shard.name not in tally.damaged]
         if not pending:
@@ -124,13 +124,21 @@ def run(job: Job, watcher: Watcher) -> dict[str, Any]:
         shards = _listed_again(job, shards, problems)
         plan = make_plan(shards, config.output)
     counts = count([shard for shard in shards if shard.name in names], config.output)
-    report = make_report(tally, counts, job, first_plan, resources, problems)
-    write_report(config.output, report)
+    return _finish(job, first_plan, resources, tally, counts, problems)
+
+
+def _finish(
+    job: Job, plan: Plan, resources: Resources | None, tally: Tally, counts: Counts, problems: list[str]
+) -> dict[str, Any]:
+    report = make_report(tally, counts, job, plan, resources, problems)
+    write_report(job.config.output, report)
+    clear_temporary(job.config.output)
     return report
 
 
-def _bounded_restarts() -> dict[str, Any]:
-    return {"max_restarts": _RESTARTS, "max_task_retries": _RESTARTS}
+def _bounded_retries() -> dict[str, Any]:
+    """Actors are restarted as often as machines vanish, but a part that kills them is not retried for ever."""
+    return {"max_restarts": -1, "max_task_retries": _RETRIES}
 
 
 def _set_up_engine() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, ShardError
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName, read_facts, version_tag
 from pipeline.samples import Pending
-from pipeline.schema import END_BROKEN, END_LAST
+from pipeline.schema import END_BROKEN, END_LAST, END_NONE
 from pipeline.shards import Shard
-from pipeline.storage import list_files, locate
+from pipeline.storage import describe, join, list_files, locate
 
 _COUNTERS = 32
+# A part's number and end as one integer: number * 3 + position of the end here.
+_ENDS = (END_NONE, END_LAST, END_BROKEN)
+_LAST = _ENDS.index(END_LAST)
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,21 @@ class Plan:
         return sum(shard.num_bytes for shard in self.pending)
 
 
-def list_parts(output: str, folder: str) -> Iterable[PartName]:
-    """The parts stored below `output`/`folder`, in no set order."""
-    fs, base = locate(f"{output.rstrip('/')}/{folder}")
-    for info in list_files(fs, base):
-        name = PartName.parse(info.path[len(base) :].lstrip("/"))
-        if name is not None:
-            yield name
+def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, int]]:
+    """The parts stored below `output`/`folder` with their bytes, in no set order.
+
+    Raises:
+        OutputError: the output cannot be listed.
+    """
+    fs, base = locate(join(output, folder))
+    start = len(base) + 1
+    try:
+        for info in list_files(fs, base):
+            name = PartName.parse(info.path[start:])
+            if name is not None:
+                yield name, info.num_bytes
+    except (OSError, ShardError) as error:
+        raise OutputError(f"cannot list {join(output, folder)}: {describe(error)}") from error
 
 
 def make_plan(shards: list[Shard], output: str) -> Plan:
@@ -53,52 +64,75 @@ def make_plan(shards: list[Shard], output: str) -> Plan:
 
     A shard is done when its parts 0 to k of its present version are there and k is marked last.
     """
-    stored: dict[str, list[PartName]] = defaultdict(list)
-    for name in list_parts(output, EMBEDDINGS):
-        stored[name.shard].append(name)
+    # By shard, in small numbers and not in names: this holds a million shards.
+    tags = {shard.name: version_tag(shard.num_bytes, shard.version) for shard in shards}
+    stored: dict[str, list[int]] = {}
+    # Parts of an older version; there are few.
+    older: dict[str, list[PartName]] = defaultdict(list)
+    unnamed: set[str] = set()
+    for part, _ in list_parts(output, EMBEDDINGS):
+        tag = tags.get(part.shard)
+        if tag is None:
+            unnamed.add(part.shard)
+        elif tag != part.tag:
+            older[part.shard].append(part)
+        else:
+            stored.setdefault(part.shard, []).append(part.part * len(_ENDS) + _ENDS.index(part.end))
     errors: dict[str, list[PartName]] = defaultdict(list)
-    for name in list_parts(output, ERRORS):
-        errors[name.shard].append(name)
+    for part, _ in list_parts(output, ERRORS):
+        if part.shard in tags:
+            errors[part.shard].append(part)
     pending: list[Pending] = []
     changed: list[str] = []
     retried: list[str] = []
     stale: dict[str, list[str]] = {}
     for shard in shards:
-        tag = version_tag(shard.num_bytes, shard.version)
-        parts = stored.get(shard.name, [])
-        good = _usable(parts, tag)
-        if len(good) < len(parts) or shard.name in errors:
+        codes = sorted(stored.get(shard.name, ()))
+        if _is_whole(codes) and shard.name not in older and shard.name not in errors:
+            continue
+        tag = tags[shard.name]
+        parts = [PartName(shard.name, tag, code // len(_ENDS), _ENDS[code % len(_ENDS)]) for code in codes]
+        good = _usable(parts)
+        if len(good) < len(parts) or shard.name in older or shard.name in errors:
             names = {*good}
-            old = [f"{EMBEDDINGS}/{part}" for part in parts if part not in names]
-            old += [f"{ERRORS}/{part}" for part in errors.get(shard.name, []) if part not in names]
+            old = [f"{EMBEDDINGS}/{part}" for part in (*parts, *older.get(shard.name, ())) if part not in names]
+            old += [f"{ERRORS}/{part}" for part in errors.get(shard.name, ()) if part not in names]
             if old:
-                stale[shard.name] = old
+                stale[shard.name] = sorted(old)
         if good and good[-1].end == END_LAST:
             continue
-        if any(part.tag != tag for part in parts):
+        if shard.name in older:
             changed.append(shard.name)
         elif any(part.end == END_BROKEN for part in parts):
             retried.append(shard.name)
         pending.append(Pending(*shard, tuple(part.part for part in good)))
-    named = {shard.name for shard in shards}
     return Plan(
         pending=pending,
         num_done=len(shards) - len(pending),
         changed=changed,
         retried=retried,
         stale=stale,
-        elsewhere=sum(name not in named for name in stored),
+        elsewhere=len(unnamed),
     )
 
 
-def _usable(parts: list[PartName], tag: str) -> list[PartName]:
-    """Stored parts of the present version that need not be made again; the last only when all are there."""
-    whole = sorted({part for part in parts if part.tag == tag and part.end != END_BROKEN}, key=lambda p: p.part)
-    lasts = [part for part in whole if part.end == END_LAST]
-    if len(lasts) == 1 and [part.part for part in whole] == list(range(lasts[0].part + 1)):
+def _is_whole(codes: list[int]) -> bool:
+    """Whether sorted codes are parts 0 to k, once each, of which k and no other ends the shard as last."""
+    last = len(codes) - 1
+    return last >= 0 and codes == [*range(0, last * len(_ENDS), len(_ENDS)), last * len(_ENDS) + _LAST]
+
+
+def _usable(parts: list[PartName]) -> list[PartName]:
+    """Stored parts of one version that need not be made again, in order.
+
+    A last part is among them only when all before it are there and none after it, so that its presence
+    goes on to mean that the shard is done. Where it is not, it is made again, with what contradicts it.
+    """
+    whole = sorted({part for part in parts if part.end != END_BROKEN}, key=lambda part: part.part)
+    lasts = [part.part for part in whole if part.end == END_LAST]
+    if len(lasts) == 1 and [part.part for part in whole] == list(range(lasts[0] + 1)):
         return whole
-    # A hole: the last part is made again, so that its presence goes on to mean that all are there.
-    return [part for part in whole if part.end != END_LAST]
+    return [part for part in whole if not lasts or part.part < lasts[0]]
 
 
 @dataclass
@@ -122,41 +156,58 @@ def count(shards: list[Shard], output: str) -> Counts:
     """Count the samples of `shards` from the footers of their stored parts.
 
     Each part must hold as many rows as samples, follow on the part before, and end in a last part, or in
-    a broken one with its fault.
+    a broken one with its fault. There must be no errors without their part, and no part of an older
+    version.
+
+    Raises:
+        OutputError: the output cannot be listed.
     """
-    stored: dict[str, list[PartName]] = defaultdict(list)
-    wanted = {shard.name: version_tag(shard.num_bytes, shard.version) for shard in shards}
-    for name in list_parts(output, EMBEDDINGS):
-        if wanted.get(name.shard) == name.tag:
-            stored[name.shard].append(name)
-    with_errors = {name for name in list_parts(output, ERRORS) if wanted.get(name.shard) == name.tag}
+    tags = {shard.name: version_tag(shard.num_bytes, shard.version) for shard in shards}
     counts = Counts()
-    names = sorted(stored)
+    stored: dict[str, list[tuple[PartName, int]]] = defaultdict(list)
+    errors: dict[PartName, int] = {}
+    for part, num_bytes in list_parts(output, EMBEDDINGS):
+        if tags.get(part.shard) == part.tag:
+            stored[part.shard].append((part, num_bytes))
+        elif part.shard in tags:
+            counts.faults.append(f"{part.shard}: {part} is of an older version")
+    for part, num_bytes in list_parts(output, ERRORS):
+        if part.shard in tags:
+            errors[part] = num_bytes
     with ThreadPoolExecutor(_COUNTERS, thread_name_prefix="count") as pool:
-        results = pool.map(lambda name: _count_shard(output, stored[name], with_errors), names)
-        for shard, result in zip(names, results, strict=True):
+        results = pool.map(lambda parts: _count_shard(output, parts, errors), stored.values())
+        for shard, result in zip(stored, results, strict=True):
             counts.num_samples += result.num_samples
             counts.num_embedded += result.num_embedded
             counts.num_errors += result.num_errors
             counts.faults.extend(f"{shard}: {fault}" for fault in result.faults)
-    for shard in wanted:
-        ends = {part.end for part in stored.get(shard, [])}
+    for parts in stored.values():
+        for part, _ in parts:
+            errors.pop(part, None)
+    counts.faults.extend(f"{part.shard}: {part} has errors and no embeddings" for part in errors)
+    for shard in tags:
+        ends = {part.end for part, _ in stored.get(shard, ())}
         if END_BROKEN in ends:
             counts.broken.append(shard)
         elif END_LAST not in ends:
             counts.missing.append(shard)
+    counts.faults.sort()
     return counts
 
 
-def _count_shard(output: str, parts: list[PartName], with_errors: set[PartName]) -> Counts:
+def _count_shard(output: str, parts: list[tuple[PartName, int]], errors: dict[PartName, int]) -> Counts:
     counts = Counts()
+    parts.sort()
     try:
-        for number, name in enumerate(sorted(parts, key=lambda part: part.part)):
-            facts = read_facts(output, f"{EMBEDDINGS}/{name}")
-            num_errors = read_facts(output, f"{ERRORS}/{name}").num_rows if name in with_errors else 0
-            num_samples = facts.number("num_samples")
+        for number, (name, num_bytes) in enumerate(parts):
             if name.part != number:
-                raise OutputError(f"part {number} is missing")
+                problem = "is missing" if name.part > number else "is there twice"
+                raise OutputError(f"part {min(number, name.part)} {problem}")
+            if name.end != END_NONE and number + 1 < len(parts):
+                raise OutputError(f"{name} ends the shard, and part {number + 1} is there")
+            facts = read_facts(output, f"{EMBEDDINGS}/{name}", num_bytes)
+            num_errors = read_facts(output, f"{ERRORS}/{name}", errors[name]).num_rows if name in errors else 0
+            num_samples = facts.number("num_samples")
             if facts.number("first_index") != counts.num_samples:
                 raise OutputError(f"{name} begins at sample {facts.number('first_index')}, not {counts.num_samples}")
             # The fault of a broken shard is a row of its own, and no sample.

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import Config
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, ShardError
 from pipeline.fingerprint import Fingerprint
 from pipeline.schema import (
     EMBEDDING,
@@ -37,12 +37,13 @@ from pipeline.schema import (
     embeddings_schema,
     part_rows,
 )
-from pipeline.storage import join, read_tail, write_bytes
+from pipeline.storage import describe, join, read_tail, write_bytes
 
 EMBEDDINGS = "embeddings"
 ERRORS = "errors"
 ROW_GROUP_ROWS = 1024
-_FOOTER_BYTES = 64 * 2**10
+_FOOTER_BYTES = 16 * 2**10
+_MAGIC = b"PAR1"
 _METADATA_PREFIX = "embed."
 _SUFFIX = {END_NONE: "", END_LAST: "-last", END_BROKEN: "-broken"}
 _NAME = re.compile(r"(?P<shard>.+)\.(?P<tag>[0-9a-f]{12})-(?P<part>\d{5,})(?P<end>-last|-broken)?\.parquet")
@@ -151,7 +152,8 @@ class PartWriter:
         return pa.Table.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
 
     def _put(self, name: str, table: pa.Table, metadata: Mapping[str, str]) -> int:
-        keyed = {_METADATA_PREFIX + key: value for key, value in metadata.items()}
+        checked = {**metadata, "content_sha256": content_sha256([table])}
+        keyed = {_METADATA_PREFIX + key: value for key, value in checked.items()}
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **keyed})
         sink = io.BytesIO()
         split = EMBEDDING in table.column_names and self._dtype == "float32"
@@ -202,25 +204,29 @@ class PartFacts:
             raise OutputError(f"its metadata has no number {key!r}") from error
 
 
-def read_facts(output: str, name: str) -> PartFacts:
-    """Read one stored Parquet's footer.
+def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:
+    """Read one stored Parquet's footer, and no more of it. `size` is the file's, where it is known.
 
     Raises:
-        OutputError: it is missing, cut or not of this pipeline.
+        OutputError: it is missing, cut, not Parquet, or cannot be read.
     """
     url = join(output, name)
     try:
-        tail = read_tail(url, _FOOTER_BYTES)
+        tail = read_tail(url, _FOOTER_BYTES, size)
+        if tail[-4:] != _MAGIC:
+            raise OutputError(f"{name} is not whole Parquet: its last bytes are {tail[-4:]!r}")
         footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
         if footer_bytes > len(tail):
-            tail = read_tail(url, footer_bytes)
+            tail = read_tail(url, footer_bytes, size)
         footer = pq.read_metadata(io.BytesIO(tail))
     except FileNotFoundError as error:
         raise OutputError(f"{name} is missing") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except (PermissionError, ShardError) as error:
+        raise OutputError(f"{name} cannot be read: {describe(error)}") from error
+    except (pa.ArrowException, OSError) as error:
         raise OutputError(f"{name} is not whole Parquet: {error}") from error
     metadata = {
-        key.decode().removeprefix(_METADATA_PREFIX): value.decode()
+        key.decode().removeprefix(_METADATA_PREFIX): value.decode(errors="replace")
         for key, value in (footer.metadata or {}).items()
         if key.startswith(_METADATA_PREFIX.encode())
     }
@@ -235,3 +241,16 @@ def vectors(table: pa.Table) -> np.ndarray[Any, Any]:
     else:
         values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
     return values
+
+
+def content_sha256(pieces: Iterable[pa.Table]) -> str:
+    """sha256 of every value of a stored table, given whole or piece by piece: no edit or swap leaves it equal."""
+    columns: dict[str, Any] = {}
+    for piece in pieces:
+        for name in piece.column_names:
+            digest = columns.setdefault(name, hashlib.sha256())
+            if name == EMBEDDING:
+                digest.update(np.ascontiguousarray(vectors(piece)).data)
+            else:
+                digest.update("".join(f"{json.dumps(value)}\n" for value in piece.column(name).to_pylist()).encode())
+    return hashlib.sha256(json.dumps([(name, columns[name].hexdigest()) for name in columns]).encode()).hexdigest()

@@ -9,6 +9,7 @@ from pipeline.config import Config
 from pipeline.decode import Preprocess
 from pipeline.fingerprint import Fingerprint, follow, make_fingerprint, read_fingerprint
 from pipeline.shards import Shard, find_shards
+from pipeline.storage import locate, to_url
 from pipeline.weights import Weights
 
 
@@ -46,6 +47,8 @@ def prepare(config: Config) -> Job:
     Raises:
         SettingsError: one of these does not allow the run.
     """
+    # Workers have other working directories than the caller.
+    config = replace(config, output=to_url(*locate(config.output)))
     backbone = backbones.find(config.backbone)
     preprocess = backbones.preprocess_for(backbone, config.weights, config.preprocess)
     if config.image_size is not None:

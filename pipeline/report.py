@@ -84,7 +84,7 @@ def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: fl
 
 
 def make_report(
-    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources, problems: list[str]
+    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources | None, problems: list[str]
 ) -> dict[str, Any]:
     """The report of a run, as it is stored in `report.json`.
 
@@ -92,8 +92,9 @@ def make_report(
     wrong with the engine on the way.
     """
     wall_s = tally.wall_s
-    slowest, busy = slowest_stage(tally.stage_s, resources.slots, wall_s)
-    num_devices = resources.num_actors[1]
+    num_devices = resources.num_actors[1] if resources else 0
+    slots = resources.slots if resources else dict.fromkeys(STAGES, 1.0)
+    slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
     device_hours = num_devices * wall_s / 3600
     per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
     return {
@@ -103,7 +104,7 @@ def make_report(
         "backbone": job.backbone,
         "weights": job.weights.name,
         "precision": job.precision,
-        "device": resources.device,
+        "device": resources.device if resources else None,
         "num_devices": num_devices,
         "balanced": counts.balanced,
         "samples": counts.num_samples,

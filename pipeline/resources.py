@@ -44,11 +44,11 @@ class Resources:
             STAGE_WRITE: self.total_cpus / self.write_cpus,
         }
 
-    def precision(self) -> str:
-        """The reduced precision that the device computes fast, else fp32."""
+    def fast_precisions(self) -> tuple[str, ...]:
+        """The reduced precisions that the device computes faster than fp32, the fastest first."""
         if self.device == "cuda":
-            return "fp16" if any(name in _FP16_GPUS for name in self.accelerators) else "bf16"
-        return "bf16" if cpu_has_bf16() else "fp32"
+            return ("fp16",) if any(name in _FP16_GPUS for name in self.accelerators) else ("bf16", "fp16")
+        return ("bf16",) if cpu_has_bf16() else ()
 
 
 def plan_resources(config: Config) -> Resources:

@@ -1,8 +1,8 @@
 """A shard's tar stream as samples, and the samples as parts.
 
 The key rule is WebDataset's: the member's path up to the first dot of its basename. A sample is a run
-of consecutive members of one key. What `webdataset` drops here becomes a row with a reason: a repeated
-key, a member without an extension, a sample cut short, a sample without an image.
+of consecutive members of one key. What `webdataset` drops or refuses becomes a row with a reason: a
+repeated key, a repeated member, a member without an extension, a sample cut short, one without an image.
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ from pipeline.schema import (
 from pipeline.storage import ShardStream
 from pipeline.tars import Member, iter_members
 
-# Which member is the image where a sample has several: the first in this order, then the first in the shard.
+# Which member is the image where a sample has several: the first in this order, then the first in the
+# shard. `x.png` goes before `x.mask.png`, whatever their order.
 IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp", "gif",
     "jpe", "jfif", "mpo", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico", "dib",
 )  # fmt: skip
 MAX_METADATA_BYTES = 16 * 2**20
+# Members of one sample; what it may keep in memory has a bound, whatever a shard says.
+MAX_SAMPLE_MEMBERS = 10_000
 # A part ends early, by content alone, where its images would take more memory than this.
 MAX_PART_BYTES = 512 * 2**20
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
@@ -68,7 +71,9 @@ def image_rank(extension: str, image_member: str | None) -> int | None:
     """Rank of a member as its sample's image, lower first; None where it is no image."""
     if image_member is not None:
         return 0 if extension.lower() == image_member.lower() else None
-    return _IMAGE_RANK.get(extension.lower().rpartition(".")[2])
+    compound, _, last = extension.lower().rpartition(".")
+    rank = _IMAGE_RANK.get(last)
+    return rank if rank is None or not compound else rank + len(IMAGE_EXTENSIONS)
 
 
 @dataclass(slots=True)
@@ -77,10 +82,11 @@ class _Sample:
 
     key: str
     image: Member | None = None
-    rank: int = len(IMAGE_EXTENSIONS)
+    rank: int = 2 * len(IMAGE_EXTENSIONS)
     metadata: dict[str, Member] = field(default_factory=dict)
+    parsed: dict[str, Any] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
-    duplicate: str | None = None
+    problem: str | None = None
     first_name: str = ""
 
 
@@ -90,14 +96,14 @@ class SampleReader:
     def __init__(self, config: Config) -> None:
         self._config = config
         fields = [*config.keep, *([config.id] if config.id else [])]
-        self._metadata = {item.member for item in fields}
+        self._metadata = {item.member.lower() for item in fields}
         self._type = sample_type(image_field(), config.kept_columns)
 
     def _wanted(self, name: str) -> bool:
         split = split_key(name)
         if split is None:
             return False
-        return split[1] in self._metadata or image_rank(split[1], self._config.image_member) is not None
+        return split[1].lower() in self._metadata or image_rank(split[1], self._config.image_member) is not None
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Shards (`SHARD_SCHEMA`) in, their parts out, as soon as each is read."""
@@ -160,11 +166,14 @@ class SampleReader:
 
     def _add(self, sample: _Sample, member: Member, extension: str) -> None:
         if member.name in sample.names:
-            sample.duplicate = member.name
+            sample.problem = f"duplicate member: {_shown(member.name)}"
+            return
+        if len(sample.names) >= MAX_SAMPLE_MEMBERS:
+            sample.problem = f"too many members: more than {MAX_SAMPLE_MEMBERS}"
             return
         sample.names.add(member.name)
-        if extension in self._metadata:
-            sample.metadata[extension] = member
+        if extension.lower() in self._metadata:
+            sample.metadata.setdefault(extension.lower(), member)
         rank = image_rank(extension, self._config.image_member)
         if rank is not None and rank < sample.rank:
             sample.image, sample.rank = member, rank
@@ -179,12 +188,12 @@ class SampleReader:
         try:
             if _printable(key) != key:
                 raise SampleError("key is not UTF-8: its bytes are shown escaped")
-            if sample.duplicate is not None:
-                raise SampleError(f"duplicate member: {_printable(sample.duplicate)}")
+            if sample.problem is not None:
+                raise SampleError(sample.problem)
             if self._config.id is not None:
                 row["image_id"] = _user_id(sample, self._config.id)
             if image is None:
-                extensions = sorted(name[len(key) + 1 :] or "none" for name in sample.names)
+                extensions = sorted(_shown(name[len(key) + 1 :]) or "none" for name in sample.names)
                 raise SampleError(f"no image: its members have the extensions {', '.join(extensions[:8])}")
             if image.problem is not None:
                 raise SampleError(f"unreadable member: {image.problem}")
@@ -194,7 +203,7 @@ class SampleReader:
                 row["nulls"] += lost
             row["image"] = image.data
         except SampleError as error:
-            row["reason"] = str(error).encode("utf-8", "backslashreplace").decode()
+            row["reason"] = str(error)
         return row, key
 
 
@@ -205,7 +214,7 @@ class _PartBuilder:
         self._shard = shard
         self._type = sample_struct
         self._stored = set(shard.stored_parts)
-        self._keys: set[int] = set()
+        self._seen: set[int] = set()
         self._part = 0
         self._index = 0
         self._since = time.perf_counter()
@@ -225,11 +234,14 @@ class _PartBuilder:
         return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES
 
     def add(self, row: dict[str, Any], key: str) -> None:
-        """Add one sample. A key seen before in this shard makes it a row with a reason."""
-        fingerprint = hash(key)
-        if fingerprint in self._keys and "reason" not in row:
-            row |= {"image": None, "reason": "repeated key: an earlier sample of this shard has it"}
-        self._keys.add(fingerprint)
+        """Add one sample. A key or id seen before in this shard makes it a row with a reason."""
+        for kind, name in (("key", key), ("id", row["image_id"])):
+            fingerprint = hash((kind, name))
+            if fingerprint in self._seen:
+                reason = f"repeated {kind}: an earlier sample of this shard has it"
+                row |= {"image": None, "nulls": 0, "reason": reason}
+                break
+            self._seen.add(fingerprint)
         self._bytes += len(row["image"] or b"")
         self._nulls += row["nulls"]
         self._rows.append(row)
@@ -272,14 +284,14 @@ def _samples_array(rows: list[dict[str, Any]], first: int, kind: pa.StructType) 
     count = len(rows)
     fields = [kind.field(i) for i in range(kind.num_fields)]
     reasons = [row.get("reason") for row in rows]
-    num_kept = len(rows[0]["kept"]) if rows else len(fields) - 6
+    kept = zip(*(row["kept"] for row in rows), strict=True) if rows else [[]] * (len(fields) - 6)
     columns = [
         list(range(first, first + count)),
         [row["image_id"] for row in rows],
         [row["member"] for row in rows],
         [None if reason is None else STAGE_READ for reason in reasons],
         reasons,
-        *([row["kept"][i] for row in rows] for i in range(num_kept)),
+        *kept,
         [row["image"] for row in rows],
     ]
     arrays = [pa.array(column, item.type) for column, item in zip(columns, fields, strict=True)]
@@ -302,27 +314,53 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def _shown(name: str) -> str:
+    """A member's name, or a piece of it, as a reason shows it: short, and without control characters."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:100])
+    return shown + ("..." if len(name) > 100 else "")
+
+
 def _lookup(sample: _Sample, item: Field) -> Any:
-    """The value of a field, or None where the sample has none. Raises `SampleError` on broken JSON."""
-    member = sample.metadata.get(item.member)
-    if member is None or member.data is None:
+    """The value of a field, or None where the sample has none.
+
+    Raises:
+        SampleError: the member that should hold it cannot be read.
+    """
+    extension = item.member.lower()
+    member = sample.metadata.get(extension)
+    if member is None:
         return None
+    if member.data is None:
+        raise SampleError(f"unreadable member: {extension}: {member.problem}")
     if len(member.data) > MAX_METADATA_BYTES:
-        raise SampleError(f"metadata too large: {item.member} has {len(member.data)} bytes")
-    if not item.path and item.member != "json":
-        return member.data.decode("utf-8", "replace").strip("\n") if item.type == "string" else _literal(member.data)
-    try:
-        value = json.loads(member.data)
-    except (ValueError, RecursionError) as error:
-        raise SampleError(f"broken json: {type(error).__name__}: {str(error)[:200]}") from error
+        raise SampleError(f"metadata too large: {extension} has {len(member.data)} bytes")
+    if not item.path and extension != "json":
+        return _text(member.data) if item.type == "string" else _literal(member.data)
+    if extension not in sample.parsed:
+        sample.parsed[extension] = _parsed(member.data)
+    value = sample.parsed[extension]
     for name in item.path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
 
 
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"broken json: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode().strip("\r\n")
+    except UnicodeDecodeError as error:
+        raise SampleError(f"broken text: not UTF-8: {error.reason}") from error
+
+
 def _literal(data: bytes) -> Any:
     """A member that holds one number or word, such as `.cls`."""
-    text = data.decode("utf-8", "replace").strip()
+    text = _text(data).strip()
     if len(text) > 64:
         return text
     for kind in (int, float):
@@ -344,20 +382,20 @@ def kept_value(value: Any, kind: str) -> tuple[Any, bool]:
     """`value` as the declared type `kind`, and whether it was lost.
 
     A value of another type becomes null and counts as lost; so does text that is not valid Unicode. An
-    integer is a float64 too, and `json` takes any value, as its JSON text.
+    integer is a float64 too, and `json` takes any value that JSON has (not NaN), as its text.
     """
     if value is None:
         return None, False
-    if kind == "json":
-        value = json.dumps(value, ensure_ascii=False)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     try:
+        if kind == "json":
+            value = json.dumps(value, ensure_ascii=False, allow_nan=False)
         if kind in ("string", "json") and isinstance(value, str):
             value.encode()
             return value, False
         if kind == "float64" and number:
             return float(value), False
-    except (UnicodeEncodeError, OverflowError):
+    except (ValueError, OverflowError, RecursionError):
         return None, True
     if kind == "int64" and number and isinstance(value, int) and value in _INT64:
         return value, False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import fsspec
@@ -14,11 +16,16 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError, SettingsError
-from pipeline.storage import FileInfo, list_files, locate, read_bytes, stat, to_url
+from pipeline.storage import FileInfo, describe, list_files, locate, read_bytes, stat, to_url, with_retries
 
 SUFFIX = ".tar"
 # Up to so many named shards of one folder are asked for one by one, more by listing the folder.
 _STAT_AT_MOST = 16
+_STATS_AT_ONCE = 32
+_MAX_NAMED = 10_000_000
+# A part's file is named after its shard, with 40 bytes more, and file systems take 255.
+_MAX_BASENAME_BYTES = 200
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -42,32 +49,47 @@ def find_shards(inputs: Iterable[str]) -> ShardSet:
     """Expand the input to shards with size and version.
 
     Each of `inputs` is a shard, a brace range (`{00000..00099}`), a glob (`*`, `?`, `[]`; `**` for any
-    depth), a folder, or a list file (`.txt`, one of these a line; `#` begins a comment). The prefix is
-    the folder below which all of them lie, before the first brace or wildcard.
+    depth), a folder, or a list file (`.txt`: one of these a line, as they would be given here; `#` at
+    the begin of a line or after a space begins a comment). What is named must be there: every
+    alternative in braces, every folder, and at least one shard for each glob. In folders and globs,
+    other files than `.tar` and names that begin with a dot are passed over. The prefix is the folder
+    below which all of the input lies, before the first brace or wildcard.
 
     Raises:
         InputError: nothing found, a named shard is missing, or the store refuses.
         SettingsError: malformed braces, or two stores in one input.
     """
+    inputs = list(inputs)
     patterns = [pattern for spec in inputs for pattern in _expand_list(spec)]
-    located = [(locate(_before_brace(pattern)), pattern) for pattern in patterns]
-    filesystems = {id(fs): fs for (fs, _), _ in located}
+    if not patterns:
+        raise InputError(f"no shard is named in input {' '.join(inputs)}")
+    fixed = [_fixed_folder(pattern) for pattern in patterns]
+    filesystems = {id(fs): fs for fs, _ in fixed}
     if len(filesystems) != 1:
         raise SettingsError(f"input must lie in one store, got {len(filesystems)}: {', '.join(patterns[:4])}")
     fs = next(iter(filesystems.values()))
-    folders = [_fixed_folder(fs, pattern) for pattern in patterns]
-    root = os.path.commonpath(folders) if len(set(folders)) > 1 else folders[0]
+    folders = {folder for _, folder in fixed}
+    root = os.path.commonpath(folders) if len(folders) > 1 else folders.pop()
     found: dict[str, FileInfo] = {}
+    named: dict[str, list[str]] = defaultdict(list)
     for pattern in patterns:
-        for info in _find(fs, pattern):
-            found[info.path] = info
-    if not found:
-        raise InputError(f"no {SUFFIX} shard found for input {' '.join(inputs)}")
-    shards = [
-        Shard(_name(root, info.path), to_url(fs, info.path), info.num_bytes, info.version)
-        for info in sorted(found.values())
-    ]
-    return ShardSet(to_url(fs, root), shards)
+        for spec in _expand_braces(pattern):
+            if _WILDCARD.search(spec):
+                _add(found, _glob(fs, spec), spec)
+                continue
+            path = locate(spec)[1]
+            if _is_shard(fs, spec, path):
+                named[path.rpartition("/")[0]].append(path)
+            else:
+                _add(found, _below(fs, path), spec)
+    found.update(_named(fs, named))
+    # One at a time, since a million infos beside a million shards would be twice the memory.
+    paths = sorted(found)
+    return ShardSet(to_url(fs, root), [_shard(fs, root, found.pop(path)) for path in paths])
+
+
+def _shard(fs: fsspec.AbstractFileSystem, root: str, info: FileInfo) -> Shard:
+    return Shard(_name(root, info.path), to_url(fs, info.path), info.num_bytes, info.version)
 
 
 def _expand_list(spec: str) -> Iterator[str]:
@@ -75,58 +97,87 @@ def _expand_list(spec: str) -> Iterator[str]:
         yield spec
         return
     try:
-        lines = read_bytes(spec).decode().splitlines()
+        text = read_bytes(spec).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"list file {spec} not found") from error
-    for line in lines:
-        entry = line.split("#", 1)[0].strip()
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise InputError(f"list file {spec} cannot be read: {describe(error)}") from error
+    for line in text.split("\n"):
+        entry = re.sub(r"(^|\s)#.*", "", line).strip()
+        if entry.endswith(".txt"):
+            raise InputError(f"list file {spec} names another list file: {entry}")
         if entry:
             yield entry
 
 
-def _before_brace(pattern: str) -> str:
-    return re.split(r"[{*?\[]", pattern, maxsplit=1)[0]
-
-
-def _fixed_folder(fs: fsspec.AbstractFileSystem, pattern: str) -> str:
-    """The folder of a pattern before its first brace or wildcard, in `fs`."""
-    fixed = _before_brace(pattern)
-    path = locate(fixed)[1]
-    if fixed == pattern and not pattern.endswith(SUFFIX):
-        return path.rstrip("/")  # a folder
-    return path.rstrip("/") if fixed.endswith("/") else path.rpartition("/")[0]
-
-
-def _find(fs: fsspec.AbstractFileSystem, pattern: str) -> Iterator[FileInfo]:
+def _expand_braces(pattern: str) -> Iterator[str]:
+    # Before braceexpand, which holds whole ranges.
+    ranges = [abs(int(match[2]) - int(match[1])) + 1 for match in _RANGE.finditer(pattern)]
+    if math.prod(ranges) > _MAX_NAMED:
+        raise SettingsError(f"the braces of input {pattern} must name at most {_MAX_NAMED} shards")
     try:
-        paths = [locate(expanded)[1] for expanded in braceexpand(pattern)]
+        yield from braceexpand(pattern)
     except ValueError as error:
         raise SettingsError(f"input {pattern} has unbalanced braces") from error
-    named: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
-        if _WILDCARD.search(path):
-            yield from _glob(fs, path)
-        elif path.endswith(SUFFIX) and not (isinstance(fs, LocalFileSystem) and os.path.isdir(path)):
-            named[path.rpartition("/")[0]].append(path)
-        else:
-            yield from (info for info in _list(fs, path) if info.path.endswith(SUFFIX))
-    for folder, members in named.items():
-        yield from _named(fs, folder, members)
 
 
-def _list(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
+def _split_fixed(pattern: str) -> tuple[str, str]:
+    """A pattern with wildcards or braces as the folder before the first of them, and the rest."""
+    start = min(pattern.find(mark) for mark in "{*?[" if mark in pattern)
+    folder, slash, begun = pattern[:start].rpartition("/")
+    # The folder of `*.tar` is the working folder, of `/*.tar` the root, of `s3://*/a.tar` the store.
+    folder = "." if not slash else folder + slash if not folder or folder.endswith(":/") else folder
+    return folder, begun + pattern[start:]
+
+
+def _fixed_folder(pattern: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The store and folder of a pattern before its first brace or wildcard."""
+    if re.search(r"[{*?\[]", pattern):
+        fs, path = locate(_split_fixed(pattern)[0])
+        return fs, path.rstrip("/") or path
+    fs, path = locate(pattern)
+    return fs, (path.rpartition("/")[0] if _is_shard(fs, pattern, path) else path)
+
+
+def _is_shard(fs: fsspec.AbstractFileSystem, spec: str, path: str) -> bool:
+    """Whether a spec without wildcards names a shard, and not a folder."""
+    is_folder = spec.endswith("/") or (isinstance(fs, LocalFileSystem) and os.path.isdir(path))
+    return path.endswith(SUFFIX) and not is_folder
+
+
+def _add(found: dict[str, FileInfo], infos: Iterator[FileInfo], spec: str) -> None:
+    count = 0
+    for info in infos:
+        found[info.path] = info
+        count += 1
+    if not count:
+        raise InputError(f"no {SUFFIX} shard found for input {spec}")
+
+
+def _below(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
+    """Shards below a folder that are neither hidden nor in a hidden folder."""
+    start = len(folder.rstrip("/"))
+    for info in _list(fs, folder, recursive=recursive):
+        if info.path.endswith(SUFFIX) and "/." not in info.path[start:]:
+            yield info
+
+
+def _list(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool) -> Iterator[FileInfo]:
     try:
         yield from list_files(fs, folder, recursive=recursive)
     except Exception as error:
-        raise InputError(f"cannot list {to_url(fs, folder)}: {type(error).__name__}: {error}") from error
+        raise InputError(f"cannot list {to_url(fs, folder)}: {describe(error)}") from error
 
 
-def _glob(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[FileInfo]:
-    fixed = _WILDCARD.split(path, maxsplit=1)[0].rpartition("/")[0]
-    rest = path[len(fixed) + 1 :]
-    matches = re.compile(_glob_regex(rest)).fullmatch
-    for info in _list(fs, fixed, recursive="/" in rest or "**" in rest):
-        if info.path.endswith(SUFFIX) and matches(info.path[len(fixed) + 1 :]):
+def _glob(fs: fsspec.AbstractFileSystem, spec: str) -> Iterator[FileInfo]:
+    fixed, rest = _split_fixed(spec)
+    folder = locate(fixed)[1]
+    start = len(folder.rstrip("/")) + 1
+    matches = re.compile(_glob_regex(rest), re.DOTALL).fullmatch
+    for info in _below(fs, folder, recursive="/" in rest or "**" in rest):
+        if matches(info.path[start:]):
             yield info
 
 
@@ -135,36 +186,58 @@ def _glob_regex(pattern: str) -> str:
     pieces = re.split(r"(\*\*/?|\*|\?|\[[^\]]*\])", pattern)
     wild = {"*": "[^/]*", "?": "[^/]", "**": ".*", "**/": "(?:.*/)?"}
     return "".join(
-        wild.get(piece) or (fnmatch.translate(piece)[4:-3] if piece.startswith("[") else re.escape(piece))
+        wild.get(piece) or ("(?!/)" + fnmatch.translate(piece)[4:-3] if piece.startswith("[") else re.escape(piece))
         for piece in pieces
     )
 
 
-def _named(fs: fsspec.AbstractFileSystem, folder: str, paths: list[str]) -> Iterator[FileInfo]:
-    missing = []
-    if len(paths) > _STAT_AT_MOST:
-        listed = {info.path: info for info in _list(fs, folder, recursive=False)}
-        for path in paths:
-            if path in listed:
-                yield listed[path]
+def _named(fs: fsspec.AbstractFileSystem, named: dict[str, list[str]]) -> Iterator[tuple[str, FileInfo]]:
+    """Look at the shards that the input names, by folder."""
+    missing: list[str] = []
+    single = [path for paths in named.values() if len(paths) <= _STAT_AT_MOST for path in paths]
+    with ThreadPoolExecutor(_STATS_AT_ONCE, thread_name_prefix="look") as pool:
+        for path, info in zip(single, pool.map(lambda path: _look(fs, path), single), strict=True):
+            if info is None:
+                missing.append(path)
             else:
-                missing.append(path)
-    else:
-        for path in paths:
-            try:
-                yield stat(fs, path)
-            except FileNotFoundError:
-                missing.append(path)
-            except Exception as error:
-                raise InputError(f"cannot look at {to_url(fs, path)}: {type(error).__name__}: {error}") from error
+                yield path, info
+    for folder, paths in named.items():
+        if len(paths) > _STAT_AT_MOST:
+            wanted = set(paths)
+            for info in _list(fs, folder, recursive=False):
+                if info.path in wanted:
+                    wanted.discard(info.path)
+                    yield info.path, info
+            missing += wanted
     if missing:
+        total = sum(map(len, named.values()))
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        names = ", ".join(to_url(fs, path) for path in missing[:4])
-        raise InputError(f"{len(missing)} of {len(paths)} shards named in the input are missing: {names}{more}")
+        names = ", ".join(to_url(fs, path) for path in sorted(missing)[:4])
+        raise InputError(f"{len(missing)} of {total} shards named in the input are missing: {names}{more}")
+
+
+def _look(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo | None:
+    url = to_url(fs, path)
+    try:
+        return with_retries(f"looking at {url}", lambda: stat(fs, path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:
+        raise InputError(f"cannot look at {url}: {describe(error)}") from error
 
 
 def _name(root: str, path: str) -> str:
-    name = path[len(root) :].lstrip("/").removesuffix(SUFFIX)
-    if not name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise InputError(f"shard {path} has a path that cannot name its output")
+    inside = f"{root.rstrip('/')}/" if root else ""
+    name = path[len(inside) :].removesuffix(SUFFIX)
+    base = name.rpartition("/")[2]
+    try:
+        size = len(base.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"shard {path!a} cannot name its output: its name must be UTF-8") from error
+    if not path.startswith(inside) or any(part in ("", ".", "..") for part in name.split("/")):
+        raise InputError(f"shard {path} cannot name its output: it must lie below {root}, and no `..` in its path")
+    if size > _MAX_BASENAME_BYTES:
+        raise InputError(
+            f"shard {path} cannot name its output: its name must have at most {_MAX_BASENAME_BYTES} bytes"
+        )
     return name

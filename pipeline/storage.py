@@ -1,4 +1,11 @@
-"""Files on local disk or object storage through fsspec: list, read with retries, write whole or not at all."""
+"""Files on local disk or object storage through fsspec: list, read with retries, write whole or not at all.
+
+There is one layer of retries, `with_retries`: those of s3fs and botocore are switched off, since layers
+multiply. A request that shows no byte for `REQUEST_TIMEOUT_S` is given up; one that goes on slower than
+`SLOWEST_BYTES_PER_S` too; and no attempt begins later than `RETRY_S` after the first. So an endpoint that
+refuses or answers 503 is given up after 60 s, one that swallows requests after 80 s, and the read of one
+chunk ends after 150 s whatever the network does.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +13,66 @@ import contextlib
 import functools
 import os
 import random
+import re
+import stat as modes
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 import fsspec
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+from botocore.utils import parse_timestamp  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import SettingsError, ShardChangedError, ShardError
 
 CHUNK_BYTES = 8 * 2**20
-READ_ATTEMPTS = 5
 # A request that shows no byte for this long is given up and tried again.
-REQUEST_TIMEOUT_S = 20
+REQUEST_TIMEOUT_S = 20.0
+# So is one that moves, but slower than this.
+SLOWEST_BYTES_PER_S = 120_000
+# No attempt begins later than this after the first.
+RETRY_S = 60.0
+_MAX_PAUSE_S = 8.0
 TEMPORARY_FOLDER = ".tmp"
+_S3 = ("s3", "s3a")
+# S3 allows 5 GiB in one PUT. s3fs sends one PUT below twice its chunk size, else a multipart upload, of
+# which a death leaves unseen pieces that cost money.
+_PUT_BYTES = 5 * 2**30
+_DELETE_AT_ONCE = 1000
+# Refusals (4xx) that do not mean what was asked, only how it went.
+_PASSING_STATUSES = frozenset({408, 409, 425, 429})
+_PASSING_CODES = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"})
+_LASTING = (
+    ShardError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ParamValidationError,
+)
+# A password before a host, and what signs a URL in its query.
+_SECRETS = re.compile(
+    r"(?<=://)[^/\s@]*:[^\s@]*(?=@)|(?<=[?&])(?:x-amz-[\w-]+|awsaccesskeyid|signature|sig|token|access_token)=[^&\s]*",
+    re.IGNORECASE,
+)
 
 _T = TypeVar("_T")
+
+
+class _ShortReadError(OSError):
+    """An answer that looks whole and holds fewer bytes than asked for."""
 
 
 class FileInfo(NamedTuple):
@@ -39,36 +87,59 @@ class FileInfo(NamedTuple):
 def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
     if protocol in ("file", "local"):
         return LocalFileSystem(auto_mkdir=False)
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if protocol in ("s3", "s3a"):
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if protocol in _S3:
         options["config_kwargs"] = {
             "connect_timeout": REQUEST_TIMEOUT_S,
             "read_timeout": REQUEST_TIMEOUT_S,
-            "retries": {"max_attempts": READ_ATTEMPTS, "mode": "standard"},
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
         }
+        options["session"] = _s3_session()
     try:
-        return fsspec.filesystem(protocol, **options)
+        fs = fsspec.filesystem(protocol, **options)
     except (ValueError, ImportError) as error:
         raise SettingsError(f"no filesystem for {protocol}:// URLs: {error}") from error
+    if protocol in _S3:
+        fs.retries = 1
+    return fs
+
+
+def _s3_session() -> AioSession:
+    """A session that reads times fast: dateutil takes two thirds of a listing's time."""
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
+    return session
+
+
+def _parse_time(value: Any) -> datetime:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        parsed: datetime = parse_timestamp(value)
+        return parsed
 
 
 def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a URL or local path, and the path in it.
+
+    Names are taken as they are: `%`, `#` and `?` mean themselves.
 
     Raises:
         SettingsError: a URL that carries credentials, or of an unknown scheme.
     """
     if "://" not in url:
         return _filesystem("file"), os.path.abspath(url)
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
+    scheme, _, rest = url.partition("://")
+    authority = rest.split("/", 1)[0]
+    # The secret half of a key often holds a slash, so that its `@` may come later than the first.
+    if _SECRETS.search(url) or "@" in authority or (scheme in _S3 and ":" in authority and authority[:4] != "arn:"):
         raise SettingsError(
-            f"a {parts.scheme}:// URL must not carry credentials: give them by the environment "
+            f"a {scheme}:// URL must not carry credentials: give them by the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by the machine's role"
         )
-    if parts.scheme in ("pipe", "exec"):
-        raise SettingsError(f"{parts.scheme}: URLs run commands and are not read")
-    fs = _filesystem(parts.scheme)
+    if "::" in scheme or scheme in ("pipe", "exec"):
+        raise SettingsError(f"{scheme}:// URLs are not read: name the store itself, such as s3://")
+    fs = _filesystem(scheme)
     return fs, fs._strip_protocol(url)
 
 
@@ -79,7 +150,21 @@ def to_url(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 def join(url: str, *names: str) -> str:
     """`url` and names below it, with single slashes."""
-    return "/".join([url.rstrip("/") or "/", *names]).replace("//", "/", 1 if url == "/" else 0)
+    return "/".join([url.rstrip("/"), *names])
+
+
+def describe(error: BaseException) -> str:
+    """An error's type and text without what may be a secret in it."""
+    return f"{type(error).__name__}: {_SECRETS.sub('***', str(error))}"
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    return not isinstance(fs.protocol, str) and "s3" in fs.protocol
+
+
+def _within(fs: fsspec.AbstractFileSystem, num_bytes: int = 0) -> dict[str, float]:
+    """Option of a call that ends it after a while; local calls have none."""
+    return {"timeout": 2 * REQUEST_TIMEOUT_S + num_bytes / SLOWEST_BYTES_PER_S} if fs.async_impl else {}
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -95,22 +180,94 @@ def _file_info(info: dict[str, Any]) -> FileInfo:
 
 
 def stat(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo:
-    """Size and version of one file as they are now. Raises `FileNotFoundError`."""
+    """Size and version of one file as they are now; not tried again.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder.
+    """
     if isinstance(fs, LocalFileSystem):
         status = os.stat(path)
+        if modes.S_ISDIR(status.st_mode):
+            raise FileNotFoundError(f"{path} is a folder")
         return FileInfo(path, status.st_size, str(status.st_mtime_ns))
     fs.invalidate_cache(fs._parent(path))
-    return _file_info(fs.info(path))
+    info = fs.info(path, **_within(fs))
+    if info.get("type") == "directory":
+        raise FileNotFoundError(f"{path} is a folder")
+    return _file_info(info)
 
 
 def list_files(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
-    """Every file below `folder`, in no set order; nothing where there is no such folder."""
+    """Every file below `folder`, in no set order; nothing where there is no such folder.
+
+    A link to a file or folder is what it leads to; one that leads nowhere is a file of 0 bytes, so that
+    whoever reads it finds out. A link to a folder above itself is not followed.
+
+    Raises:
+        PermissionError, ShardError: the folder cannot be listed.
+    """
     if isinstance(fs, LocalFileSystem):
         yield from _list_local(folder, recursive)
-        return
-    fs.invalidate_cache()
+    elif _is_s3(fs):
+        yield from _list_s3(fs, folder, recursive)
+    else:
+        yield from _list_other(fs, folder, recursive)
+
+
+def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()) -> Iterator[FileInfo]:
     try:
-        found = fs.find(folder, detail=True, **({} if recursive else {"maxdepth": 1}))
+        status = os.stat(folder)
+        identity = status.st_dev, status.st_ino
+        if identity in above:
+            return
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                if entry.is_symlink():
+                    yield FileInfo(entry.path, 0, "")
+                continue
+            if modes.S_ISDIR(status.st_mode):
+                if recursive:
+                    yield from _list_local(entry.path, recursive, (*above, identity))
+            elif modes.S_ISREG(status.st_mode):
+                yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
+
+
+def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> Iterator[FileInfo]:
+    """Page by page: `fs.find` would hold every entry as a dictionary, twice."""
+    bucket, key, _ = fs.split_path(folder)
+    query = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **({} if recursive else {"Delimiter": "/"})}
+
+    def page() -> dict[str, Any]:
+        answer: dict[str, Any] = fs.call_s3("list_objects_v2", **query, **_within(fs))
+        if "IsTruncated" not in answer:
+            raise OSError("the answer is not a listing")
+        return answer
+
+    while True:
+        try:
+            answer = with_retries(f"listing s3://{folder}", page)
+        except FileNotFoundError:
+            return
+        for entry in answer.get("Contents", ()):
+            # A key that ends in a slash stands for a folder.
+            if not entry["Key"].endswith("/"):
+                yield FileInfo(f"{bucket}/{entry['Key']}", entry["Size"], entry["ETag"].strip('"'))
+        if not answer["IsTruncated"]:
+            return
+        query["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _list_other(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> Iterator[FileInfo]:
+    fs.invalidate_cache()
+    depth = {} if recursive else {"maxdepth": 1}
+    try:
+        found = with_retries(f"listing {folder}", lambda: fs.find(folder, detail=True, **depth))
     except FileNotFoundError:
         return
     for info in found.values():
@@ -118,41 +275,52 @@ def list_files(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = 
             yield _file_info(info)
 
 
-def _list_local(folder: str, recursive: bool) -> Iterator[FileInfo]:
-    try:
-        entries = os.scandir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    with entries:
-        for entry in entries:
-            if entry.is_dir():
-                if recursive:
-                    yield from _list_local(entry.path, recursive)
-            elif entry.is_file():
-                status = entry.stat()
-                yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later."""
+    if isinstance(error, _LASTING):
+        return False
+    refusal = error if isinstance(error, ClientError) else error.__cause__
+    if isinstance(refusal, ClientError):
+        status = refusal.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        code = refusal.response.get("Error", {}).get("Code")
+        return not 400 <= status < 500 or status in _PASSING_STATUSES or code in _PASSING_CODES
+    return True
 
 
 def with_retries(what: str, call: Callable[[], _T]) -> _T:
-    """`call()`, again after a fault that may pass, at most `READ_ATTEMPTS` times with growing pauses.
+    """`call()`, again after a fault that may pass, with growing pauses, for `RETRY_S`.
 
     Raises:
-        FileNotFoundError, PermissionError: at once, they do not pass.
         ShardError: transient, when every attempt failed.
+        FileNotFoundError, PermissionError and other lasting errors: at once, as they are.
     """
-    for attempt in range(1, READ_ATTEMPTS + 1):
+    started = time.monotonic()
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return call()
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
         except Exception as error:
-            if attempt == READ_ATTEMPTS:
+            if not _may_pass(error):
+                raise
+            pause = min(_MAX_PAUSE_S, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
+            elapsed = time.monotonic() - started
+            if elapsed + pause > RETRY_S:
                 raise ShardError(
-                    f"{what} failed {attempt} times, at last with {type(error).__name__}: {error}",
+                    f"{what} failed {attempt} times in {elapsed:.0f} s, at last with {describe(error)}",
                     transient=True,
                 ) from error
-        time.sleep(min(8.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
-    raise AssertionError("unreachable")
+        time.sleep(pause)
+
+
+def _read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
+    """Bytes `start` to `end`, all of them; not tried again."""
+    if end <= start:
+        return b""
+    data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, end - start)))
+    if len(data) != end - start:
+        raise _ShortReadError(f"asked for bytes {start} to {end}, got {len(data)} bytes")
+    return data
 
 
 class ShardStream:
@@ -178,31 +346,39 @@ class ShardStream:
         end = min(start + CHUNK_BYTES, self.num_bytes)
 
         def once() -> bytes:
-            data: bytes = self._fs.cat_file(self._path, start=start, end=end)
-            if len(data) != end - start:
-                self.check_unchanged()
-                raise OSError(f"asked for bytes {start} to {end}, got {len(data)} bytes")
-            return data
+            try:
+                return _read_range(self._fs, self._path, start, end)
+            except _ShortReadError:
+                # Where the file is another one by now, trying again does not help.
+                self._compare(stat(self._fs, self._path))
+                raise
 
         try:
             return with_retries(f"reading bytes {start} to {end}", once)
+        except ShardError:
+            raise
         except FileNotFoundError as error:
             raise ShardError("listed, but not found when it was read", transient=True) from error
         except PermissionError as error:
-            raise ShardError(f"not permitted to read it: {error}") from error
+            raise ShardError(f"not permitted to read it: {describe(error)}") from error
+        except Exception as error:
+            raise ShardError(f"cannot be read: {describe(error)}") from error
 
     def _load(self, position: int) -> None:
+        """Make the chunk that holds `position` the present one, and begin to fetch the one after it."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == position:
-            data = ahead[1].result()
+        start = position
+        if ahead is not None and ahead[0] <= position < ahead[0] + CHUNK_BYTES:
+            start, future = ahead
+            data = future.result()
         else:
             if ahead is not None:
                 ahead[1].cancel()
             data = self._fetch(position)
-        following = position + len(data)
+        following = start + len(data)
         if following < self.num_bytes:
             self._ahead = following, self._fetcher.submit(self._fetch, following)
-        self._chunk, self._chunk_start = memoryview(data), position
+        self._chunk, self._chunk_start = memoryview(data), start
 
     def read(self, num_bytes: int) -> bytes:
         """The next `num_bytes` bytes; fewer only where the file ends. Raises `ShardError`."""
@@ -212,7 +388,7 @@ class ShardStream:
             offset = self.position - self._chunk_start
             if not 0 <= offset < len(self._chunk):
                 self._load(self.position)
-                offset = 0
+                offset = self.position - self._chunk_start
             piece = self._chunk[offset : offset + wanted]
             pieces.append(piece)
             self.position += len(piece)
@@ -229,8 +405,17 @@ class ShardStream:
         """Raise `ShardChangedError` unless the file is still the one that was planned."""
         try:
             now = with_retries("asking for its version", lambda: stat(self._fs, self._path))
-        except (FileNotFoundError, PermissionError, ShardError) as error:
-            raise ShardChangedError(f"cannot tell whether it changed: {error}", transient=True) from error
+        except FileNotFoundError as error:
+            raise ShardChangedError("listed, but not found when it was read", transient=True) from error
+        except PermissionError as error:
+            raise ShardChangedError(f"not permitted to read it: {describe(error)}") from error
+        except Exception as error:
+            raise ShardChangedError(
+                f"cannot tell whether it changed: {describe(error)}", transient=isinstance(error, ShardError)
+            ) from error
+        self._compare(now)
+
+    def _compare(self, now: FileInfo) -> None:
         if (now.num_bytes, now.version) != (self.num_bytes, self._version):
             raise ShardChangedError(
                 f"changed while it was read: planned {self.num_bytes} bytes version {self._version}, "
@@ -240,18 +425,34 @@ class ShardStream:
 
 
 def read_bytes(url: str) -> bytes:
-    """A whole file. Raises `FileNotFoundError`, or what the store raises when retries are used up."""
+    """A whole file, in chunks of which each is tried again.
+
+    Raises:
+        FileNotFoundError, PermissionError: at once.
+        ShardError: what may pass did not.
+    """
     fs, path = locate(url)
-    return with_retries(f"reading {url}", lambda: bytes(fs.cat_file(path)))
+    size = with_retries(f"reading {url}", lambda: stat(fs, path)).num_bytes
+    chunks = [
+        with_retries(
+            f"reading {url}",
+            functools.partial(_read_range, fs, path, start, min(start + CHUNK_BYTES, size)),
+        )
+        for start in range(0, size, CHUNK_BYTES)
+    ]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def read_tail(url: str, num_bytes: int) -> bytes:
-    """The last `num_bytes` bytes of a file, or all of a shorter one. Raises as `read_bytes` does."""
+def read_tail(url: str, num_bytes: int, size: int | None = None) -> bytes:
+    """The last `num_bytes` bytes of a file, or all of a shorter one. Raises as `read_bytes` does.
+
+    `size` is the file's, where it is known: that saves a request.
+    """
     fs, path = locate(url)
 
     def tail() -> bytes:
-        size = stat(fs, path).num_bytes
-        return bytes(fs.cat_file(path, start=max(0, size - num_bytes), end=size))
+        end = stat(fs, path).num_bytes if size is None else size
+        return _read_range(fs, path, max(0, end - num_bytes), end)
 
     return with_retries(f"reading the end of {url}", tail)
 
@@ -259,12 +460,18 @@ def read_tail(url: str, num_bytes: int) -> bytes:
 def write_bytes(root: str, name: str, data: bytes) -> None:
     """Write `root`/`name` so that it is there whole or not at all: by rename, or by one PUT.
 
-    On local disk the bytes go through `root`/.tmp, so that a death leaves nothing elsewhere.
+    On local disk the bytes go through `root`/.tmp, so that a death leaves nothing elsewhere. A PUT that is
+    tried again writes the same bytes, whether or not the first took effect.
+
+    Raises:
+        OSError: the disk is full, or the like.
+        PermissionError: at once.
+        ShardError: what may pass did not.
     """
     fs, path = locate(join(root, name))
     if not isinstance(fs, LocalFileSystem):
-        # Below twice the chunk size s3fs sends one PUT; above, a multipart upload that shows when complete.
-        with_retries(f"writing {name}", lambda: fs.pipe_file(path, data))
+        chunk = {"chunksize": _PUT_BYTES} if _is_s3(fs) else {}
+        with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, **chunk, **_within(fs, len(data))))
         return
     temporary = os.path.join(os.path.abspath(root), TEMPORARY_FOLDER, uuid.uuid4().hex)
     os.makedirs(os.path.dirname(temporary), exist_ok=True)
@@ -289,14 +496,26 @@ def delete(root: str, names: list[str]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(base, name))
         return
-    for start in range(0, len(names), 1000):
-        paths = [f"{base}/{name}" for name in names[start : start + 1000]]
-        with_retries("deleting old parts", functools.partial(_bulk_delete, fs, paths))
+    for start in range(0, len(names), _DELETE_AT_ONCE):
+        some = names[start : start + _DELETE_AT_ONCE]
+        with_retries("deleting old parts", functools.partial(_delete, fs, base, some))
 
 
-def _bulk_delete(fs: fsspec.AbstractFileSystem, paths: list[str]) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(paths)
+def _delete(fs: fsspec.AbstractFileSystem, base: str, names: list[str]) -> None:
+    """Not by `fs.rm`, which takes `[`, `*` and `?` in names for wildcards and tells no failures."""
+    if not _is_s3(fs):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(f"{base}/{name}", **_within(fs))
+        return
+    bucket, prefix, _ = fs.split_path(base)
+    keys = [{"Key": f"{prefix}/{name}" if prefix else name} for name in names]
+    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}, **_within(fs))
+    failed = [item for item in answer.get("Errors", ()) if item.get("Code") != "NoSuchKey"]
+    if failed:
+        code, key = failed[0].get("Code"), failed[0].get("Key")
+        kind = PermissionError if code == "AccessDenied" else OSError
+        raise kind(f"{len(failed)} of {len(names)} old parts cannot be deleted: {code} for {key}")
 
 
 def clear_temporary(root: str) -> None:

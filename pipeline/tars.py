@@ -2,7 +2,9 @@
 
 `tarfile` (and `webdataset` on top of it) stops without a word at a damaged header, so that the rest of
 a shard is lost in silence. Here the standard library parses single headers (`TarInfo.frombuf`), and
-the walk from header to header is ours: whatever is not a header, and not the end, is a `ShardError`.
+the walk from header to header is ours: whatever is not a header, and not the end, is a fault. Past a
+fault the walk goes on at the next header that can be found, so that one flipped bit does not cost the
+rest of a shard; the fault is raised when all that can be read has been.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(BLOCK)
 # A header extension (long name, pax record) is small; a larger one is damage.
 MAX_EXTENSION_BYTES = 2**20
-# tar pads an archive with zeros, by 10 KiB as a rule and by 1 MiB at most; more is a hole in the file.
-MAX_PADDING_BYTES = 2**20
+# tar ends an archive with two blocks of zeros, and fills it up with more to a multiple of its record:
+# 20 blocks as a rule, others by `tar -b`.
+_RECORD_BYTES = tuple(BLOCK * factor for factor in (1, 20, 64, 128, 256, 512, 1024, 2048))
 _MAGIC = {
     b"\x1f\x8b": "gzip data",
     b"PK\x03\x04": "a zip archive",
@@ -28,15 +31,22 @@ _MAGIC = {
     b"BZh": "bzip2 data",
     b"\xfd7zXZ": "xz data",
     b"\x28\xb5\x2f\xfd": "zstd data",
-    b"<": "an HTML or XML text",
-    b"{": "a JSON text",
+    b"<!": "an HTML text",
+    b"<h": "an HTML text",
+    b"<?": "an XML text",
+    b'{"': "a JSON text",
 }
+# What stands at byte 257 of every header that is not of 1979, and where its checksum is.
+_USTAR, _USTAR_AT = b"ustar", 257
+_CHECKSUM = slice(148, 156)
+_SEARCH_BYTES = 2**18
 
 
 class Stream(Protocol):
-    """What a tar is read from."""
+    """What a tar is read from. `position` may be set, to read on from there."""
 
     position: int
+    num_bytes: int
 
     def read(self, num_bytes: int) -> bytes:
         """The next bytes; fewer only at the end of the file."""
@@ -59,7 +69,15 @@ class Member:
     problem: str | None = None
 
 
-_LINKS = {
+class _DamageError(ShardError):
+    """A fault of the tar itself; a header may be found at byte `resume` or after it, or nowhere (None)."""
+
+    def __init__(self, message: str, resume: int | None) -> None:
+        super().__init__(message)
+        self.resume = resume
+
+
+_PROBLEMS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.FIFOTYPE: "a fifo",
@@ -67,119 +85,179 @@ _LINKS = {
     tarfile.BLKTYPE: "a device",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+_VOLUME_LABEL = b"V"
+_PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_LONG_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 def iter_members(stream: Stream, wanted: Callable[[str], bool], max_member_bytes: int) -> Iterator[Member]:
     """Yield the members of a tar in order, with the data of those whose name is `wanted`.
 
-    A member that is cut short is yielded, with its problem, before the error. Concatenated tars are
-    read through, as `tar --ignore-zeros` does.
+    A member that is cut short is yielded, with its problem. Concatenated tars are read through, as
+    `tar --ignore-zeros` does. Past damage the walk goes on at the next header, as `tar` does.
 
     Raises:
-        ShardError: the stream is not a tar, is damaged, or ends before the archive does.
+        ShardError: after the last member: the stream is not a tar, is damaged, or ends before the
+            archive does. At once: it cannot be read.
     """
+    faults: list[_DamageError] = []
+    while True:
+        try:
+            yield from _walk(stream, wanted, max_member_bytes, after_damage=bool(faults))
+            break
+        except _DamageError as fault:
+            faults = [*faults[:1], fault]
+            if fault.resume is None or not _find_header(stream, fault.resume):
+                break
+    if faults:
+        raise ShardError(f"{faults[0]}{'; more damage after it' if len(faults) > 1 else ''}") from faults[0]
+
+
+def _walk(
+    stream: Stream, wanted: Callable[[str], bool], max_member_bytes: int, after_damage: bool
+) -> Iterator[Member]:
+    """The members from here to the end of the archive. Raises `_DamageError` where they cannot be had."""
     pax: dict[str, str] = {}
     long_name: str | None = None
-    while True:
-        start = stream.position
-        block = stream.read(BLOCK)
-        if not block:
-            raise ShardError(
-                "empty file: 0 bytes" if start == 0 else "ends without an end-of-archive block: cut between members"
-            )
-        if len(block) < BLOCK:
-            raise ShardError(f"cut: ends inside the header at byte {start}{_looks_like(block, start)}")
-        if block == _ZEROS:
-            following = _next_header(stream)
-            if following is None:
-                return
-            start, block = following
+    while (found := _next_header(stream)) is not None:
+        start, block = found
         header = _parse(block, start)
-        if header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
+        if header.type in _PAX_TYPES:
             records = _pax_records(_extension(stream, header, start), start)
             if header.type != tarfile.XGLTYPE:
                 pax = records
             continue
-        if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+        if header.type in _LONG_TYPES:
             text = _extension(stream, header, start).split(b"\0", 1)[0]
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = text.decode("utf-8", "surrogateescape")
             continue
         if header.type == tarfile.GNUTYPE_SPARSE:
             _skip_sparse_maps(stream, block, start)
-        name = pax.get("GNU.sparse.name", pax.get("path", long_name or header.name))
+        name = pax.get("GNU.sparse.name") or pax.get("path") or long_name or header.name
         size = _size(pax.get("size"), header, start)
-        sparse = any(key.startswith("GNU.sparse.") for key in pax)
-        pax, long_name = {}, None
-        yield from _member(stream, header, name, size, sparse, wanted, max_member_bytes)
-
-
-def _member(
-    stream: Stream,
-    header: tarfile.TarInfo,
-    name: str,
-    size: int,
-    sparse: bool,
-    wanted: Callable[[str], bool],
-    max_member_bytes: int,
-) -> Iterator[Member]:
-    padding = -size % BLOCK
-    problem = "a sparse file" if sparse else _LINKS.get(header.type)
-    has_data = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
-    if not has_data:
-        if not header.isdir():
+        problem = _problem(header, pax)
+        if after_damage and not pax and long_name is None and _may_be_cut(block):
+            problem = "its name may be cut: it follows damage"
+        pax, long_name, after_damage = {}, None, False
+        if header.isdir() or header.type == _VOLUME_LABEL:
+            continue
+        if not (header.isreg() or header.type not in tarfile.SUPPORTED_TYPES):
             yield Member(name, 0, problem=problem)
-        return
-    if problem is None and size > max_member_bytes:
-        problem = f"{size} bytes, more than the limit of {max_member_bytes}"
-    start = stream.position
-    if problem is None and wanted(name):
-        data = stream.read(size)
-        whole = len(data) == size
-        if whole:
-            yield Member(name, size, data)
-            # The padding of the last member may be missing only where the archive is cut.
-            whole = stream.skip(padding)
-            if not whole:
-                raise ShardError(f"cut: ends in the padding after {name!a}")
-            return
-    else:
-        whole = stream.skip(size)
-        if whole:
+            continue
+        start, left = stream.position, stream.num_bytes - stream.position
+        if size > left:
+            yield Member(name, size, problem=f"cut after {left} of {size} bytes")
+            # Or its size is a lie, and other members follow.
+            raise _DamageError(
+                f"cut: ends inside {_brief(name)} at byte {start}, after {left} of {size} bytes", start
+            )
+        if problem is None and size > max_member_bytes:
+            problem = f"{size} bytes, more than the limit of {max_member_bytes}"
+        if problem is None and wanted(name):
+            yield Member(name, size, stream.read(size))
+        else:
+            stream.skip(size)
             yield Member(name, size, problem=problem)
-            if not stream.skip(padding):
-                raise ShardError(f"cut: ends in the padding after {name!a}")
-            return
-    had = stream.position - start
-    yield Member(name, size, problem=f"cut after {had} of {size} bytes")
-    raise ShardError(f"cut: ends inside {name!a}, after {had} of {size} bytes")
+        if not stream.skip(-size % BLOCK):
+            raise _DamageError(f"cut: ends in the padding after {_brief(name)}", stream.position)
+    if pax or long_name is not None:
+        raise _DamageError("damaged: a header extension without its member, at the end", stream.position)
+
+
+def _problem(header: tarfile.TarInfo, pax: dict[str, str]) -> str | None:
+    """What a member is, where that is no plain file."""
+    if pax and any(key.startswith("GNU.sparse.") for key in pax):
+        return "a sparse file"
+    if header.type in _PROBLEMS:
+        return _PROBLEMS[header.type]
+    return None if header.type in tarfile.REGULAR_TYPES else f"a member of type {header.type!a}"
 
 
 def _next_header(stream: Stream) -> tuple[int, bytes] | None:
-    """After one zero block: None where only zeros follow to the end, else the next header and its start."""
-    zeros = BLOCK
+    """The next block that is not zeros, and its start; None at the proven end of the archive.
+
+    That is one block of zeros or more, of a number that is padding, and nothing after it in the file.
+    """
+    num_zeros = 0
     while True:
         start = stream.position
         block = stream.read(BLOCK)
-        if len(block) == BLOCK and block != _ZEROS:
-            if zeros < 2 * BLOCK:
-                raise ShardError(f"damaged: a lone zero block before byte {start}")
-            return start, block
-        if block.strip(b"\0"):
-            raise ShardError(f"{len(block)} bytes of garbage after the end of the archive, at byte {start}")
-        zeros += len(block)
-        if len(block) < BLOCK:
+        if block != _ZEROS:
             break
-    if zeros > MAX_PADDING_BYTES:
-        raise ShardError(f"ends in {zeros} zero bytes, more than any padding: a hole in the file")
-    return None
+        num_zeros += BLOCK
+        if num_zeros > _RECORD_BYTES[-1] + BLOCK:
+            raise _DamageError(f"damaged: a hole of zeros before byte {start}", stream.position)
+    if len(block) == BLOCK:
+        # Between two archives, and not within one that has a hole.
+        if num_zeros and (num_zeros == BLOCK or not _is_padding(num_zeros, start)):
+            raise _DamageError(f"damaged: {num_zeros} bytes of zeros before byte {start}", start)
+        return start, block
+    if num_zeros and not block.strip(b"\0"):
+        if num_zeros > tarfile.RECORDSIZE + BLOCK and not _is_padding(num_zeros, start):
+            raise _DamageError(f"damaged: a hole of {num_zeros} zero bytes at the end", start)
+        return None
+    if num_zeros:
+        raise _DamageError(f"damaged: {len(block)} bytes of garbage after the end of the archive", stream.position)
+    if block:
+        raise _DamageError(f"cut: ends inside the header at byte {start}{_looks_like(block, start)}", stream.position)
+    if start == 0:
+        raise _DamageError("empty file: 0 bytes", None)
+    raise _DamageError("cut: ends without an end-of-archive block, so members may be missing", None)
+
+
+def _is_padding(num_zeros: int, end: int) -> bool:
+    """Whether so many zeros, up to byte `end`, are what some tar would write."""
+    return any(end % record == 0 and num_zeros <= record + BLOCK for record in _RECORD_BYTES)
 
 
 def _parse(block: bytes, start: int) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
-        raise ShardError(f"damaged: no tar header at byte {start} ({error}){_looks_like(block, start)}") from error
+        other = _looks_like(block, start)
+        # Where bytes were lost before it, the header begins earlier than it should.
+        resume = None if other else max(start - BLOCK, 0) + 1
+        raise _DamageError(f"damaged: no tar header at byte {start} ({error}){other}", resume) from error
+
+
+def _find_header(stream: Stream, position: int) -> bool:
+    """Go to the first header that begins at `position` or after it; false where there is none.
+
+    At any byte, for what was lost or inserted need not be whole blocks.
+    """
+    stream.position = position
+    window = b""
+    while chunk := stream.read(_SEARCH_BYTES):
+        window += chunk
+        window_start = stream.position - len(window)
+        at = window.find(_USTAR, _USTAR_AT)
+        while at >= 0:
+            start = at - _USTAR_AT
+            if _is_header(window[start : start + BLOCK]):
+                stream.position = window_start + start
+                return True
+            at = window.find(_USTAR, at + 1)
+        window = window[1 - BLOCK :]
+    return False
+
+
+def _is_header(block: bytes) -> bool:
+    # The checksum first, and by hand: a hostile file may hold many blocks that look like headers.
+    field = block[_CHECKSUM]
+    try:
+        checksum = int(field.strip(b" \0"), 8)
+        return checksum == sum(block) - sum(field) + len(field) * ord(" ") and bool(_parse(block, 0))
+    except (ValueError, _DamageError):
+        return False
+
+
+def _may_be_cut(block: bytes) -> bool:
+    """Whether the name in a header may stand for a longer one that a lost extension held.
+
+    Then it fills its 100 bytes, or has question marks for what is not ASCII.
+    """
+    return block[99] != 0 or b"?" in block[:100]
 
 
 def _looks_like(block: bytes, start: int) -> str:
@@ -189,25 +267,30 @@ def _looks_like(block: bytes, start: int) -> str:
     return f"; it looks like {kinds[0]}, and only plain .tar is read" if kinds else ""
 
 
+def _brief(name: str) -> str:
+    return ascii(name if len(name) <= 100 else f"{name[:100]}...")
+
+
 def _size(text: str | None, header: tarfile.TarInfo, start: int) -> int:
     try:
         size = header.size if text is None else int(text)
     except ValueError as error:
-        raise ShardError(f"damaged: a size of {text[:40]!a} at byte {start}") from error  # type: ignore[index]
+        raise _DamageError(f"damaged: a size of {_brief(text or '')} at byte {start}", start + BLOCK) from error
     if size < 0:
-        raise ShardError(f"damaged: a size of {size} at byte {start}")
+        raise _DamageError(f"damaged: a size of {size} at byte {start}", start + BLOCK)
     return size
 
 
 def _extension(stream: Stream, header: tarfile.TarInfo, start: int) -> bytes:
     size = _size(None, header, start)
     if size > MAX_EXTENSION_BYTES:
-        raise ShardError(
-            f"damaged: a header extension of {size} bytes at byte {start}, at most {MAX_EXTENSION_BYTES} is read"
+        raise _DamageError(
+            f"damaged: a header extension of {size} bytes at byte {start}, at most {MAX_EXTENSION_BYTES} is read",
+            start + BLOCK,
         )
     data = stream.read(size)
     if len(data) < size or not stream.skip(-size % BLOCK):
-        raise ShardError(f"cut: ends inside the header extension at byte {start}")
+        raise _DamageError(f"cut: ends inside the header extension at byte {start}", start + BLOCK)
     return data
 
 
@@ -221,8 +304,8 @@ def _pax_records(data: bytes, start: int) -> dict[str, str]:
         digits = data[position:space] if space > 0 else b""
         end = position + int(digits) if digits.isdigit() else 0
         key, equals, value = data[space + 1 : end].partition(b"=")
-        if not equals or not value.endswith(b"\n"):
-            raise ShardError(f"damaged: the pax header at byte {start} is malformed")
+        if end > len(data) or not equals or not value.endswith(b"\n"):
+            raise _DamageError(f"damaged: the pax header at byte {start} is malformed", start + BLOCK)
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         position = end
     return records
@@ -234,5 +317,5 @@ def _skip_sparse_maps(stream: Stream, block: bytes, start: int) -> None:
     while more:
         block = stream.read(BLOCK)
         if len(block) < BLOCK:
-            raise ShardError(f"cut: ends inside the sparse header at byte {start}")
+            raise _DamageError(f"cut: ends inside the sparse header at byte {start}", start + BLOCK)
         more = block[504]

@@ -4,46 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import re
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.parse import urlsplit
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
-from torch.hub import get_dir
+from torch.hub import download_url_to_file, get_dir
 from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.transforms._presets import ImageClassification
 
 from pipeline.decode import Preprocess
-from pipeline.errors import WeightsError
+from pipeline.errors import SettingsError, WeightsError
 from pipeline.storage import read_bytes
 
 StateDict = dict[str, Tensor]
-_RANDOM = re.compile(r"random(?::(\d+))?")
+# A download that shows no byte for this long is given up.
+DOWNLOAD_TIMEOUT_S = 20
+_RANDOM = re.compile(r"random(?::([0-9]+))?")
+_MAX_SEED = 2**64 - 1  # torch.manual_seed takes no larger one
+# torchvision names its files `<name>-<first digits of the file's sha256>.pth`.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+# The query of a presigned URL is a credential.
+_QUERY = re.compile(r"\?[^\s'\")\]]+")
+# torch wraps what it refused in paragraphs of advice to load it all the same.
+_REFUSED = re.compile(r"GLOBAL \S+|Unsupported (?:operand|class|type)[^.\n]*")
 
 
 @dataclass(frozen=True)
 class Weights:
     """A pinned parameter set.
 
-    `name` is how the user named it, without the folders of a path. `sha256` is that of the file, or for
-    `random` that of the parameters. `seed` is set for random weights, `state` for all others.
+    `name` is how the user named it, without the folders of a path. `sha256` is that of the file, as
+    `sha256sum` prints it, or for `random` that of the parameters (`state_sha256`). `seed` is set for
+    random weights, `state` for all others.
     """
 
     name: str
     sha256: str
-    state: StateDict | None = None
+    state: StateDict | None = field(default=None, repr=False)
     seed: int | None = None
 
 
 def random_seed(spec: str) -> int | None:
-    """The seed of `random` or `random:SEED`, None for any other weights. Without a seed it is 0."""
+    """The seed of `random` or `random:SEED`, None for any other weights. Without a seed it is 0.
+
+    Raises:
+        WeightsError: a seed that is not a whole number from 0 to 2**64 - 1.
+    """
+    if spec != "random" and not spec.startswith("random:"):
+        return None
     match = _RANDOM.fullmatch(spec)
-    return int(match.group(1) or 0) if match else None
+    if match is None or int(match.group(1) or 0) > _MAX_SEED:
+        raise WeightsError(f"the seed of random weights must be a whole number from 0 to 2**64 - 1, got {spec!r}")
+    return int(match.group(1) or 0)
 
 
 def named_weights(architecture: str, name: str) -> WeightsEnum:
@@ -57,60 +78,124 @@ def named_weights(architecture: str, name: str) -> WeightsEnum:
         return known[name]
     except KeyError as error:
         names = ", ".join(["DEFAULT", *(entry.name for entry in known)])
-        raise WeightsError(f"weights of {architecture} must be one of {names}, got {name!r}") from error
+        raise WeightsError(
+            f"weights of {architecture} must be one of {names}, random[:SEED], or the path or URL of a "
+            f".pth, .pt or .safetensors file, got {name!r}"
+        ) from error
 
 
 def load_state(architecture: str, spec: str) -> tuple[StateDict, str, str]:
     """State dict, name and sha256 of weights that are a file or one of torchvision's.
 
-    torchvision's own are downloaded once to torch's hub folder and their hash is checked.
+    torchvision's own are downloaded once to torch's hub folder. A file is loaded with
+    `weights_only=True`: nothing in it is executed.
 
     Raises:
-        WeightsError: not found, no download possible, or not a state dict. A file is loaded with
-            `weights_only=True`: nothing in it is executed.
+        WeightsError: not found, no download possible, not the file that torchvision published, or not a
+            state dict.
     """
     if _is_file(spec):
+        shown = _without_query(spec)
         data = _read(spec)
-        return _parse(data, spec), spec.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest()
+        return _parse(data, shown), shown.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest()
     weights = named_weights(architecture, spec)
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
-        raise WeightsError(
-            f"cannot download the weights {weights} from {weights.url}: {error}. Where there is no network, "
-            f"put that file into {get_dir()}/checkpoints, or give --weights a path, an s3:// URL or random:SEED"
-        ) from error
-    return dict(state), str(weights), state_sha256(dict(state))
+    data = _published(weights)
+    return _parse(data, str(weights)), str(weights), hashlib.sha256(data).hexdigest()
 
 
 def _is_file(spec: str) -> bool:
-    return "/" in spec or spec.endswith((".pth", ".pt", ".safetensors"))
+    return "/" in spec or spec.lower().endswith((".pth", ".pt", ".safetensors"))
+
+
+def _without_query(spec: str) -> str:
+    return spec.partition("?")[0] if "://" in spec else spec
 
 
 def _read(spec: str) -> bytes:
+    shown = _without_query(spec)
     try:
         return read_bytes(spec)
     except FileNotFoundError as error:
-        raise WeightsError(f"weights {spec} not found") from error
+        raise WeightsError(f"weights {shown} not found") from error
+    except SettingsError:
+        raise
     except Exception as error:
-        raise WeightsError(f"weights {spec} cannot be read: {type(error).__name__}: {error}") from error
+        reason = _QUERY.sub("?...", f"{type(error).__name__}: {error}")
+        raise WeightsError(f"weights {shown} cannot be read: {reason}") from error
 
 
-def _parse(data: bytes, spec: str) -> StateDict:
+def _published(weights: WeightsEnum) -> bytes:
+    """The file that torchvision published, from torch's hub folder or downloaded there.
+
+    Unlike `weights.get_state_dict`, it checks a file that was there before as well, and leaves it to the
+    caller to load it without executing anything.
+    """
+    path = Path(get_dir(), "checkpoints", urlsplit(weights.url).path.rpartition("/")[2])
+    in_name = _HASH_IN_NAME.search(path.name)
+    prefix = in_name.group(1) if in_name else ""
     try:
-        if spec.endswith(".safetensors"):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+                download_url_to_file(weights.url, str(path), prefix, progress=False)
+        data = path.read_bytes()
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise WeightsError(
+            f"cannot download the weights {weights} from {weights.url}: {error}. Where there is no network, "
+            f"put that file into {path.parent}, or give --weights a path, an s3:// URL or random:SEED"
+        ) from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if not sha256.startswith(prefix):
+        raise WeightsError(
+            f"{path} is not the file that torchvision published: by its name its sha256 starts with {prefix}, "
+            f"but it is {sha256}; remove it to download it again, or give --weights the path of your own file"
+        )
+    return data
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub downloads without a timeout of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _parse(data: bytes, name: str) -> StateDict:
+    try:
+        if name.lower().endswith(".safetensors"):
             loaded: Any = load_safetensors(data)
         else:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"weights {spec} are not a state dict that loads without code: {reason}") from error
+    except (
+        Exception
+    ) as error:  # on damaged files torch's unpickler raises nearly anything, IndexError to struct.error
+        raise WeightsError(
+            f"weights {name} are not a state dict that loads without code: {_reason(error)}"
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"weights {spec} must be a state dict of tensors, got {type(loaded).__name__}")
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"weights {name} must be a state dict of tensors, got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(
+                f"weights {name} must be a state dict of tensors, got {type(value).__name__} as {str(key)!r}"
+            )
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    refused = _REFUSED.search(text)
+    if refused is not None:
+        return refused.group().replace("GLOBAL", "it asks for").rstrip(".")
+    first = text.partition("\n")[0][:200]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def state_sha256(state: StateDict) -> str:

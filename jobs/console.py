@@ -1,0 +1,164 @@
+"""What a person sees of a run: the plan, progress, and the table at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import rich.console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from pipeline.ledger import Plan
+from pipeline.prepare import Job
+from pipeline.report import Tally
+from pipeline.resources import Resources
+from pipeline.samples import Pending
+
+LINE_EVERY_S = 30.0
+# The rate shown is that of the last parts in this window.
+_RATE_WINDOW_S = 60.0
+
+
+def human_bytes(count: float) -> str:
+    """`count` bytes in the largest unit that leaves a number of at least 1."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} PiB"
+
+
+def human_s(seconds: float) -> str:
+    """`seconds` as H:MM:SS."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+class Console:
+    """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere."""
+
+    def __init__(self) -> None:
+        self._out = rich.console.Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._total_bytes = 1
+        self._num_shards = 0
+        self._last_line = 0.0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def plan(self, job: Job, plan: Plan) -> None:
+        """Say what will be done."""
+        settings = job.fingerprint.settings
+        shape = "x".join(map(str, job.shape))
+        crop = "x".join(map(str, job.preprocess.crop))
+        say = self._out.print
+        say(f"backbone  {job.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
+        kind = f"{settings['features']} [{shape}] {settings['dtype']}"
+        say(f"features  {kind} of {crop} pixels, precision {job.precision}")
+        say(f"input     {' '.join(job.config.input)}: {len(job.shards)} shards")
+        say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))
+        more = [
+            f"{len(names)} {what}"
+            for names, what in ((plan.changed, "changed"), (plan.retried, "broken before"))
+            if names
+        ]
+        say(
+            f"shards    {plan.num_done} done, {len(plan.pending)} pending"
+            + (f" ({', '.join(more)})" if more else "")
+            + f", {human_bytes(plan.pending_bytes)} to read"
+        )
+        if plan.elsewhere:
+            say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
+
+    def resources(self, job: Job, resources: Resources) -> None:
+        """Say what will do it."""
+        low, high = resources.num_actors
+        actors = f"{high}" if low == high else f"{low} to {high}"
+        batches = f"batches of {resources.batch_size} in {job.precision}"
+        self._out.print(f"compute   {resources.total_cpus:g} CPUs, {actors} x {resources.device}, {batches}")
+        if job.config.device == "auto" and resources.device == "cpu":
+            self._out.print(
+                "WARNING   Ray has no GPU here: the backbone runs on CPU, which is slow. "
+                "Say --device cpu if that is meant, --device cuda to refuse it.",
+                style="bold yellow",
+            )
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show progress while the block runs."""
+        if not sys.stdout.isatty():
+            yield
+            return
+        columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self._out, transient=True) as self._bar:
+            self._task = self._bar.add_task("starting", total=1.0)
+            yield
+
+    def begin_pass(self, number: int, pending: list[Pending]) -> None:
+        """Say which pass begins, where it is not the first."""
+        self._total_bytes = sum(shard.num_bytes for shard in pending) or 1
+        self._num_shards = len(pending)
+        if number > 1:
+            self._out.print(f"pass {number}: {len(pending)} shards are not complete, and are run again")
+
+    def part(self, tally: Tally) -> None:
+        """Show that one more part is stored."""
+        now = time.monotonic()
+        self._recent.append((now, tally.num_embedded))
+        while now - self._recent[0][0] > _RATE_WINDOW_S:
+            self._recent.popleft()
+        (since, before), wall_s = self._recent[0], tally.wall_s
+        rate = (tally.num_embedded - before) / (now - since) if now - since > 1 else tally.num_embedded / wall_s
+        share = min(tally.read_bytes / self._total_bytes, 1.0)
+        left = human_s(wall_s * (1 - share) / share) if share else "?"
+        text = (
+            f"{tally.num_embedded} images  {rate:.0f}/s  {tally.num_shards}/{self._num_shards} shards  "
+            f"{tally.num_errors} errors  ETA {left}"
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=share, description=text)
+        elif now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            self._out.print(f"{human_s(wall_s)}  {text}")
+
+    def summary(self, report: dict[str, Any]) -> None:
+        """The table at the end of a run."""
+        shards = report["shards"]
+        rows: list[tuple[str, str]] = [
+            ("shards done now", f"{shards['done_now']} of {shards['found']} ({shards['done_before']} before)"),
+            ("samples", str(report["samples"])),
+            ("embedded", str(report["embedded"])),
+            ("errors", str(report["errors"])),
+            *((f"  {reason}", str(number)) for reason, number in report["errors_by_reason"].items()),
+            ("images/s", f"{report['images_per_s']:.1f}"),
+            ("slowest stage", self._stages(report)),
+            ("wall time", human_s(report["wall_s"])),
+            ("device hours a million images", str(report["device_hours_per_million_images"] or "-")),
+        ]
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self._out.print(f"{name:{width}}  {value}", markup=False)
+        for name, fault in report["broken_shards"].items():
+            self._out.print(f"BROKEN    {name}: {fault}", style="bold red", markup=False)
+        for name in report["missing_shards"]:
+            self._out.print(f"MISSING   {name}: not complete after all passes", style="bold red", markup=False)
+        for text in report["imbalances"]:
+            self._out.print(f"IMBALANCE {text}", style="bold red", markup=False)
+        for text in report["problems"]:
+            self._out.print(f"PROBLEM   {text}", style="yellow", markup=False)
+        verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
+        self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.json", markup=False)
+
+    @staticmethod
+    def _stages(report: dict[str, Any]) -> str:
+        busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report["stage_busy"].items())
+        return f"{report['slowest_stage'] or '-'} (busy: {busy})"
+
+    def error(self, message: str) -> None:
+        """One error, on standard error."""
+        print(f"embed.py: {message}", file=sys.stderr)

@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Embed every image of WebDataset shards into Parquet: the job."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tomllib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from jobs.console import Console
+from pipeline import config as settings
+from pipeline.config import Config
+from pipeline.errors import PipelineError, SettingsError
+from pipeline.flow import Watcher, run
+from pipeline.ledger import make_plan
+from pipeline.prepare import prepare
+from pipeline.schema import KEEP_TYPES
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_BROKEN_SHARDS = 3
+EXIT_UNBALANCED = 4
+EXIT_TOO_MANY_ERRORS = 5
+_EPILOG = """\
+Every option may also come from the environment (EMBED_INPUT, EMBED_OUTPUT, EMBED_PART_ROWS ...) or from a
+TOML file (input = "...", part_rows = 1024 ...). A flag beats the environment, that beats the file, and that
+the default. Credentials and endpoints of object storage come by the usual variables (AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_PROFILE ...) or the machine's role.
+
+exit codes:
+  0    every sample is stored: as an embedding, or in errors/ with its reason
+  2    wrong usage or settings; nothing was started
+  3    some shards could not be read to their end; what could be read of them is stored
+  4    the counts do not balance: run the same command again
+  5    more errors than --max-error-fraction
+  130  interrupted (143 by SIGTERM): run the same command again to go on
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Every default is None here: `Config` holds the defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    top = argparse.ArgumentParser(
+        prog="embed.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def add(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:
+        default = defaults.get(name)
+        shown = "" if default in (None, (), False, dataclasses.MISSING) else f" (default: {default})"
+        group.add_argument(f"--{name.replace('_', '-')}", dest=name, help=text + shown, **options)
+
+    flag: dict[str, Any] = {"action": "store_const", "const": True}
+    data = top.add_argument_group("what to embed, and where to")
+    add(
+        data,
+        "input",
+        "shards: a .tar, a brace range, a glob, a folder, or a .txt list of these",
+        nargs="+",
+        metavar="URL",
+    )
+    add(data, "output", "folder or s3:// prefix of the result", metavar="URL")
+    data.add_argument("--config", metavar="FILE", help="TOML file with any of these options")
+    add(data, "limit", "embed at most the first N pending shards", metavar="N")
+    data.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+
+    model = top.add_argument_group("backbone")
+    add(model, "backbone", "a torchvision classifier, or resnet50_stride1", metavar="NAME")
+    add(
+        model,
+        "weights",
+        "DEFAULT, a name such as IMAGENET1K_V1, a path or URL (.pth, .safetensors), or random[:SEED]",
+        metavar="W",
+    )
+    add(model, "preprocess", "whose preprocessing to use for weights from a file or random", metavar="NAME")
+    add(model, "image_size", "input size in pixels: N or HEIGHTxWIDTH (default: that of the weights)", metavar="N")
+    add(model, "features", "pooled gives [C] an image, map gives [C, H, W]", choices=settings.FEATURES)
+
+    samples = top.add_argument_group("samples")
+    add(samples, "id", "image_id: key, or a field such as json:uid", metavar="FIELD")
+    add(
+        samples,
+        "keep",
+        "fields to carry along as columns: cls, txt, json:caption, each with =TYPE where it is not text "
+        f"({', '.join(KEEP_TYPES)}); a value of another type becomes null",
+        nargs="+",
+        metavar="FIELD",
+    )
+    add(
+        samples,
+        "image_member",
+        "extension of the member that is the image (default: by a fixed order)",
+        metavar="EXT",
+    )
+    add(samples, "ignore_orientation", "do not turn images upright by their EXIF orientation", **flag)
+    add(samples, "max_pixels", "larger images are errors, found before they are decoded", metavar="PIXELS")
+    add(samples, "max_image_bytes", "larger members are errors, and are not read", metavar="BYTES")
+
+    out = top.add_argument_group("embeddings")
+    add(out, "dtype", "type of the stored values", choices=settings.DTYPES)
+    add(out, "normalize", "scale each embedding to L2 length 1", **flag)
+    add(out, "part_rows", "samples a Parquet part", metavar="N")
+
+    compute = top.add_argument_group("compute")
+    add(compute, "device", "where the backbone runs", choices=settings.DEVICES)
+    add(compute, "precision", "auto is bf16 or fp16 where the device has it, else fp32", choices=settings.PRECISIONS)
+    add(compute, "batch_size", "images a batch (default: by device)", metavar="N")
+    add(compute, "actors", "backbones at once, at least and at most (default: one a GPU)", metavar="MIN:MAX")
+
+    faults = top.add_argument_group("faults")
+    add(faults, "max_passes", "how often what is missing is run again, the first time included", metavar="N")
+    add(faults, "max_error_fraction", "end with 5 where more of the samples are errors, 0 to 1", metavar="F")
+    return top
+
+
+def gather(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
+    """Flags over `EMBED_*` variables over the config file.
+
+    Raises:
+        SettingsError: an unreadable file, an unknown name in it, or a value that breaks its rule.
+    """
+    names = [field.name for field in dataclasses.fields(Config)]
+    values: dict[str, Any] = {}
+    path = flags.get("config") or environment.get("EMBED_CONFIG")
+    if path:
+        try:
+            values |= tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"config file {path} cannot be read: {error}") from error
+    values |= {
+        name: environment[f"EMBED_{name.upper()}"] for name in names if environment.get(f"EMBED_{name.upper()}")
+    }
+    values |= {name: flags[name] for name in names if flags.get(name) is not None}
+    return settings.parse(values)
+
+
+def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
+    """The worst that a report tells."""
+    if not report["balanced"]:
+        return EXIT_UNBALANCED
+    if report["shards"]["broken"]:
+        return EXIT_BROKEN_SHARDS
+    if report["errors"] > max_error_fraction * report["samples"]:
+        return EXIT_TOO_MANY_ERRORS
+    return EXIT_OK
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine."""
+    # The actor pool takes its restart bounds in no other way until Ray 2.64, which pyproject.toml excludes.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
+    # Ray logs an error that is none on starting any actor that may restart.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Without "local", Ray would join whatever other Ray runs on this machine.
+    local = {"address": "local", "include_dashboard": False}
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job, and return its exit code."""
+    flags = vars(parser().parse_args(arguments))
+    console = Console()
+    try:
+        config = gather(flags, os.environ)
+        job = prepare(config)
+        plan = make_plan(job.shards, job.config.output)
+        console.plan(job, plan)
+        if flags["dry_run"]:
+            return EXIT_OK
+        if plan.pending:
+            connect()
+        # After ray.init, which sets handlers of its own.
+        signal.signal(signal.SIGTERM, _terminate)
+        with console.progress():
+            report = run(job, plan, Watcher(console.resources, console.begin_pass, console.part))
+        console.summary(report)
+        return exit_code(report, config.max_error_fraction)
+    except SettingsError as error:
+        console.error(str(error))
+        return EXIT_USAGE
+    except PipelineError as error:
+        console.error(str(error))
+        return EXIT_USAGE
+    except (KeyboardInterrupt, SystemExit) as stop:
+        console.error("interrupted: what is stored stays; run the same command again to go on")
+        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

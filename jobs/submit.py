@@ -1,0 +1,266 @@
+#!/usr/bin/env python3
+"""Submit a job to a Ray cluster, follow its log, and exit with the job's own exit code."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNREACHABLE = 69
+DEFAULT_ENTRYPOINT = ("jobs/embed.py",)
+# What the job does not need of a checkout; Ray leaves out what .gitignore names as well.
+EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", "/demo", "/tests")
+LOST_AFTER_S = 60.0
+_RETRY_EVERY_S = 1.0
+# Ray writes a job's variables into its own logs, where credentials must not be.
+_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|PRIVATE|ACCESS_KEY|API_KEY", re.IGNORECASE)
+_EPILOG = """\
+examples:
+  jobs/submit.py -- jobs/embed.py --backbone resnet50 --input s3://bkt/shards --output s3://bkt/embeddings
+  EMBED_INPUT=s3://bkt/shards jobs/submit.py --env EMBED_INPUT --submission-id embed-2031-w07
+
+exit codes:
+  the job's own, where it ended by itself (128 + N where signal N ended it)
+  1    the job failed before its command ran, or Ray lost it; the reason is printed
+  2    wrong usage, or the submission id is taken; nothing was started
+  69   the cluster cannot be reached, or could not be for a minute; the job may still run
+  130  interrupted (143 by SIGTERM): the job goes on, or was stopped where --stop-on-interrupt was given
+  143  the job was stopped by someone else
+"""
+
+
+class SubmitError(Exception):
+    """Ends the program with a message and an exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without the entrypoint after `--`."""
+    top = argparse.ArgumentParser(
+        prog="submit.py",
+        usage="%(prog)s [option ...] [-- COMMAND [argument ...]]",
+        description=f"{__doc__} The command is {shlex.join(DEFAULT_ENTRYPOINT)} where none is given.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument(
+        "--address",
+        metavar="URL",
+        help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine's)",
+    )
+    top.add_argument(
+        "--submission-id",
+        metavar="ID",
+        help="name of the job, and a lock: a cluster runs each id once, and a second submission of it is refused",
+    )
+    top.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="hand on this variable of the environment; again for more. Credentials are refused: Ray logs them",
+    )
+    top.add_argument("--working-dir", default=".", metavar="FOLDER", help="folder to upload (default: .)")
+    top.add_argument(
+        "--stop-on-interrupt",
+        action="store_true",
+        help="on Ctrl-C or SIGTERM stop the job too (default: it goes on without this program)",
+    )
+    return top
+
+
+def chosen_variables(names: list[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `environment` that `names` names.
+
+    Raises:
+        SubmitError: one is not set, or looks like a credential.
+    """
+    for name in names:
+        if _SECRET.search(name):
+            raise SubmitError(
+                f"--env must not name a credential, got {name}: Ray writes a job's variables into its logs; "
+                "give the cluster's machines a role, or the variable itself",
+                EXIT_USAGE,
+            )
+        if name not in environment:
+            raise SubmitError(f"--env must name a variable that is set, got {name}", EXIT_USAGE)
+    return {name: environment[name] for name in names}
+
+
+def connect(address: str | None) -> JobSubmissionClient:
+    """A client of the cluster at `address`. Raises `SubmitError` where there is none."""
+    try:
+        return JobSubmissionClient(address)
+    except (OSError, RuntimeError) as error:
+        raise SubmitError(f"the cluster cannot be reached: {error}", EXIT_UNREACHABLE) from error
+
+
+def submit(
+    client: JobSubmissionClient,
+    entrypoint: list[str],
+    *,
+    submission_id: str | None,
+    working_dir: str,
+    variables: Mapping[str, str],
+) -> str:
+    """Upload the working folder, start the job, and return its submission id.
+
+    Raises:
+        SubmitError: the id is taken, or Ray refuses the job.
+    """
+    if submission_id is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", submission_id):
+        raise SubmitError(
+            f"--submission-id must be of letters, digits, '.', '_' and '-', got {submission_id!r}", EXIT_USAGE
+        )
+    if not os.path.isdir(working_dir):
+        raise SubmitError(f"--working-dir must be a folder, got {working_dir!r}", EXIT_USAGE)
+    runtime_env = {
+        "working_dir": working_dir,
+        "excludes": list(EXCLUDES),
+        # Without it Python holds a job's output back, as it is no terminal.
+        "env_vars": {"PYTHONUNBUFFERED": "1", **variables},
+    }
+    try:
+        started: str = client.submit_job(
+            entrypoint=shlex.join(entrypoint), submission_id=submission_id, runtime_env=runtime_env
+        )
+    except RuntimeError as error:
+        if submission_id is not None and "already exists" in str(error):
+            raise SubmitError(_taken(client, submission_id), EXIT_USAGE) from error
+        raise SubmitError(f"Ray refused the job: {error}", EXIT_FAILED) from error
+    except (OSError, ValueError) as error:
+        raise SubmitError(f"the job could not be submitted: {error}", EXIT_FAILED) from error
+    return started
+
+
+def _taken(client: JobSubmissionClient, submission_id: str) -> str:
+    status = client.get_job_info(submission_id).status
+    if status.is_terminal():
+        return f"job {submission_id} has run on this cluster already ({status.value}): choose another --submission-id"
+    return (
+        f"job {submission_id} is {status.value} on this cluster: nothing was started. "
+        f"Follow it: ray job logs --follow {submission_id}"
+    )
+
+
+async def follow(client: JobSubmissionClient, submission_id: str) -> Any:
+    """Print the job's log as it grows, and return the job's details once it has ended.
+
+    A lost connection is made again, and the log goes on where it stopped.
+
+    Raises:
+        SubmitError: the cluster could not be reached for `LOST_AFTER_S`.
+    """
+    num_printed = 0
+    last_heard = time.monotonic()
+    while True:
+        try:
+            num_seen = 0
+            async for text in client.tail_job_logs(submission_id):
+                sys.stdout.write(text[max(0, num_printed - num_seen) :])
+                sys.stdout.flush()
+                num_seen += len(text)
+                num_printed = max(num_printed, num_seen)
+                last_heard = time.monotonic()
+            details = await asyncio.to_thread(client.get_job_info, submission_id)
+            if details.status.is_terminal():
+                return details
+            last_heard = time.monotonic()
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            if time.monotonic() - last_heard > LOST_AFTER_S:
+                raise SubmitError(
+                    f"nothing heard of job {submission_id} for {LOST_AFTER_S:g} s, it may still run: {error}",
+                    EXIT_UNREACHABLE,
+                ) from error
+        await asyncio.sleep(_RETRY_EVERY_S)
+
+
+def job_exit_code(details: Any) -> int:
+    """The exit code of the job's own command, of a job that has ended."""
+    if details.status == JobStatus.STOPPED:
+        return 128 + signal.SIGTERM
+    if details.driver_exit_code is None:
+        return 0 if details.status == JobStatus.SUCCEEDED else EXIT_FAILED
+    code = int(details.driver_exit_code)
+    return code if code >= 0 else 128 - code
+
+
+async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interrupt: bool) -> int:
+    """Follow the job to its end, or until Ctrl-C or SIGTERM, and return the exit code."""
+    following = asyncio.ensure_future(follow(client, submission_id))
+    received: list[int] = []
+
+    def interrupt(number: int) -> None:
+        # A second signal always ends this program, even where the job does not stop.
+        if stop_on_interrupt and not received:
+            _say(f"stopping job {submission_id}")
+            asyncio.get_running_loop().run_in_executor(None, client.stop_job, submission_id)
+        else:
+            following.cancel()
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, interrupt, number)
+    try:
+        details = await following
+    except asyncio.CancelledError:
+        _say(
+            f"job {submission_id} goes on. Follow it: ray job logs --follow {submission_id}; "
+            f"stop it: ray job stop {submission_id}"
+        )
+        return 128 + received[0]
+    code = job_exit_code(details)
+    if details.driver_exit_code is None and details.message:
+        _say(details.message)
+    _say(f"job {submission_id} {details.status.value}, exit code {code}")
+    if received and details.status == JobStatus.STOPPED:
+        return 128 + received[0]
+    return code
+
+
+def _say(text: str) -> None:
+    print(f"submit: {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Submit, follow, and return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    end = given.index("--") if "--" in given else len(given)
+    options = parser().parse_args(given[:end])
+    entrypoint = given[end + 1 :] or list(DEFAULT_ENTRYPOINT)
+    try:
+        variables = chosen_variables(options.env, os.environ)
+        client = connect(options.address)
+        submission_id = submit(
+            client,
+            entrypoint,
+            submission_id=options.submission_id,
+            working_dir=options.working_dir,
+            variables=variables,
+        )
+        _say(f"job {submission_id} submitted: {shlex.join(entrypoint)}")
+        return asyncio.run(run(client, submission_id, stop_on_interrupt=options.stop_on_interrupt))
+    except SubmitError as error:
+        _say(str(error))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Read an output of embed.py back and prove it, or name every fault in it.
+
+Without --input the Parquet alone is read: every part, to its last row. With --input it is held against the
+shards themselves as well, sample by sample, and some embeddings are computed again from their images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import rich.console
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipeline.errors import PipelineError
+from pipeline.verify import RECOMPUTE_IMAGES, RULES, THREADS, Recompute, Verdict, verify
+
+EXIT_PROVEN = 0
+EXIT_WRONG = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+_LINE_EVERY_S = 30.0
+_RULES = "\n".join(f"  {name:<16}{meaning}" for name, meaning in RULES.items())
+_EPILOG = f"""\
+Each finding is one line: the file, the rule that it breaks, the value. Do not verify an output while a run
+goes on in it. The rules:
+{_RULES}
+
+exit codes:
+  0    proven: nothing is wrong
+  1    something is wrong: each finding is told
+  2    wrong usage: no output, no shards, or weights that cannot be had
+  130  interrupted
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="verify.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("output", metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+    top.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="the shards it was made of, named as for embed.py: counts and ids must balance with them",
+    )
+    top.add_argument(
+        "--recompute",
+        type=_count,
+        metavar="N",
+        help="with --input: embed N images again, drawn at random, or `all`; 0 for none "
+        f"(default: {RECOMPUTE_IMAGES}, where the weights can be had)",
+    )
+    top.add_argument("--weights", metavar="W", help="weights to embed with (default: those that run.json names)")
+    top.add_argument("--seed", type=int, default=0, metavar="N", help="draws the images (default: 0)")
+    top.add_argument(
+        "--threads", type=_positive, default=THREADS, metavar="N", help=f"parts read at once (default: {THREADS})"
+    )
+    top.add_argument("--json", metavar="FILE", help="write the verdict there as JSON, - for standard output alone")
+    return top
+
+
+def _count(text: str) -> int | str:
+    if text == "all":
+        return text
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be `all` or at least 0, got {number}")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def recompute_of(flags: argparse.Namespace) -> Recompute | None:
+    """What to compute again, by the command line; what was asked for must be possible."""
+    if flags.recompute == 0 or not flags.input:
+        return None
+    asked = flags.recompute is not None or flags.weights is not None
+    count = RECOMPUTE_IMAGES if flags.recompute is None else flags.recompute
+    return Recompute(None if count == "all" else count, flags.weights, flags.seed, required=asked)
+
+
+class _Progress:
+    """A live bar on a terminal, a line every 30 s elsewhere."""
+
+    def __init__(self, out: rich.console.Console) -> None:
+        self._out = out
+        self._bar: Progress | None = None
+        self._last_line = time.monotonic()
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        if not self._out.is_terminal:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self._out, transient=True) as self._bar:
+            yield
+        self._bar = None
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is not None:
+            task = next((task.id for task in self._bar.tasks if task.description == what), None)
+            self._bar.update(self._bar.add_task(what) if task is None else task, completed=done, total=total)
+        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._out.print(f"{done} of {total} {what}")
+
+
+def show(verdict: Verdict, out: rich.console.Console) -> None:
+    """Every finding and note as a line, and what was read."""
+    for finding in verdict.findings:
+        out.print(f"WRONG {finding}", style="red", markup=False)
+    for note in verdict.notes:
+        out.print(f"note  {note}", markup=False)
+    broken = f", {verdict.broken_shards} of them broken" if verdict.broken_shards else ""
+    rows = [
+        ("shards", f"{verdict.shards}{broken}"),
+        ("parts", f"{verdict.parts}, {decimal(verdict.num_bytes)} with their errors"),
+        ("samples", f"{verdict.samples}: {verdict.embedded} embedded, {verdict.errors} errors"),
+        ("tars", f"{verdict.tars_compared} compared" if verdict.tars_compared else "not compared: no --input"),
+        ("recomputed", f"{verdict.recomputed} embeddings"),
+    ]
+    if verdict.lowest_cosine is not None:
+        rows[-1] = (
+            "recomputed",
+            f"{verdict.recomputed} embeddings, the lowest cosine is {verdict.lowest_cosine:.6f}",
+        )
+    for name, value in rows:
+        out.print(f"{name:<12}{value}", markup=False)
+    wrong = f"NOT PROVEN: {len(verdict.findings)} findings in {verdict.output}"
+    out.print(f"proven: {verdict.output}" if verdict.proven else wrong, markup=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Verify, and return the exit code."""
+    top = parser()
+    flags = top.parse_args(arguments)
+    if not flags.input and (flags.recompute or flags.weights):
+        top.error("--recompute and --weights need --input: without the images nothing can be computed again")
+    out = rich.console.Console(highlight=False, soft_wrap=True, stderr=flags.json == "-")
+    progress = _Progress(out)
+    try:
+        with progress.shown():
+            verdict = verify(
+                flags.output, flags.input, recompute_of(flags), threads=flags.threads, on_progress=progress
+            )
+        show(verdict, out)
+        if flags.json:
+            _write_json(verdict, flags.json)
+    except (PipelineError, OSError) as error:
+        print(f"verify.py: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("verify.py: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_PROVEN if verdict.proven else EXIT_WRONG
+
+
+def _write_json(verdict: Verdict, path: str) -> None:
+    text = json.dumps(verdict.as_dict(), indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

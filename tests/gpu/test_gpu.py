@@ -1,0 +1,128 @@
+"""On a CUDA device: the same vectors as on the CPU, the same on every run, and a device that does not wait."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.backbones import build_backbone, output_shape, preprocess_for
+from pipeline.embedder import Embedder, SharedWeights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is false"),
+]
+# fp32 on a device may use TF32 in its convolutions, which is well within this.
+COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
+BACKBONES = ["resnet18", "resnet50_stride1", "resnext101_32x8d", "vit_b_32"]
+
+
+def embedder(backbone: str, device: str, precision: str, batch_size: int = 16, features: str = "pooled") -> Embedder:
+    preprocess = preprocess_for(backbone, "random")
+    return Embedder(
+        backbone=backbone,
+        weights=SharedWeights("random:0", "", 0, None),
+        features=features,
+        preprocess=preprocess,
+        shape=output_shape(backbone, features, preprocess.crop),
+        dtype="float32",
+        precision=precision,
+        normalize=False,
+        device=device,
+        batch_size=batch_size,
+        num_threads=None,
+    )
+
+
+def pictures(count: int) -> Any:
+    """uint8 RGB of shape [count, 224, 224, 3], no two alike."""
+    base = np.random.default_rng(0).integers(0, 256, (count, 7, 7, 3), dtype=np.uint8)
+    return np.kron(base, np.ones((1, 32, 32, 1), np.uint8))
+
+
+def cosine(a: Any, b: Any) -> Any:
+    a, b = a.reshape(len(a), -1).astype(np.float64), b.reshape(len(b), -1).astype(np.float64)
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+@pytest.mark.parametrize("precision", COSINE)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_device_gives_the_vectors_of_the_cpu(backbone: str, precision: str) -> None:
+    images = pictures(20)
+    rows = np.arange(20)
+    wanted = embedder(backbone, "cpu", "fp32").embed(images, rows)
+    got = embedder(backbone, "cuda", precision).embed(images, rows)
+    assert cosine(got, wanted).min() >= COSINE[precision]
+    centre = wanted.mean(0)
+    assert cosine(got - centre, wanted - centre).min() >= (0.999 if precision == "fp32" else 0.9)
+
+
+def test_feature_maps_come_from_the_device_in_the_order_c_h_w() -> None:
+    images, rows = pictures(5), np.arange(5)
+    wanted = embedder("resnet18", "cpu", "fp32", features="map").embed(images, rows)
+    got = embedder("resnet18", "cuda", "fp32", features="map").embed(images, rows)
+    assert got.shape == wanted.shape == (5, 512, 7, 7)
+    assert cosine(got, wanted).min() >= 0.9999
+
+
+@pytest.mark.parametrize("precision", COSINE)
+def test_every_run_gives_the_same_bits_whatever_is_in_flight(precision: str) -> None:
+    images = pictures(150)
+    rows = np.arange(150)
+    first = embedder("resnet50", "cuda", precision).embed(images, rows)
+    actor = embedder("resnet50", "cuda", precision)
+    for _ in range(3):
+        assert np.array_equal(actor.embed(images, rows), first)
+    # A buffer that is filled again while it is still copied from would show here.
+    assert np.array_equal(actor.embed(images, rows[:16]), first[:16])
+    assert np.array_equal(actor.embed(images, rows[:3]), first[:3])
+
+
+def test_rows_keep_their_order_over_many_batches() -> None:
+    images = pictures(100)
+    actor = embedder("resnet18", "cuda", "fp32")
+    together = actor.embed(images, np.arange(100))
+    backwards = actor.embed(images, np.arange(100)[::-1])
+    centre = together.mean(0)
+    assert cosine(backwards[::-1] - centre, together - centre).min() > 0.9999
+
+
+def test_random_weights_leave_the_devices_random_state_as_it_was() -> None:
+    torch.cuda.manual_seed(3)
+    before = torch.cuda.get_rng_state()
+    build_backbone("resnet18", "random:4")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_a_backbone_trains_on_the_device() -> None:
+    model = build_backbone("resnet18", "random").to("cuda").train()
+    images = torch.randn(4, 3, 64, 64, device="cuda")
+    model(images).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_copies_and_padding_take_little_beside_the_computing() -> None:
+    """Images as the actor sees them, in host memory, against the same batch already on the device."""
+    batch = 128
+    images = pictures(batch)
+    actor = embedder("resnet50", "cuda", "bf16", batch_size=batch)
+    rows = np.tile(np.arange(batch), 20)
+    actor.embed(images, rows)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    actor.embed(images, rows)
+    whole_s = time.perf_counter() - started
+    on_device = torch.from_numpy(images).to("cuda")
+    with torch.inference_mode():
+        actor._model(on_device)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(20):
+            actor._model(on_device)
+        torch.cuda.synchronize()
+    alone_s = time.perf_counter() - started
+    assert whole_s < 1.5 * alone_s

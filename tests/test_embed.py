@@ -1,0 +1,251 @@
+"""The job as a command: its options, exit codes, what it prints, and what survives its death."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, free_ports, write_shards, write_tar
+
+from jobs.embed import exit_code, gather, parser
+from pipeline.errors import SettingsError
+
+RunJob = Callable[..., subprocess.CompletedProcess[str]]
+SLOWER = (
+    "--backbone",
+    "resnet18",
+    "--weights",
+    "random:3",
+    "--image-size",
+    "160",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+)
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+
+
+def stored(output: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.parquet"))}
+
+
+def test_a_flag_beats_the_environment_and_that_beats_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('input = "from-file"\noutput = "from-file"\nbackbone = "resnet18"\npart_rows = 7\n')
+    flags = vars(parser().parse_args(["--config", str(file), "--output", "from-flag"]))
+    config = gather(flags, {"EMBED_OUTPUT": "from-environment", "EMBED_BACKBONE": "resnet34"})
+    assert (config.input, config.output) == (("from-file",), "from-flag")
+    assert (config.backbone, config.part_rows) == ("resnet34", 7)
+
+
+def test_an_unknown_setting_in_the_file_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('bakbone = "resnet18"\n')
+    with pytest.raises(SettingsError, match=r"unknown setting 'bakbone'.*backbone"):
+        gather({"config": str(file)}, {})
+
+
+def test_help_names_every_setting_with_its_default() -> None:
+    text = parser().format_help()
+    for expected in ("--part-rows", "(default: 1024)", "EMBED_INPUT", "exit codes", "--max-error-fraction"):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "out"), "input must be given"),
+        (("--input", "nowhere.tar", "--output", "out"), "nowhere.tar"),
+        (("--input", ".", "--output", "out", "--backbone", "resnet51"), "resnet50"),
+        (("--input", ".", "--output", "out", "--part-rows", "0"), "part_rows must be at least 1, got 0"),
+        (("--input", "s3://key:secret-word@bucket/x.tar", "--output", "out"), "must not carry credentials"),
+    ],
+)
+def test_wrong_settings_end_with_2_before_ray_starts(
+    run_job: RunJob, arguments: tuple[str, ...], message: str
+) -> None:
+    done = run_job("embed.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "secret-word" not in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_job: RunJob, tmp_path: Path) -> None:
+    write_shards(tmp_path / "in")
+    done = run_job("embed.py", "--input", "in", "--output", "out", "--dry-run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "0 done, 3 pending" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def report_with(**changes: Any) -> dict[str, Any]:
+    return {"balanced": True, "shards": {"broken": 0}, "errors": 0, "samples": 10, **changes}
+
+
+def test_the_exit_code_is_the_worst_that_the_report_tells() -> None:
+    assert exit_code(report_with(), 0.0) == 0
+    assert exit_code(report_with(errors=3), 0.3) == 0
+    assert exit_code(report_with(errors=3), 0.2) == 5
+    assert exit_code(report_with(errors=3, shards={"broken": 1}), 0.2) == 3
+    assert exit_code(report_with(balanced=False, shards={"broken": 1}), 0.2) == 4
+
+
+@pytest.mark.slow
+def test_a_job_with_a_broken_shard_ends_with_3_and_one_of_another_setting_with_2(
+    run_job: RunJob, tmp_path: Path
+) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2)
+    (shards / "photos-00000.tar").write_bytes((shards / "photos-00000.tar").read_bytes()[:3000])
+    done = run_job("embed.py", "--input", "in", "--output", "out", *SMALL)
+    assert done.returncode == 3, done.stderr
+    assert "BROKEN    photos-00000: cut" in done.stdout
+    assert "balanced: every sample is one stored row" in done.stdout
+    done = run_job("embed.py", "--input", "in", "--output", "out", *SMALL, "--normalize")
+    assert done.returncode == 2
+    assert "normalize: output false, this run true" in done.stderr
+
+
+def many_shards(folder: Path) -> Path:
+    """Shards enough that a run takes some seconds."""
+    members = []
+    from conftest import encode, photo
+
+    images = [encode(photo(i, (640, 480))) for i in range(20)]
+    for shard in range(16):
+        members = [(f"{shard:02d}-{i:03d}.jpg", images[(shard + i) % 20]) for i in range(48)]
+        write_tar(folder / f"s-{shard:05d}.tar", members)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_driver_loses_nothing_and_no_finished_shard_is_opened_again(
+    run_job: RunJob, tmp_path: Path, number: signal.Signals
+) -> None:
+    many_shards(tmp_path / "in")
+    arguments = ["--input", "in", "--output", "out", *SLOWER, "--part-rows", "16"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "jobs" / "embed.py", *arguments],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out" / "embeddings").glob("*-last.parquet"))) < 3:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
+    if number == signal.SIGTERM:
+        assert "run the same command again" in output
+    done = {path.name.split(".")[0] for path in (tmp_path / "out" / "embeddings").glob("*-last.parquet")}
+    assert 3 <= len(done) < 16, "the kill came too early or too late to show anything"
+    before = stored(tmp_path / "out")
+    for shard in (tmp_path / "in").iterdir():
+        os.utime(shard, ns=(0, shard.stat().st_mtime_ns))
+    again = run_job("embed.py", *arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    read = {shard.stem for shard in (tmp_path / "in").iterdir() if shard.stat().st_atime_ns > 0}
+    if keeps_access_times(tmp_path):
+        assert read, "some shard was pending"
+    assert not read & {name for name in done if complete(before, name)}
+    undisturbed = run_job("embed.py", *[*arguments[:3], "undisturbed", *arguments[4:]])
+    assert undisturbed.returncode == 0
+    after = stored(tmp_path / "out")
+    assert after == stored(tmp_path / "undisturbed")
+    assert {name: after[name] for name in before} == before
+    assert not (tmp_path / "out" / ".tmp").exists()
+
+
+def keeps_access_times(folder: Path) -> bool:
+    probe = folder / "probe"
+    probe.write_text("x")
+    os.utime(probe, ns=(0, probe.stat().st_mtime_ns))
+    probe.read_text()
+    return probe.stat().st_atime_ns > 0
+
+
+def complete(files: dict[str, bytes], shard: str) -> bool:
+    return sum(name.startswith(f"embeddings/{shard}.") for name in files) == 3
+
+
+def wait_for_dashboard(port: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=5)
+            return
+        time.sleep(0.5)
+    raise AssertionError("Ray's dashboard did not answer within 120 s")
+
+
+@pytest.mark.slow
+def test_a_submitted_job_reads_and_writes_s3(s3_server: Any, s3_url: str, tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=3, samples_each=6)
+    fs = s3_server.filesystem()
+    fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
+    port, dashboard, client = free_ports(3)
+    environment = {**os.environ, **s3_server.environment, "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    # As in an activated environment: the shebang finds the Python that has Ray.
+    binaries = Path(sys.executable).parent
+    environment["PATH"] = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+    # Sockets below it have paths of 107 bytes at most.
+    temporary = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+    head = subprocess.Popen(
+        [
+            binaries / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={client}", f"--temp-dir={temporary}",
+        ],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        variables = {**s3_server.environment}
+        variables |= {"EMBED_INPUT": f"{s3_url}/shards/photos-{{00000..00002}}.tar", "EMBED_OUTPUT": f"{s3_url}/out"}
+        submit = [
+            binaries / "ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", ".",
+            "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),
+            "--", "jobs/embed.py", *SMALL, "--part-rows", "4",
+        ]  # fmt: skip
+        wait_for_dashboard(dashboard)
+        done = subprocess.run(
+            submit, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
+        )
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "balanced: every sample is one stored row" in done.stdout
+    fs.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
+    tables = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
+    keys = sorted(key for table in tables for key in table["image_id"].to_pylist())
+    assert keys == [f"{shard:03d}-{i:04d}" for shard in range(3) for i in range(6)]
+    left = (path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert not any(s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() in data for data in left)
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr

@@ -1,0 +1,219 @@
+"""The whole flow on Ray: what goes in, what comes out, and what is done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import encode, photo, sample_members, write_shards, write_tar
+
+from pipeline import backbones
+from pipeline.config import parse
+from pipeline.embedder import SharedWeights
+from pipeline.flow import Watcher, make_flow, run
+from pipeline.ledger import make_plan
+from pipeline.parts import vectors
+from pipeline.prepare import Job, prepare
+from pipeline.report import Tally
+from pipeline.resources import plan_resources
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
+
+
+def embed(input: Path | str, output: Path | str, **settings: Any) -> dict[str, Any]:
+    """One run, with its report."""
+    job = job_for(input, output, **settings)
+    plan = make_plan(job.shards, job.config.output)
+    return run(job, plan, Watcher(lambda job, resources: None, lambda number, pending: None, lambda tally: None))
+
+
+def job_for(input: Path | str, output: Path | str, **settings: Any) -> Job:
+    return prepare(parse({"input": [str(input)], "output": str(output), **SETTINGS, **settings}))
+
+
+def stored(output: Path, folder: str = "embeddings") -> dict[str, bytes]:
+    """Every Parquet file below a folder of the output, by its name."""
+    base = output / folder
+    return {str(path.relative_to(base)): path.read_bytes() for path in sorted(base.rglob("*.parquet"))}
+
+
+def rows(output: Path, folder: str = "embeddings") -> list[dict[str, Any]]:
+    found = [row for path in sorted((output / folder).rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return sorted(found, key=lambda row: (row["shard"], -1 if row["sample_index"] is None else row["sample_index"]))
+
+
+def test_every_sample_becomes_one_row_in_the_order_of_its_shard(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=3, samples_each=7)
+    report = embed(shards, tmp_path / "out", part_rows=3, keep=["cls", "json:caption"])
+    assert report["balanced"]
+    assert (report["samples"], report["embedded"], report["errors"]) == (21, 21, 0)
+    assert [row["image_id"] for row in rows(tmp_path / "out")] == [
+        f"{s:03d}-{i:04d}" for s in range(3) for i in range(7)
+    ]
+    assert [row["sample_index"] for row in rows(tmp_path / "out")] == [*range(7)] * 3
+    assert [row["caption"] for row in rows(tmp_path / "out")] == [f"number {i}" for i in range(21)]
+    assert [row["cls"] for row in rows(tmp_path / "out")] == [i % 3 for i in range(21)]
+    assert len(stored(tmp_path / "out")) == 9
+    assert sum(name.endswith("-last.parquet") for name in stored(tmp_path / "out")) == 3
+    assert not (tmp_path / "out" / "errors").exists()
+
+
+def test_embeddings_are_those_of_the_backbone_on_the_pixels(tmp_path: Path) -> None:
+    import torch
+    from torchvision.models import SqueezeNet1_1_Weights
+
+    write_shards(tmp_path / "in", num_shards=1, samples_each=5)
+    embed(tmp_path / "in", tmp_path / "out")
+    backbone = backbones.build_backbone("squeezenet1_1", "random:3")
+    preset = SqueezeNet1_1_Weights.DEFAULT.transforms(resize_size=round(64 * 256 / 224), crop_size=64)
+    from PIL import Image
+
+    (table,) = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
+    for i, vector in enumerate(vectors(table)):
+        (tmp_path / "image.jpg").write_bytes(dict(sample_members("k", i))["k.jpg"])
+        with torch.inference_mode():
+            expected = backbone(preset(Image.open(tmp_path / "image.jpg"))[None])[0].numpy()
+        cosine = float(vector @ expected / np.linalg.norm(vector) / np.linalg.norm(expected))
+        assert cosine >= 0.9999
+
+
+def test_a_second_run_reads_no_finished_shard_and_changes_nothing(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in")
+    embed(shards, tmp_path / "out")
+    before = stored(tmp_path / "out")
+    write_shards(tmp_path / "new", num_shards=4)
+    (tmp_path / "new" / "photos-00003.tar").rename(shards / "photos-00003.tar")
+    report = embed(shards, tmp_path / "out")
+    assert (report["shards"]["done_before"], report["shards"]["done_now"]) == (3, 1)
+    assert report["samples"] == 7
+    after = stored(tmp_path / "out")
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 1
+
+
+def test_a_changed_shard_is_embedded_anew_and_its_old_parts_go(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=9)
+    embed(shards, tmp_path / "out", part_rows=4)
+    write_tar(shards / "photos-00001.tar", sample_members("fresh", 99))
+    report = embed(shards, tmp_path / "out", part_rows=4)
+    assert report["shards"]["changed"] == 1
+    assert report["balanced"]
+    assert [row["image_id"] for row in rows(tmp_path / "out") if row["shard"] == "photos-00001"] == ["fresh"]
+    assert len([row for row in rows(tmp_path / "out") if row["shard"] == "photos-00000"]) == 9
+
+
+def test_parts_lost_from_the_output_are_made_again_bit_for_bit(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=9)
+    embed(shards, tmp_path / "out", part_rows=4)
+    whole = stored(tmp_path / "out")
+    for name in [next(iter(whole)), list(whole)[-1]]:
+        (tmp_path / "out" / "embeddings" / name).unlink()
+    embed(shards, tmp_path / "out", part_rows=4)
+    assert stored(tmp_path / "out") == whole
+
+
+def test_bad_samples_cost_one_row_each_and_their_neighbours_nothing(tmp_path: Path) -> None:
+    good = write_tar(tmp_path / "a" / "s.tar", [m for i in range(4) for m in sample_members(f"k{i}", i)])
+    members = [m for i in range(4) for m in sample_members(f"k{i}", i)]
+    members[3] = ("k1.jpg", b"no image at all")
+    members += [("lonely.txt", b"text"), ("short.jpg", encode(photo(9))[:200])]
+    write_tar(tmp_path / "b" / "s.tar", members)
+    embed(good, tmp_path / "out-good")
+    report = embed(tmp_path / "b" / "s.tar", tmp_path / "out")
+    assert report["balanced"]
+    assert (report["samples"], report["embedded"], report["errors"]) == (6, 3, 3)
+    errors = {
+        row["image_id"]: (row["stage"], row["reason"].partition(":")[0]) for row in rows(tmp_path / "out", "errors")
+    }
+    assert errors["lonely"] == ("read", "no image")
+    assert errors["k1"][0] == errors["short"][0] == "decode"
+    expected = {row["image_id"]: row["embedding"] for row in rows(tmp_path / "out-good")}
+    for row in rows(tmp_path / "out"):
+        assert row["embedding"] == expected[row["image_id"]]
+
+
+def test_a_cut_shard_keeps_its_samples_and_is_called_broken(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=6)
+    whole = (shards / "photos-00001.tar").read_bytes()
+    (shards / "photos-00001.tar").write_bytes(whole[: len(whole) // 2])
+    report = embed(shards, tmp_path / "out")
+    assert report["balanced"]
+    assert report["shards"]["broken"] == 1
+    assert report["problems"] == []
+    assert rows(tmp_path / "out", "errors")[0]["image_id"] is None
+    kept = [row["image_id"] for row in rows(tmp_path / "out") if row["shard"] == "photos-00001"]
+    assert kept == [f"001-{i:04d}" for i in range(len(kept))]
+    assert len(kept) >= 2
+    (shards / "photos-00001.tar").write_bytes(whole)
+    report = embed(shards, tmp_path / "out")
+    assert report["shards"]["broken"] == 0
+    assert len(rows(tmp_path / "out")) == 12
+    assert not rows(tmp_path / "out", "errors")
+
+
+def test_an_empty_shard_is_done_and_gives_no_row(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    write_tar(tmp_path / "in" / "empty.tar", [])
+    report = embed(tmp_path / "in", tmp_path / "out")
+    assert (report["balanced"], report["samples"], report["shards"]["done_now"]) == (True, 2, 2)
+    assert make_plan(job_for(tmp_path / "in", tmp_path / "out").shards, str(tmp_path / "out")).pending == []
+
+
+def test_a_limited_run_takes_on_whole_shards_and_the_next_goes_on(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=3)
+    assert embed(shards, tmp_path / "out", limit=2)["shards"]["done_now"] == 2
+    assert embed(shards, tmp_path / "out", limit=2)["shards"]["done_now"] == 1
+
+
+def test_feature_maps_are_stored_as_tensors(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=1, samples_each=3)
+    embed(shards, tmp_path / "out", features="map")
+    (path,) = (tmp_path / "out" / "embeddings").glob("*.parquet")
+    table = pq.read_table(path)
+    assert isinstance(table.schema.field("embedding").type, pa.FixedShapeTensorType)
+    assert vectors(table).shape == (3, 512, 3, 3)
+    embed(shards, tmp_path / "pooled")
+    (path,) = (tmp_path / "pooled" / "embeddings").glob("*.parquet")
+    np.testing.assert_allclose(vectors(table).mean((2, 3)), vectors(pq.read_table(path)), rtol=1e-4, atol=1e-5)
+
+
+def test_output_on_s3_equals_output_on_disk(tmp_path: Path, s3_server: Any, s3_url: str) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=5)
+    fs = s3_server.filesystem()
+    fs.put(str(shards), f"{s3_url}/in", recursive=True)
+    report = embed(f"{s3_url}/in", f"{s3_url}/out", part_rows=2)
+    assert report["balanced"]
+    fs.get(f"{s3_url}/out/", str(tmp_path / "from-s3"), recursive=True)
+    embed(shards, tmp_path / "out", part_rows=2)
+    assert rows(tmp_path / "from-s3") == rows(tmp_path / "out")
+    assert json.loads((tmp_path / "from-s3" / "report.json").read_text())["samples"] == 10
+
+
+def test_no_two_stages_are_fused_into_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_for(write_shards(tmp_path / "in"), tmp_path / "out").with_precision("fp32")
+    plan = make_plan(job.shards, job.config.output)
+    resources = plan_resources(job.config)
+    make_flow(plan.pending, job, SharedWeights.share(job.weights), resources).explain()
+    physical = capsys.readouterr().out.split("Physical Plan (Optimized)")[-1]
+    for name in ("SampleReader", "Decoder", "Embedder", "PartWriter"):
+        assert any(line.count("MapBatches") == 1 and name in line for line in physical.splitlines()), physical
+
+
+def test_receipts_tell_of_every_part_as_it_is_stored(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=5)
+    job = job_for(shards, tmp_path / "out", part_rows=2)
+    seen: list[tuple[int, int]] = []
+
+    def on_part(tally: Tally) -> None:
+        seen.append((tally.num_parts, len(stored(tmp_path / "out")) >= tally.num_parts))
+
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    run(job, make_plan(job.shards, job.config.output), Watcher(nothing, nothing, on_part))
+    assert seen == [(number, True) for number in range(1, 7)]
