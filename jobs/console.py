@@ -154,6 +154,10 @@ class Console:
         verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
         self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.json", markup=False)
 
+    def nothing_to_do(self, num_shards: int) -> None:
+        """Say that every shard was done before."""
+        self._out.print(f"nothing to do: all {num_shards} shards are done")
+
     @staticmethod
     def _stages(report: dict[str, Any]) -> str:
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report["stage_busy"].items())

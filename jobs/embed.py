@@ -20,11 +20,12 @@ import ray
 from jobs.console import Console
 from pipeline import config as settings
 from pipeline.config import Config
-from pipeline.errors import PipelineError, SettingsError
+from pipeline.errors import ClusterError, PipelineError, SettingsError
 from pipeline.flow import Watcher, run
 from pipeline.ledger import make_plan
 from pipeline.prepare import prepare
 from pipeline.schema import KEEP_TYPES
+from pipeline.storage import describe
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -41,7 +42,7 @@ exit codes:
   0    every sample is stored: as an embedding, or in errors/ with its reason
   2    wrong usage or settings; nothing was started
   3    some shards could not be read to their end; what could be read of them is stored
-  4    the counts do not balance: run the same command again
+  4    the counts do not balance, or the store failed: run the same command again
   5    more errors than --max-error-fraction
   130  interrupted (143 by SIGTERM): run the same command again to go on
 """
@@ -192,14 +193,17 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
         with console.progress():
             report = run(job, plan, Watcher(console.resources, console.begin_pass, console.part))
-        console.summary(report)
+        if plan.pending:
+            console.summary(report)
+        else:
+            console.nothing_to_do(len(job.shards))
         return exit_code(report, config.max_error_fraction)
-    except SettingsError as error:
+    except (SettingsError, ClusterError) as error:
         console.error(str(error))
         return EXIT_USAGE
-    except PipelineError as error:
-        console.error(str(error))
-        return EXIT_USAGE
+    except (PipelineError, OSError) as error:
+        console.error(f"{describe(error)}; what is stored stays: run the same command again to go on")
+        return EXIT_UNBALANCED
     except (KeyboardInterrupt, SystemExit) as stop:
         console.error("interrupted: what is stored stays; run the same command again to go on")
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT

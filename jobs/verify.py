@@ -20,7 +20,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.errors import PipelineError
-from pipeline.verify import RECOMPUTE_IMAGES, RULES, THREADS, Recompute, Verdict, verify
+from pipeline.verify import THREADS, verify
+from pipeline.verify_findings import RULES, Verdict
+from pipeline.verify_recompute import RECOMPUTE_IMAGES, Recompute
 
 EXIT_PROVEN = 0
 EXIT_WRONG = 1
@@ -133,18 +135,15 @@ def show(verdict: Verdict, out: rich.console.Console) -> None:
     for note in verdict.notes:
         out.print(f"note  {note}", markup=False)
     broken = f", {verdict.broken_shards} of them broken" if verdict.broken_shards else ""
+    cosine = verdict.lowest_cosine
+    lowest = "" if cosine is None else f", the lowest cosine is {cosine:.6f}"
     rows = [
         ("shards", f"{verdict.shards}{broken}"),
         ("parts", f"{verdict.parts}, {decimal(verdict.num_bytes)} with their errors"),
         ("samples", f"{verdict.samples}: {verdict.embedded} embedded, {verdict.errors} errors"),
         ("tars", f"{verdict.tars_compared} compared" if verdict.tars_compared else "not compared: no --input"),
-        ("recomputed", f"{verdict.recomputed} embeddings"),
+        ("recomputed", f"{verdict.recomputed} embeddings{lowest}"),
     ]
-    if verdict.lowest_cosine is not None:
-        rows[-1] = (
-            "recomputed",
-            f"{verdict.recomputed} embeddings, the lowest cosine is {verdict.lowest_cosine:.6f}",
-        )
     for name, value in rows:
         out.print(f"{name:<12}{value}", markup=False)
     wrong = f"NOT PROVEN: {len(verdict.findings)} findings in {verdict.output}"

@@ -13,7 +13,6 @@ import ray
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
-from torch.nn import functional as F
 
 from pipeline.backbones import Backbone, build_backbone
 from pipeline.decode import Preprocess
@@ -96,7 +95,8 @@ class _Embedding(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         images = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
         features = self.backbone(images.to(self.dtype, memory_format=torch.channels_last)).float()
-        return F.normalize(features) if self.normalize else features
+        # A vector of length 0 has no direction: it becomes NaN, and so a row of errors.
+        return features / features.norm(dim=1, keepdim=True) if self.normalize else features
 
 
 class Embedder:
@@ -152,7 +152,8 @@ class Embedder:
         if len(rows):
             pixels = samples.field(PIXELS).values.to_numpy().reshape(-1, *self._crop, 3)
             offset = samples.field(PIXELS).offset
-            embedded = self.embed(pixels, rows + offset).astype(self._stored).reshape(len(rows), *shape)
+            with np.errstate(over="ignore"):
+                embedded = self.embed(pixels, rows + offset).astype(self._stored).reshape(len(rows), *shape)
             stored[rows] = embedded
             for row in rows[~np.isfinite(embedded).all(axis=1)]:
                 stages[row] = STAGE_EMBED

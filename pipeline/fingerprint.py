@@ -48,6 +48,7 @@ def make_fingerprint(
 ) -> Fingerprint:
     """The fingerprint of a run. `precision` may be `auto` where it is not known before Ray starts."""
     settings = {
+        "format": FORMAT,
         "backbone": backbone,
         "weights_sha256": weights_sha256,
         "preprocess": dataclasses.asdict(preprocess),
@@ -66,7 +67,6 @@ def make_fingerprint(
         "input_prefix": input_prefix,
     }
     base = {
-        "format": str(FORMAT),
         "weights": weights_name,
         "python": platform.python_version(),
         "numpy": numpy.__version__,

@@ -100,6 +100,9 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     config, shards, plan = job.config, job.shards, first_plan
     tally = Tally()
     problems: list[str] = []
+    # Beside a done shard lies only what a writer of an older version left.
+    names = {shard.name for shard in plan.pending}
+    delete(config.output, [file for name, files in plan.stale.items() if name not in names for file in files])
     if not plan.pending:
         return _finish(job, plan, None, tally, count([], config.output), problems)
     resources = plan_resources(config)

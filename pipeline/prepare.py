@@ -53,9 +53,9 @@ def prepare(config: Config) -> Job:
     preprocess = backbones.preprocess_for(backbone, config.weights, config.preprocess)
     if config.image_size is not None:
         preprocess = preprocess.with_size(config.image_size)
-    shape = backbones.output_shape(backbone, config.features, preprocess.crop)
     found = find_shards(config.input)
     weights = backbones.load_weights(backbone, config.weights)
+    shape = backbones.output_shape(backbone, config.features, preprocess.crop, weights)
     asked = make_fingerprint(
         config,
         backbone=backbone,

@@ -155,7 +155,8 @@ def join(url: str, *names: str) -> str:
 
 def describe(error: BaseException) -> str:
     """An error's type and text without what may be a secret in it."""
-    return f"{type(error).__name__}: {_SECRETS.sub('***', str(error))}"
+    text = _SECRETS.sub("***", str(error))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:

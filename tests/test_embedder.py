@@ -339,3 +339,13 @@ def torch_state(name: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         state: dict[str, torch.Tensor] = models.get_model(name, weights=None).state_dict()
     return state
+
+
+def test_a_vector_without_direction_is_an_error_where_lengths_are_normalized() -> None:
+    actor = embedder("squeezenet1_1", normalize=True)
+    with torch.no_grad():
+        for parameter in actor._model.backbone.parameters():
+            parameter.zero_()
+    ((_, samples),) = part_rows(actor(part(pictures(1))))
+    assert samples.field(EMBEDDING).null_count == 1
+    assert samples.field(REASON)[0].as_py().startswith("not finite")

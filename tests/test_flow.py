@@ -109,6 +109,16 @@ def test_a_changed_shard_is_embedded_anew_and_its_old_parts_go(tmp_path: Path) -
     assert len([row for row in rows(tmp_path / "out") if row["shard"] == "photos-00000"]) == 9
 
 
+def test_what_a_late_writer_left_of_an_older_version_goes_even_when_nothing_is_pending(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=1)
+    embed(shards, tmp_path / "out")
+    (name, data), *_ = stored(tmp_path / "out").items()
+    old = name.replace(name.split(".")[1][:12], "0" * 12)
+    (tmp_path / "out" / "embeddings" / old).write_bytes(data)
+    embed(shards, tmp_path / "out")
+    assert list(stored(tmp_path / "out")) == [name]
+
+
 def test_parts_lost_from_the_output_are_made_again_bit_for_bit(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=2, samples_each=9)
     embed(shards, tmp_path / "out", part_rows=4)

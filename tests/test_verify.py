@@ -28,7 +28,9 @@ from pipeline.prepare import prepare
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.storage import locate, write_bytes
-from pipeline.verify import RULES, Recompute, Verdict, verify
+from pipeline.verify import verify
+from pipeline.verify_findings import RULES, Verdict
+from pipeline.verify_recompute import Recompute
 
 ALL = Recompute(None, required=True)
 Edit = Callable[[pa.Table], pa.Table]

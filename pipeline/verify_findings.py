@@ -1,0 +1,97 @@
+"""What a verification tells: the rules, what breaks them, and the verdict."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+RULES = {
+    "no-parts": "an output holds at least one part",
+    "stray-file": "embeddings/ and errors/ hold parts and nothing else",
+    "part-missing": "a shard's parts are 0 to k, the last marked as such",
+    "part-twice": "a part is stored once, and none comes after the last",
+    "two-versions": "a shard's parts are of one version of it",
+    "old-version": "a shard's parts are of its present version in the input",
+    "shard-missing": "every shard of the input is in the output",
+    "shard-broken": "a shard was read to its proven end",
+    "errors-missing": "a part that counts errors has its errors file",
+    "errors-alone": "an errors file belongs to a part, which counts errors",
+    "unreadable": "a file is Parquet, whole and readable to its last row group",
+    "schema": "columns, types and the embedding's shape are as run.json says",
+    "fingerprint": "every part was made with the settings of run.json",
+    "metadata": "a file's metadata agrees with its name and its rows",
+    "checksum": "rows are those that were written",
+    "counts": "embeddings and errors of a part are as many as its samples",
+    "sample-index": "sample_index counts on, each sample once, in the order of the shard",
+    "id-repeated": "image_id is unique within a shard",
+    "shard-column": "the shard column names the part's shard",
+    "not-finite": "embeddings have no NaN and no infinite value",
+    "length": "embeddings have the L2 length 1 where they were normalized",
+    "constant": "the values within one embedding are not all the same",
+    "all-alike": "the embeddings of a shard are not all the same",
+    "tar-unreadable": "a shard of the input can be read",
+    "tar-count": "a shard has as many samples as its tar",
+    "tar-id": "image_id is that of the tar's sample at sample_index",
+    "recompute": "an embedding is that of its image",
+}
+
+# Told as (what, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong: in which file, which of `RULES` it breaks, and with what value."""
+
+    file: str
+    rule: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{one_line(self.file)}: {self.rule}: {one_line(self.value)}"
+
+
+@dataclass
+class Verdict:
+    """What was read, and all that is wrong with it. `notes` tell what is unusual and not wrong."""
+
+    output: str
+    fingerprint: str
+    shards: int = 0
+    broken_shards: int = 0
+    parts: int = 0
+    samples: int = 0
+    embedded: int = 0
+    errors: int = 0
+    num_bytes: int = 0
+    tars_compared: int = 0
+    recomputed: int = 0
+    lowest_cosine: float | None = None
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def find(self, file: str, rule: str, value: str) -> None:
+        """Add a finding."""
+        self.findings.append(Finding(file, rule, value))
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: everything, with each finding's rule spelled out."""
+        findings = [{**finding._asdict(), "means": RULES[finding.rule]} for finding in self.findings]
+        return {"proven": self.proven, **asdict(self), "findings": findings}
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, with what a terminal would act on escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def few(texts: Iterable[str], most: int = 3, separator: str = ", ") -> str:
+    """The first of `texts`, with dots where there are more."""
+    shown = list(itertools.islice(texts, most + 1))
+    return separator.join(shown[:most]) + (" ..." if len(shown) > most else "")

@@ -1,0 +1,167 @@
+"""The samples of a shard as the standard library's `tarfile` finds them, apart from our own reader."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, cast
+
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.config import Field
+from pipeline.errors import ShardError
+from pipeline.samples import MAX_METADATA_BYTES, image_rank
+from pipeline.shards import Shard
+from pipeline.storage import ShardStream, describe, locate
+
+# What tarfile raises on damage.
+_TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError)
+_VOLUME_LABEL = b"V"
+_NAME = re.compile(r"((?:.*/)?[^/.]+)(?:\.([^/]*))?", re.DOTALL)
+
+_Members = list[tuple[str, tarfile.TarInfo]]  # (extension, member)
+
+
+@dataclass
+class Tar:
+    """What `tarfile` finds in a shard: the key of each sample and, where ids are a field, that field."""
+
+    shard: Shard
+    keys: list[str] = field(default_factory=list)
+    ids: list[str | None] | None = None
+    fault: str | None = None
+
+    def allowed(self, index: int, *, is_error: bool) -> list[str]:
+        """Ids that the sample at `index` may have: an error may be told by its key before its id is known."""
+        if index >= len(self.keys):
+            return []
+        key = self.keys[index]
+        if self.ids is None:
+            return [key]
+        user_id = self.ids[index]
+        return ([] if user_id is None else [user_id]) + ([key] if is_error else [])
+
+
+def walk(shard: Shard, id_field: Field | None) -> Tar:
+    """The samples of a tar to the end of the file, read on after an end of the archive, and after damage."""
+    found = Tar(shard, ids=None if id_field is None else [])
+    try:
+        with _opened(shard) as tar:
+            for key, members in tar.samples():
+                # As rows hold it: bytes that are not UTF-8 are escaped.
+                found.keys.append(key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+                if found.ids is not None and id_field is not None:
+                    found.ids.append(_user_id(tar, members, id_field))
+            found.fault = tar.fault
+    except (OSError, ShardError) as error:
+        found.fault = describe(error)
+    return found
+
+
+def images(shard: Shard, image_member: str | None, wanted: set[int]) -> dict[int, bytes]:
+    """The encoded images of the `wanted` samples of a shard. Raises `OSError` and `ShardError`."""
+    found: dict[int, bytes] = {}
+    with _opened(shard) as tar:
+        for index, (_, members) in enumerate(itertools.islice(tar.samples(), max(wanted) + 1)):
+            data = _image(tar, members, image_member) if index in wanted else None
+            if data is not None:
+                found[index] = data
+    return found
+
+
+@contextlib.contextmanager
+def _opened(shard: Shard) -> Iterator[_TarReader]:
+    fs, path = locate(shard.url)
+    if isinstance(fs, LocalFileSystem):
+        with open(path, "rb") as file:
+            yield _TarReader(file)
+    else:
+        with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
+            yield _TarReader(cast(IO[bytes], _StreamFile(stream)))
+
+
+class _StreamFile:
+    """What `tarfile` needs of a file, for a shard on object storage: in chunks that are retried."""
+
+    def __init__(self, stream: ShardStream) -> None:
+        self._stream = stream
+
+    def read(self, num_bytes: int) -> bytes:
+        if num_bytes < 0:
+            raise ValueError(f"read length must be at least 0, got {num_bytes}")
+        return self._stream.read(num_bytes)
+
+    def seek(self, offset: int) -> None:
+        self._stream.position = offset
+
+    def tell(self) -> int:
+        return self._stream.position
+
+
+class _TarReader:
+    """A shard as `tarfile` reads it with `ignore_zeros`, up to the first fault, which is then in `fault`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.fault: str | None = None
+        self._file = file
+        self._tar: tarfile.TarFile | None = None
+
+    def samples(self) -> Iterator[tuple[str, _Members]]:
+        """Each run of members of one key, by WebDataset's rule."""
+        files = (member for member in self._members() if not member.isdir() and member.type != _VOLUME_LABEL)
+        named = ((_NAME.fullmatch(member.name), member) for member in files)
+        keyed = ((match[1], match[2] or "", member) for match, member in named if match is not None)
+        for key, members in itertools.groupby(keyed, key=lambda item: item[0]):
+            yield key, [(extension, member) for _, extension, member in members]
+
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        reached = -1
+        try:
+            self._tar = tarfile.open(  # noqa: SIM115 - it holds nothing but the caller's file
+                fileobj=self._file, mode="r:", ignore_zeros=True, encoding="utf-8", errors="surrogateescape"
+            )
+            while (member := self._tar.next()) is not None:
+                if self._tar.offset <= reached:
+                    self.fault = f"it goes back to byte {self._tar.offset}"
+                    return
+                reached = self._tar.offset
+                # tarfile keeps all members, which is gigabytes for millions.
+                self._tar.members.clear()  # type: ignore[attr-defined]
+                yield member
+        except _TAR_ERRORS as error:
+            self.fault = describe(error)
+
+    def read(self, member: tarfile.TarInfo) -> bytes | None:
+        """The data of a member; None for links and other members without data."""
+        file = self._tar.extractfile(member) if self._tar is not None and member.isreg() else None
+        return None if file is None else file.read()
+
+
+def _user_id(tar: _TarReader, members: _Members, field: Field) -> str | None:
+    """The id that the user's field names, None where the sample has none."""
+    wanted = field.member.lower()
+    named = next((member for extension, member in members if extension.lower() == wanted), None)
+    data = tar.read(named) if named is not None and named.size <= MAX_METADATA_BYTES else None
+    if data is None:
+        return None
+    if not field.path and wanted != "json":
+        return data.decode("utf-8", "backslashreplace").strip("\r\n")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    for name in field.path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+
+
+def _image(tar: _TarReader, members: _Members, image_member: str | None) -> bytes | None:
+    """The sample's image: of the member whose extension comes first in the documented order."""
+    ranked = [(image_rank(extension, image_member), member) for extension, member in members]
+    known = [(rank, member) for rank, member in ranked if rank is not None]
+    return tar.read(min(known, key=lambda item: item[0])[1]) if known else None
