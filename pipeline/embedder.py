@@ -94,9 +94,11 @@ class _Embedding(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         images = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        features = self.backbone(images.to(self.dtype, memory_format=torch.channels_last)).float()
-        # A vector of length 0 has no direction: it becomes NaN, and so a row of errors.
-        return features / features.norm(dim=1, keepdim=True) if self.normalize else features
+        features: Tensor = self.backbone(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        if self.normalize:
+            # A vector of length 0 has no direction: it becomes NaN, and so a row of errors.
+            features = features / features.norm(dim=1, keepdim=True)
+        return features
 
 
 class Embedder:

@@ -80,6 +80,12 @@ def write_shards(folder: Path, num_shards: int = 3, samples_each: int = 7) -> Pa
     return folder
 
 
+def peak_memory_mib() -> int:
+    """The most memory this process has had; `ru_maxrss` would count that of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024
+
+
 @pytest.fixture(scope="session")
 def ray_session(s3_server: S3Server) -> Iterator[None]:
     """One local Ray for all tests, which takes ten seconds and more to start; its workers can reach S3."""

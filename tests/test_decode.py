@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import encode, photo
+from conftest import encode, peak_memory_mib, photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -507,7 +507,7 @@ def fuzz(seed: int, count: int, progress_path: str) -> dict[str, Any]:
             except Exception as error:
                 escaped.setdefault(f"{type(error).__name__}: {error}", index)
             slowest = max(slowest, time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    peak = peak_memory_mib()
     return {
         "inputs": count,
         "outcomes": outcomes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import random
-import resource
 import subprocess
 import sys
 import tarfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import encode, photo
+from conftest import encode, peak_memory_mib, photo
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -609,4 +608,4 @@ if __name__ == "__main__":
     total = 0
     for table in reader.parts(Pending("huge", str(huge), identity.num_bytes, identity.version)):
         total += sum(values["num_samples"] for values, _ in part_rows(table))
-    sys.stdout.write(f"{total} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}")
+    sys.stdout.write(f"{total} {peak_memory_mib()}")
