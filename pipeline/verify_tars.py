@@ -53,10 +53,11 @@ def walk(shard: Shard, id_field: Field | None) -> Tar:
     try:
         with _opened(shard) as tar:
             for key, members in tar.samples():
-                # As rows hold it: bytes that are not UTF-8 are escaped.
-                found.keys.append(key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+                # The id first: reading it may fail, and each key has an id.
                 if found.ids is not None and id_field is not None:
                     found.ids.append(_user_id(tar, members, id_field))
+                # As rows hold it: bytes that are not UTF-8 are escaped.
+                found.keys.append(key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
             found.fault = tar.fault
     except (OSError, ShardError) as error:
         found.fault = describe(error)
@@ -137,9 +138,12 @@ class _TarReader:
             self.fault = describe(error)
 
     def read(self, member: tarfile.TarInfo) -> bytes | None:
-        """The data of a member; None for links and other members without data."""
-        file = self._tar.extractfile(member) if self._tar is not None and member.isreg() else None
-        return None if file is None else file.read()
+        """The data of a member; None for links and other members without data, and for one that is cut."""
+        try:
+            file = self._tar.extractfile(member) if self._tar is not None and member.isreg() else None
+            return None if file is None else file.read()
+        except _TAR_ERRORS:
+            return None
 
 
 def _user_id(tar: _TarReader, members: _Members, field: Field) -> str | None:

@@ -667,6 +667,14 @@ def test_a_cut_shard_that_is_called_good_is_found(shards: Path, tmp_path: Path) 
     assert (finding.rule, finding.file) == ("tar-unreadable", str(folder / "photos-00000.tar"))
 
 
+def test_a_shard_cut_inside_the_json_that_holds_an_id_is_reported_broken_and_no_more(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "in" / "s.tar", [m for i in range(3) for m in sample_members(f"k{i}", i)])
+    whole.write_bytes(whole.read_bytes()[: whole.read_bytes().rindex(b"photo-2") - 2])
+    embed(tmp_path / "in", tmp_path / "out", id="json:id")
+    verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], recompute=None)
+    assert {finding.rule for finding in verdict.findings} == {"shard-broken"}
+
+
 def test_a_readable_sample_that_a_broken_shard_lost_is_found(shards: Path, tmp_path: Path) -> None:
     data = garbage_header((shards / "photos-00000.tar").read_bytes())
     (tmp_path / "in").mkdir()
