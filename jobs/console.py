@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ class Console:
         self._task: TaskID | None = None
         self._total_bytes = 1
         self._num_shards = 0
-        self._last_line = 0.0
+        self._state = "starting"
         self._recent: deque[tuple[float, int]] = deque()
 
     def plan(self, job: Job, plan: Plan) -> None:
@@ -91,13 +92,26 @@ class Console:
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
         """Show progress while the block runs."""
-        if not sys.stdout.isatty():
-            yield
+        if sys.stdout.isatty():
+            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            with Progress(*columns, console=self._out, transient=True) as self._bar:
+                self._task = self._bar.add_task(self._state, total=1.0)
+                yield
             return
-        columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=self._out, transient=True) as self._bar:
-            self._task = self._bar.add_task("starting", total=1.0)
+        ended = threading.Event()
+        lines = threading.Thread(target=self._print_lines, args=(ended,), name="progress", daemon=True)
+        lines.start()
+        try:
             yield
+        finally:
+            ended.set()
+            lines.join()
+
+    def _print_lines(self, ended: threading.Event) -> None:
+        """A line every so often, whether or not anything moved."""
+        started = time.monotonic()
+        while not ended.wait(LINE_EVERY_S):
+            self._out.print(f"{human_s(time.monotonic() - started)}  {self._state}")
 
     def begin_pass(self, number: int, pending: list[Pending]) -> None:
         """Say which pass begins, where it is not the first."""
@@ -116,15 +130,12 @@ class Console:
         rate = (tally.num_embedded - before) / (now - since) if now - since > 1 else tally.num_embedded / wall_s
         share = min(tally.read_bytes / self._total_bytes, 1.0)
         left = human_s(wall_s * (1 - share) / share) if share else "?"
-        text = (
+        self._state = (
             f"{tally.num_embedded} images  {rate:.0f}/s  {tally.num_shards}/{self._num_shards} shards  "
             f"{tally.num_errors} errors  ETA {left}"
         )
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=share, description=text)
-        elif now - self._last_line >= LINE_EVERY_S:
-            self._last_line = now
-            self._out.print(f"{human_s(wall_s)}  {text}")
+            self._bar.update(self._task, completed=share, description=self._state)
 
     def summary(self, report: dict[str, Any]) -> None:
         """The table at the end of a run."""
