@@ -284,10 +284,9 @@ def test_members_of_text_and_numbers_are_kept_by_their_type(
         b'{"x": "' + b"y" * (16 * 2**20) + b'"}',
         pickle.dumps({"x": 1}),
         *(b'{"x": ' + b"[" * depth for depth in JSON_DEPTHS[:2]),
-        *(b'{"x": ' + b"[" * depth + b"]" * depth + b"}" for depth in JSON_DEPTHS[:2]),
         b'{"x":' * 100_000 + b"1" + b"}" * 100_000,
     ],
-    ids=range(13),
+    ids=range(11),
 )
 def test_json_that_cannot_be_read_costs_the_field_and_not_the_image(data: bytes, tmp_path: Path) -> None:
     assert field(data, "json:x=json", tmp_path) == (None, 1)
