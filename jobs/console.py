@@ -8,16 +8,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pipeline.ledger import Plan
-from pipeline.prepare import Job
-from pipeline.report import Tally
-from pipeline.resources import Resources
-from pipeline.samples import Pending
+if TYPE_CHECKING:
+    from pipeline.ledger import Plan
+    from pipeline.prepare import Job
+    from pipeline.report import Tally
+    from pipeline.resources import Resources
+    from pipeline.samples import Pending
 
 LINE_EVERY_S = 30.0
 # The rate shown is that of the last parts in this window.

@@ -91,6 +91,7 @@ def ray_session(s3_server: S3Server) -> Iterator[None]:
     """One local Ray for all tests, which takes ten seconds and more to start; its workers can reach S3."""
     import ray
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()

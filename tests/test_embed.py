@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, encode, free_ports, photo, write_shards, write_tar
 
-from jobs.embed import exit_code, gather, parser
+from jobs.embed import gather, parser
+from jobs.session import exit_code
 from pipeline.errors import SettingsError
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]

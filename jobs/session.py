@@ -1,0 +1,88 @@
+"""One run of the job, from its config to its exit code; importing this imports torch and Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from jobs.console import Console
+from pipeline.config import Config
+from pipeline.errors import ClusterError, PipelineError, SettingsError
+from pipeline.flow import Watcher, run
+from pipeline.ledger import make_plan
+from pipeline.prepare import prepare
+from pipeline.storage import describe
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_BROKEN_SHARDS = 3
+EXIT_UNBALANCED = 4
+EXIT_TOO_MANY_ERRORS = 5
+
+
+def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
+    """The worst that a report tells."""
+    if not report["balanced"]:
+        return EXIT_UNBALANCED
+    if report["shards"]["broken"]:
+        return EXIT_BROKEN_SHARDS
+    if report["errors"] > max_error_fraction * report["samples"]:
+        return EXIT_TOO_MANY_ERRORS
+    return EXIT_OK
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine."""
+    # The actor pool takes its restart bounds in no other way until Ray 2.64, which pyproject.toml excludes.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
+    # Ray logs an error that is none on starting any actor that may restart.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Its usage statistics take a process of their own, which is seconds on a small machine.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without "local", Ray would join whatever other Ray runs on this machine.
+    local = {"address": "local", "include_dashboard": False}
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
+    """Run the job, and return its exit code."""
+    try:
+        job = prepare(config)
+        plan = make_plan(job.shards, job.config.output)
+        console.plan(job, plan)
+        if dry_run:
+            return EXIT_OK
+        if plan.pending:
+            connect()
+        # After ray.init, which sets handlers of its own.
+        signal.signal(signal.SIGTERM, _terminate)
+        with console.progress():
+            report = run(job, plan, Watcher(console.resources, console.begin_pass, console.part))
+        if plan.pending:
+            console.summary(report)
+        else:
+            console.nothing_to_do(len(job.shards))
+        return exit_code(report, config.max_error_fraction)
+    except (SettingsError, ClusterError) as error:
+        console.error(str(error))
+        return EXIT_USAGE
+    except (PipelineError, OSError) as error:
+        console.error(f"{describe(error)}; what is stored stays: run the same command again to go on")
+        return EXIT_UNBALANCED
+    except (KeyboardInterrupt, SystemExit) as stop:
+        console.error("interrupted: what is stored stays; run the same command again to go on")
+        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
+    finally:
+        ray.shutdown()
