@@ -101,10 +101,10 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     tally = Tally()
     problems: list[str] = []
     # Beside a done shard lies only what a writer of an older version left.
-    names = {shard.name for shard in plan.pending}
-    delete(config.output, [file for name, files in plan.stale.items() if name not in names for file in files])
+    not_done = {shard.name for shard in plan.pending}
+    delete(config.output, [file for name, files in plan.stale.items() if name not in not_done for file in files])
     if not plan.pending:
-        return _finish(job, plan, None, tally, count([], config.output), problems)
+        return _finish(job, plan, None, tally, Counts(), problems)
     resources = plan_resources(config)
     if job.precision == "auto":
         job = job.with_precision(choose_precision(job, plan.pending[0], resources.fast_precisions()))

@@ -86,6 +86,17 @@ def peak_memory_mib() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch with one thread: bits do not depend on how many cores a machine has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def ray_session(s3_server: S3Server) -> Iterator[None]:
     """One local Ray for all tests, which takes ten seconds and more to start; its workers can reach S3."""

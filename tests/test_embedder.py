@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,16 +31,9 @@ from pipeline.schema import (
 )
 from pipeline.weights import Weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 64
 KEEP = (("caption", "string"),)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def preprocess(backbone: str, side: int = SIDE) -> Preprocess:

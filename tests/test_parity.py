@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,12 @@ from pipeline.schema import (
     sample_type,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
 CENTRED = {"fp32": 0.999, "bf16": 0.9, "fp16": 0.99}
 # How far lengths may be apart, relatively; measured 3e-3 in fp32 (a small image made larger), else 8e-5.
 NORM = {"fp32": 1e-2, "bf16": 2e-2, "fp16": 2e-2}
 RANDOM = ["resnet18", "resnet50", "resnet50_stride1", "resnext101_32x8d"]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assorted() -> list[bytes]:
