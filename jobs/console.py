@@ -77,6 +77,10 @@ class Console:
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
 
+    def waiting(self, why: str) -> None:
+        """Say what the run waits for before it begins."""
+        self._out.print(f"waiting   {why}", markup=False)
+
     def resources(self, job: Job, resources: Resources) -> None:
         """Say what will do it."""
         low, high = resources.num_actors

@@ -31,6 +31,7 @@ exit codes:
   3    some shards could not be read to their end; what could be read of them is stored
   4    the counts do not balance, or the store failed: run the same command again
   5    more errors than --max-error-fraction
+  75   another run holds the output; nothing was started
   130  interrupted (143 by SIGTERM): run the same command again to go on
 """
 

@@ -13,10 +13,13 @@ import ray
 
 from jobs.console import Console
 from pipeline.config import Config
-from pipeline.errors import ClusterError, PipelineError, SettingsError
+from pipeline.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
 from pipeline.flow import Watcher, run
+from pipeline.lease import Lease, hold
 from pipeline.ledger import make_plan
-from pipeline.prepare import prepare
+from pipeline.prepare import Job, follow_output, prepare
+from pipeline.report import Tally
+from pipeline.samples import Pending
 from pipeline.storage import describe
 
 EXIT_OK = 0
@@ -24,6 +27,8 @@ EXIT_USAGE = 2
 EXIT_BROKEN_SHARDS = 3
 EXIT_UNBALANCED = 4
 EXIT_TOO_MANY_ERRORS = 5
+# As sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
+EXIT_BUSY = 75
 
 
 def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
@@ -60,21 +65,16 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     """Run the job, and return its exit code."""
     try:
         job = prepare(config)
-        plan = make_plan(job.shards, job.config.output)
-        console.plan(job, plan)
         if dry_run:
+            console.plan(job, make_plan(job.shards, job.config.output))
             return EXIT_OK
-        if plan.pending:
-            connect()
-        # After ray.init, which sets handlers of its own.
+        # Also while it waits for the lease a run that is stopped shall say so.
         signal.signal(signal.SIGTERM, _terminate)
-        with console.progress():
-            report = run(job, plan, Watcher(console.resources, console.begin_pass, console.part))
-        if plan.pending:
-            console.summary(report)
-        else:
-            console.nothing_to_do(len(job.shards))
-        return exit_code(report, config.max_error_fraction)
+        with hold(job.config.output, console.waiting) as lease:
+            return _run_held(follow_output(job), lease, console)
+    except OutputBusyError as error:
+        console.error(str(error))
+        return EXIT_BUSY
     except (SettingsError, ClusterError) as error:
         console.error(str(error))
         return EXIT_USAGE
@@ -84,5 +84,33 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:
         console.error("interrupted: what is stored stays; run the same command again to go on")
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
+
+
+def _run_held(job: Job, lease: Lease, console: Console) -> int:
+    """Run the job whose output's lease is held."""
+    plan = make_plan(job.shards, job.config.output)
+    console.plan(job, plan)
+
+    def on_pass(number: int, pending: list[Pending]) -> None:
+        lease.check()
+        console.begin_pass(number, pending)
+
+    def on_part(tally: Tally) -> None:
+        lease.check()
+        console.part(tally)
+
+    try:
+        if plan.pending:
+            connect()
+            # ray.init has set handlers of its own.
+            signal.signal(signal.SIGTERM, _terminate)
+        with console.progress():
+            report = run(job, plan, Watcher(console.resources, on_pass, on_part))
     finally:
+        # Before the lease ends, so that no worker writes after it.
         ray.shutdown()
+    if plan.pending:
+        console.summary(report)
+    else:
+        console.nothing_to_do(len(job.shards))
+    return exit_code(report, job.config.max_error_fraction)

@@ -25,6 +25,10 @@ class OutputError(SettingsError):
     """The output was made with another setting, or is not an output of this pipeline."""
 
 
+class OutputBusyError(PipelineError):
+    """Another run holds the output."""
+
+
 class ClusterError(PipelineError):
     """The cluster lacks what the job needs."""
 

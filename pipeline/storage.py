@@ -474,19 +474,61 @@ def write_bytes(root: str, name: str, data: bytes) -> None:
         chunk = {"chunksize": _PUT_BYTES} if _is_s3(fs) else {}
         with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, **chunk, **_within(fs, len(data))))
         return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with _temporary(root, data) as temporary:
+        os.replace(temporary, path)
+
+
+def create(root: str, name: str, data: bytes) -> bool:
+    """Write `root`/`name` where there is no such file yet; false where there is.
+
+    Of several callers at once one gets true, on local disk and on stores with conditional writes (S3's
+    `If-None-Match`); on others two in the same instant may. Where an answer was lost on its way the call is
+    tried again, and then says false of a file that it made itself: `data` must tell whose it is.
+
+    Raises:
+        OSError, PermissionError, ShardError: as `write_bytes` does.
+    """
+    fs, path = locate(join(root, name))
+    if isinstance(fs, LocalFileSystem):
+        return _create_local(root, path, data)
+    try:
+        with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, mode="create", **_within(fs, len(data))))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        refusal = error.__cause__
+        if isinstance(refusal, ClientError) and refusal.response["Error"]["Code"] in ("PreconditionFailed", "412"):
+            return False
+        raise
+    return True
+
+
+def _create_local(root: str, path: str, data: bytes) -> bool:
+    """By a link to a finished file, which fails where the name is taken."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with _temporary(root, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _temporary(root: str, data: bytes) -> Iterator[str]:
+    """`data` on its disk, in a file below `root`/.tmp that is gone at the end, unless it was renamed."""
     temporary = os.path.join(os.path.abspath(root), TEMPORARY_FOLDER, uuid.uuid4().hex)
     os.makedirs(os.path.dirname(temporary), exist_ok=True)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        yield temporary
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
 
 
 def delete(root: str, names: list[str]) -> None:
@@ -517,6 +559,14 @@ def _delete(fs: fsspec.AbstractFileSystem, base: str, names: list[str]) -> None:
         code, key = failed[0].get("Code"), failed[0].get("Key")
         kind = PermissionError if code == "AccessDenied" else OSError
         raise kind(f"{len(failed)} of {len(names)} old parts cannot be deleted: {code} for {key}")
+
+
+def remove_folder(root: str, name: str) -> None:
+    """Remove an empty folder below `root` on local disk; object storage has none."""
+    fs, path = locate(join(root, name))
+    if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def clear_temporary(root: str) -> None:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.errors import OutputError, ShardError
 from pipeline.fingerprint import RUN_FILE
+from pipeline.lease import LEASE_FOLDER
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName, version_tag
 from pipeline.shards import Shard, find_shards
 from pipeline.storage import TEMPORARY_FOLDER, describe, list_files, locate
@@ -75,7 +76,7 @@ def _list(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
     """The parts in embeddings/ and in errors/, by one listing; a file that has no place there is told."""
     fs, base = locate(output)
     stored: dict[str, set[PartName]] = {EMBEDDINGS: set(), ERRORS: set()}
-    num_temporary = 0
+    num_temporary = num_leases = 0
     try:
         files = sorted(list_files(fs, base))
     except (OSError, ShardError) as error:
@@ -86,6 +87,8 @@ def _list(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
         name = PartName.parse(rest)
         if folder == TEMPORARY_FOLDER:
             num_temporary += 1
+        elif folder == LEASE_FOLDER:
+            num_leases += 1
         elif folder not in stored:
             if path not in _EXPECTED_FILES:
                 verdict.notes.append(f"{one_line(path)} is no file of an output")
@@ -98,6 +101,8 @@ def _list(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
         verdict.notes.append(
             f"{num_temporary} temporary files in {TEMPORARY_FOLDER}/: a run died, which the next clears, or goes on"
         )
+    if num_leases:
+        verdict.notes.append("a run holds the output, or died: what it has not stored yet may be missing")
     if not stored[EMBEDDINGS]:
         verdict.find(f"{EMBEDDINGS}/", "no-parts", "there is none")
     for name in sorted(stored[ERRORS] - stored[EMBEDDINGS]):

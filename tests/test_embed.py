@@ -22,6 +22,7 @@ from conftest import ROOT, encode, free_ports, photo, write_shards, write_tar
 from jobs.embed import gather, parser
 from jobs.session import exit_code
 from pipeline.errors import SettingsError
+from pipeline.lease import hold
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]
 SLOWER = (
@@ -91,6 +92,17 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_job: RunJob, t
     assert done.returncode == 0, done.stderr
     assert "0 done, 3 pending" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_an_output_that_another_holds_ends_with_75(run_job: RunJob, tmp_path: Path) -> None:
+    write_shards(tmp_path / "in")
+    job = ("embed.py", "--input", "in", "--output", "out", *SMALL)
+    with hold(str(tmp_path / "out"), print):
+        done = run_job(*job)
+        assert done.returncode == 75
+        assert f"out is held by the run of process {os.getpid()} on" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())
 
 
 def report_with(**changes: Any) -> dict[str, Any]:
