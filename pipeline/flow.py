@@ -14,6 +14,7 @@ from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, SharedWeights
 from pipeline.errors import InputError
 from pipeline.fingerprint import write_fingerprint
+from pipeline.isolated import IsolatedDecoder
 from pipeline.ledger import Counts, Plan, count, make_plan
 from pipeline.parts import PartWriter
 from pipeline.precision import choose_precision
@@ -34,19 +35,30 @@ _BLOCK_BYTES = 32 * 2**20
 _RETRIES = 3
 
 
-def make_flow(pending: list[Pending], job: Job, weights: SharedWeights, resources: Resources) -> Dataset:
-    """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts."""
+def make_flow(
+    pending: list[Pending], job: Job, weights: SharedWeights, resources: Resources, *, isolated: bool = False
+) -> Dataset:
+    """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts.
+
+    With `isolated`, an image that kills its decoder becomes an error; it is somewhat slower.
+    """
     config = job.config
     _set_up_engine()
     shards = ray.data.from_arrow(_task_tables(pending))
     samples = shards.map_batches(
-        SampleReader(config), batch_size=None, batch_format="pyarrow", num_cpus=resources.read_cpus
+        SampleReader(config),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=resources.read_cpus,
+        ray_remote_args_fn=_task_retries,
     )
+    decoder = IsolatedDecoder if isolated else Decoder
     decoded = samples.map_batches(
-        Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation),
+        decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.decode_cpus,
+        ray_remote_args_fn=_task_retries,
     )
     embedded = decoded.map_batches(
         Embedder,
@@ -68,13 +80,14 @@ def make_flow(pending: list[Pending], job: Job, weights: SharedWeights, resource
         compute=ActorPoolStrategy(min_size=resources.num_actors[0], max_size=resources.num_actors[1]),
         num_cpus=resources.actor_cpus,
         num_gpus=resources.actor_gpus or None,
-        ray_remote_args_fn=_bounded_retries,
+        ray_remote_args_fn=_actor_retries,
     )
     return embedded.map_batches(
         PartWriter(config, job.fingerprint, job.shape),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.write_cpus,
+        ray_remote_args_fn=_task_retries,
     )
 
 
@@ -104,6 +117,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     not_done = {shard.name for shard in plan.pending}
     delete(config.output, [file for name, files in plan.stale.items() if name not in not_done for file in files])
     if not plan.pending:
+        _begin(job)
         return _finish(job, plan, None, tally, Counts(), problems)
     resources = plan_resources(config)
     if job.precision == "auto":
@@ -119,7 +133,8 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         watcher.on_pass(number, pending)
         delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
         try:
-            for receipt in _receipts(make_flow(pending, job, weights, resources)):
+            # What failed may be a native decoder that an image killed, and its worker with it.
+            for receipt in _receipts(make_flow(pending, job, weights, resources, isolated=bool(problems))):
                 tally.add(receipt)
                 watcher.on_part(tally)
         except ray.exceptions.RayError as error:
@@ -139,8 +154,13 @@ def _finish(
     return report
 
 
-def _bounded_retries() -> dict[str, Any]:
-    """Actors are restarted as often as machines vanish, but a part that kills them is not retried for ever."""
+def _task_retries() -> dict[str, Any]:
+    """Without a bound, which is Ray Data's default, an image that kills its worker is retried for ever."""
+    return {"max_retries": _RETRIES}
+
+
+def _actor_retries() -> dict[str, Any]:
+    """Actors are restarted as often as machines vanish, but no part is retried for ever."""
     return {"max_restarts": -1, "max_task_retries": _RETRIES}
 
 

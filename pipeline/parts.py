@@ -34,6 +34,7 @@ from pipeline.schema import (
     SHARD,
     STAGE,
     STAGE_READ,
+    UNKNOWN_INDEX,
     embeddings_schema,
     part_rows,
 )
@@ -100,14 +101,15 @@ class PartWriter:
 
     def _write(self, values: dict[str, Any], samples: pa.StructArray) -> dict[str, Any]:
         start = time.perf_counter()
-        name = str(
-            PartName(
-                values["name"],
-                version_tag(values["num_bytes"], values["version"]),
-                values["part"],
-                values["end"],
-            )
+        part = PartName(
+            values["name"],
+            version_tag(values["num_bytes"], values["version"]),
+            values["part"],
+            values["end"],
         )
+        name = str(part)
+        if values["first_index"] == UNKNOWN_INDEX:
+            values = {**values, "first_index": self._end_before(part)}
         failed = samples.field(REASON).is_valid()
         embedded = self._embeddings(values["name"], samples.filter(pc.invert(failed)))
         errors = _errors(values, samples.filter(failed))
@@ -135,6 +137,12 @@ class PartWriter:
             "written_bytes": written,
             "write_s": time.perf_counter() - start,
         }
+
+    def _end_before(self, part: PartName) -> int:
+        """The sample after the stored part that comes before `part`."""
+        before = part._replace(part=part.part - 1, end=END_NONE)
+        facts = read_facts(self._root, f"{EMBEDDINGS}/{before}")
+        return facts.number("first_index") + facts.number("num_samples")
 
     def _embeddings(self, shard: str, samples: pa.StructArray) -> pa.Table:
         embeddings = samples.field(EMBEDDING)
@@ -202,6 +210,16 @@ class PartFacts:
             return int(self.metadata[key])
         except (KeyError, ValueError) as error:
             raise OutputError(f"its metadata has no number {key!r}") from error
+
+    def fingerprint(self) -> Fingerprint:
+        """What made the part. Raises `OutputError` where its metadata does not say."""
+        try:
+            made = Fingerprint(json.loads(self.metadata["settings"]), json.loads(self.metadata["versions"]))
+            if made.digest != self.metadata["fingerprint"]:
+                raise ValueError("the settings do not have the fingerprint beside them")
+        except (KeyError, ValueError) as error:
+            raise OutputError(f"its metadata does not tell what made it: {error!r}") from error
+        return made
 
 
 def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:

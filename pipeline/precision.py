@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, SharedWeights
+from pipeline.isolated import IsolatedDecoder
 from pipeline.prepare import Job
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import EMBEDDING, REASON, part_rows
@@ -33,7 +33,10 @@ def choose_precision(job: Job, shard: Pending, candidates: tuple[str, ...]) -> s
         return "fp32"
     reader = SampleReader(replace(job.config, part_rows=NUM_IMAGES))
     config = job.config
-    decoder = Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
+    # No image shall kill the driver.
+    decoder = IsolatedDecoder(
+        job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation
+    )
     part = decoder(next(iter(reader.parts(shard._replace(stored_parts=())))))
     expected = _embeddings(job, part, "fp32")
     for precision in candidates:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 from pipeline import backbones
 from pipeline.config import Config
 from pipeline.decode import Preprocess
-from pipeline.fingerprint import Fingerprint, follow, make_fingerprint, read_fingerprint
+from pipeline.errors import OutputError
+from pipeline.fingerprint import RUN_FILE, Fingerprint, follow, make_fingerprint, read_fingerprint
+from pipeline.ledger import list_parts
+from pipeline.parts import EMBEDDINGS, read_facts
 from pipeline.shards import Shard, find_shards
 from pipeline.storage import locate, to_url
 from pipeline.weights import Weights
+
+# Of an output without run.json, so many parts at most are asked for what made them.
+_MAX_PARTS_ASKED = 100
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,28 @@ def prepare(config: Config) -> Job:
         input_prefix=found.prefix,
         versions=backbones.versions(),
     )
-    made = read_fingerprint(config.output)
-    fingerprint = follow(asked, made)
-    return Job(config, backbone, weights, preprocess, shape, fingerprint, made is None, found.shards)
+    return follow_output(Job(config, backbone, weights, preprocess, shape, asked, True, found.shards))
+
+
+def follow_output(job: Job) -> Job:
+    """The job as its output allows it now; another run may have begun that since the job was prepared.
+
+    Raises:
+        OutputError: the output was made with another setting, or does not say with which.
+    """
+    made = read_fingerprint(job.config.output)
+    fingerprint = follow(job.fingerprint, made or _made_parts(job.config.output))
+    return replace(job, fingerprint=fingerprint, is_new=made is None)
+
+
+def _made_parts(output: str) -> Fingerprint | None:
+    """What made the parts of an output whose run.json is gone; None where it has none."""
+    problem: OutputError | None = None
+    for part, num_bytes in itertools.islice(list_parts(output, EMBEDDINGS), _MAX_PARTS_ASKED):
+        try:
+            return read_facts(output, f"{EMBEDDINGS}/{part}", num_bytes).fingerprint()
+        except OutputError as error:
+            problem = error
+    if problem is not None:
+        raise OutputError(f"{output} has parts and no {RUN_FILE}, and they do not tell what made them: {problem}")
+    return None

@@ -23,6 +23,7 @@ from pipeline.schema import (
     END_NONE,
     STAGE_READ,
     STAGES,
+    UNKNOWN_INDEX,
     image_field,
     part_row,
     sample_type,
@@ -134,6 +135,8 @@ class SampleReader:
                 fault = _confirmed(error, stream)
                 if isinstance(fault, ShardChangedError):
                     builder.discard()
+            if fault is not None and builder.stored_reach_further:
+                builder.go_after_stored()
             yield from builder.finish(END_LAST if fault is None else END_BROKEN, stream.position, fault, ignored)
 
     def _samples(self, stream: ShardStream) -> Iterator[_Sample | None]:
@@ -229,6 +232,17 @@ class _PartBuilder:
     def discard(self) -> None:
         """Drop the part collected so far."""
         self._clear()
+
+    @property
+    def stored_reach_further(self) -> bool:
+        """Whether a part is stored that comes after the one collected, or is it."""
+        return self._part <= max(self._stored, default=-1)
+
+    def go_after_stored(self) -> None:
+        """Drop what is collected, and go on after the last stored part: at which sample that is, is not known."""
+        self._clear()
+        self._part = max(self._stored) + 1
+        self._index = UNKNOWN_INDEX
 
     def is_full(self, part_rows: int) -> bool:
         return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES

@@ -32,6 +32,9 @@ END_NONE = ""
 END_LAST = "last"
 END_BROKEN = "broken"
 
+# `first_index` of an empty part that tells a fault met before the end of what an earlier run stored.
+UNKNOWN_INDEX = -1
+
 STAGE_READ = "read"
 STAGE_DECODE = "decode"
 STAGE_EMBED = "embed"

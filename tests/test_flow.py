@@ -16,6 +16,7 @@ from conftest import encode, photo, sample_members, write_shards, write_tar
 from pipeline import backbones
 from pipeline.config import parse
 from pipeline.embedder import SharedWeights
+from pipeline.errors import OutputError
 from pipeline.flow import Watcher, make_flow, run
 from pipeline.ledger import make_plan
 from pipeline.parts import vectors
@@ -127,6 +128,24 @@ def test_parts_lost_from_the_output_are_made_again_bit_for_bit(tmp_path: Path) -
         (tmp_path / "out" / "embeddings" / name).unlink()
     embed(shards, tmp_path / "out", part_rows=4)
     assert stored(tmp_path / "out") == whole
+
+
+def test_an_output_that_lost_its_run_file_is_known_by_its_parts(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2)
+    embed(shards, tmp_path / "out")
+    run_file = tmp_path / "out" / "run.json"
+    made = run_file.read_bytes()
+    run_file.unlink()
+    with pytest.raises(OutputError, match="weights_sha256: output"):
+        job_for(shards, tmp_path / "out", weights="random:4")
+    report = embed(shards, tmp_path / "out")
+    assert report["shards"]["done_before"] == 2
+    assert run_file.read_bytes() == made
+    run_file.unlink()
+    for path in (tmp_path / "out" / "embeddings").iterdir():
+        path.write_bytes(b"cut")
+    with pytest.raises(OutputError, match=r"has parts and no run\.json, and they do not tell what made them"):
+        job_for(shards, tmp_path / "out")
 
 
 def test_bad_samples_cost_one_row_each_and_their_neighbours_nothing(tmp_path: Path) -> None:

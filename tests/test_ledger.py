@@ -15,6 +15,7 @@ from pipeline import ledger
 from pipeline.errors import OutputError
 from pipeline.ledger import Plan, count, list_parts, make_plan
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName, version_tag
+from pipeline.schema import UNKNOWN_INDEX
 from pipeline.shards import Shard
 from pipeline.storage import FileInfo, delete, write_bytes
 
@@ -277,6 +278,19 @@ def test_every_other_imbalance_is_told(tmp_path: Path) -> None:
     assert told.keys() == planted.keys()
     for name, message in planted.items():
         assert message in told[name]
+
+
+def test_a_fault_after_stored_parts_balances_and_is_tried_again(tmp_path: Path) -> None:
+    make = writer(tmp_path)
+    make(embedded(["a", "b"], name="a", end=""))
+    make(embedded(["c"], name="a", part=1, first_index=2, end=""))
+    make(embedded([], name="a", part=2, first_index=UNKNOWN_INDEX, end="broken", fault="reading failed"))
+    counts = count(SHARDS[:1], str(tmp_path))
+    assert counts.balanced, counts.faults
+    assert (counts.num_samples, counts.num_embedded, counts.num_errors, counts.broken) == (3, 3, 0, ["a"])
+    plan = make_plan(SHARDS[:1], str(tmp_path))
+    assert [shard.stored_parts for shard in plan.pending] == [(0, 1)]
+    assert plan.stale["a"] == [f"{folder}/a.{TAG}-00002-broken.parquet" for folder in (EMBEDDINGS, ERRORS)]
 
 
 def test_an_output_that_is_no_folder_holds_nothing(tmp_path: Path) -> None:

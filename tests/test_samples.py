@@ -19,7 +19,7 @@ from webdataset.tariterators import base_plus_ext
 from pipeline import samples as samples_module
 from pipeline.config import Config, Field
 from pipeline.samples import IMAGE_EXTENSIONS, Pending, SampleReader, image_rank, kept_value, split_key
-from pipeline.schema import IMAGE, REASON, SHARD_SCHEMA, part_rows
+from pipeline.schema import IMAGE, REASON, SHARD_SCHEMA, UNKNOWN_INDEX, part_rows
 from pipeline.storage import locate, stat
 
 PHOTO = encode(photo(1, (24, 20)))
@@ -193,6 +193,15 @@ def test_a_shard_that_changed_since_it_was_planned_is_void(shard: Path) -> None:
     found = [part for table in SampleReader(make_config()).parts(planned) for part in part_rows(table)]
     ((values, samples),) = found
     assert (values["end"], len(samples), values["fault_transient"]) == ("broken", 0, True)
+    assert values["fault"].startswith("changed while it was read: ")
+
+
+def test_a_fault_before_the_end_of_what_is_stored_is_a_part_of_its_own_after_it(shard: Path) -> None:
+    planned = pending(shard, 0, 1)._replace(version="replaced since")
+    reader = SampleReader(make_config(part_rows=4))
+    ((values, samples),) = [part for table in reader.parts(planned) for part in part_rows(table)]
+    assert (values["part"], values["end"], len(samples)) == (2, "broken", 0)
+    assert values["first_index"] == UNKNOWN_INDEX
     assert values["fault"].startswith("changed while it was read: ")
 
 
