@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, encode, photo, write_tar
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.decode import Decoder, Preprocess
 from pipeline.errors import SampleError
@@ -24,7 +25,7 @@ import os, signal
 from PIL import ImageFile
 load = ImageFile.ImageFile.load
 def faulty(image):
-    if image.info.get("comment") == b"deadly":
+    if image.info.get("comment") == "deadly":
         os.kill(os.getpid(), signal.SIGSEGV)
     return load(image)
 ImageFile.ImageFile.load = faulty
@@ -40,7 +41,9 @@ def faulty_pillow(tmp_path: Path) -> str:
 
 
 def deadly(seed: int) -> bytes:
-    return encode(photo(seed), comment=b"deadly")
+    text = PngInfo()
+    text.add_text("comment", "deadly")
+    return encode(photo(seed), "PNG", pnginfo=text)
 
 
 def test_pixels_and_reasons_are_those_of_the_plain_decoder() -> None:
