@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.redact import redact
+
 if TYPE_CHECKING:
     from pipeline.ledger import Plan
     from pipeline.prepare import Job
@@ -169,6 +171,12 @@ class Console:
             self._out.print(f"PROBLEM   {text}", style="yellow", markup=False)
         verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
         self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.json", markup=False)
+        self.report_fault(report)
+
+    def report_fault(self, report: dict[str, Any]) -> None:
+        """Say that the report could not be stored, where that is so."""
+        if report["report_fault"] is not None:
+            self.error(f"the report cannot be stored: {report['report_fault']}; run the same command again")
 
     def nothing_to_do(self, num_shards: int) -> None:
         """Say that every shard was done before."""
@@ -181,4 +189,4 @@ class Console:
 
     def error(self, message: str) -> None:
         """One error, on standard error."""
-        print(f"embed.py: {message}", file=sys.stderr)
+        print(f"embed.py: {redact(message)}", file=sys.stderr)

@@ -10,12 +10,13 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jobs.console import Console
 from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.errors import SettingsError
+from pipeline.redact import redact
 from pipeline.schema import KEEP_TYPES
 
 EXIT_USAGE = 2
@@ -36,10 +37,17 @@ exit codes:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows no secret that was mistyped."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line. Every default is None here: `Config` holds the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="embed.py",
         description=__doc__,
         epilog=_EPILOG,

@@ -13,7 +13,7 @@ import ray
 
 from jobs.console import Console
 from pipeline.config import Config
-from pipeline.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
+from pipeline.errors import ClusterError, OutputBusyError, OutputError, PipelineError, SettingsError
 from pipeline.flow import Watcher, run
 from pipeline.lease import Lease, hold
 from pipeline.ledger import make_plan
@@ -33,7 +33,7 @@ EXIT_BUSY = 75
 
 def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
     """The worst that a report tells."""
-    if not report["balanced"]:
+    if not report["balanced"] or report.get("report_fault") is not None:
         return EXIT_UNBALANCED
     if report["shards"]["broken"]:
         return EXIT_BROKEN_SHARDS
@@ -43,7 +43,11 @@ def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine."""
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
+
+    Raises:
+        ClusterError: neither is possible.
+    """
     # The actor pool takes its restart bounds in no other way until Ray 2.64, which pyproject.toml excludes.
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
     # Ray logs an error that is none on starting any actor that may restart.
@@ -53,8 +57,13 @@ def connect() -> None:
     # Without "local", Ray would join whatever other Ray runs on this machine.
     local = {"address": "local", "include_dashboard": False}
     options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, TimeoutError) as error:
+        where = f"the cluster at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
+        raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
+    # The flow tells what fails in a pass, in a line.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -106,6 +115,10 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
             signal.signal(signal.SIGTERM, _terminate)
         with console.progress():
             report = run(job, plan, Watcher(console.resources, on_pass, on_part))
+    except OutputError as error:
+        # The run had begun: it is the store that failed, and not the settings.
+        console.error(f"{error}; what is stored stays: run the same command again to go on")
+        return EXIT_UNBALANCED
     finally:
         # Before the lease ends, so that no worker writes after it.
         ray.shutdown()
@@ -113,4 +126,5 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
         console.summary(report)
     else:
         console.nothing_to_do(len(job.shards))
+        console.report_fault(report)
     return exit_code(report, job.config.max_error_fraction)

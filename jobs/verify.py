@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.errors import PipelineError
+from pipeline.storage import join
 from pipeline.verify import THREADS, verify
 from pipeline.verify_findings import RULES, Verdict
 from pipeline.verify_recompute import RECOMPUTE_IMAGES, Recompute
@@ -146,6 +147,11 @@ def show(verdict: Verdict, out: rich.console.Console) -> None:
     ]
     for name, value in rows:
         out.print(f"{name:<12}{value}", markup=False)
+    for name in verdict.to_delete():
+        out.print(f"MEND  delete {join(verdict.output, name)}", markup=False)
+    if verdict.mended_by_a_run:
+        then = "then run" if verdict.to_delete() else "run"
+        out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing", markup=False)
     wrong = f"NOT PROVEN: {len(verdict.findings)} findings in {verdict.output}"
     out.print(f"proven: {verdict.output}" if verdict.proven else wrong, markup=False)
 

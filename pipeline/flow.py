@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +13,20 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, SharedWeights
-from pipeline.errors import InputError
+from pipeline.errors import InputError, ShardError
 from pipeline.fingerprint import write_fingerprint
 from pipeline.isolated import IsolatedDecoder
 from pipeline.ledger import Counts, Plan, count, make_plan
 from pipeline.parts import PartWriter
 from pipeline.precision import choose_precision
 from pipeline.prepare import Job
+from pipeline.redact import redact
 from pipeline.report import Tally, make_report, write_report
 from pipeline.resources import Resources, plan_resources
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import SHARD_SCHEMA
 from pipeline.shards import Shard, find_shards
-from pipeline.storage import clear_temporary, delete
+from pipeline.storage import clear_temporary, delete, describe
 
 # Small shards are read many to a task, and those of a huge input too: neither a task for every ten
 # images, nor a million tasks.
@@ -33,6 +35,9 @@ _MAX_TASKS = 20_000
 # Parts below this travel many to a block; a larger part is a block of its own.
 _BLOCK_BYTES = 32 * 2**20
 _RETRIES = 3
+_CAUSED = "The above exception was the direct cause of the following exception:"
+# How an error says that there is no space, and will be none in the next pass either.
+_FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 
 def make_flow(
@@ -141,6 +146,9 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
             problems.append(f"pass {number}: {_brief(error)}")
         shards = _listed_again(job, shards, problems)
         plan = make_plan(shards, config.output)
+        if any(text in problem for problem in problems for text in _FULL):
+            # Another pass would pay for the same embeddings, and have no place for them either.
+            break
     counts = count([shard for shard in shards if shard.name in names], config.output)
     return _finish(job, first_plan, resources, tally, counts, problems)
 
@@ -149,7 +157,11 @@ def _finish(
     job: Job, plan: Plan, resources: Resources | None, tally: Tally, counts: Counts, problems: list[str]
 ) -> dict[str, Any]:
     report = make_report(tally, counts, job, plan, resources, problems)
-    write_report(job.config.output, report)
+    try:
+        write_report(job.config.output, report)
+    except (OSError, ShardError) as error:
+        # What it tells is needed the more.
+        report["report_fault"] = describe(error)
     clear_temporary(job.config.output)
     return report
 
@@ -192,8 +204,10 @@ def _receipts(flow: Dataset) -> Iterator[dict[str, Any]]:
 
 
 def _brief(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"[:500]
+    """An error's type and the line that says what went wrong: not Ray's advice, which follows an error of ours."""
+    text, _, advice = str(error).rpartition(_CAUSED)
+    lines = [line for line in (text if "UserCodeException" in advice else str(error)).splitlines() if line.strip()]
+    return redact(f"{type(error).__name__}: {lines[-1].strip() if lines else ''}")[:500]
 
 
 def _task_tables(pending: list[Pending]) -> list[pa.Table]:

@@ -126,6 +126,7 @@ def make_report(
         "missing_shards": counts.missing[:MAX_LISTED],
         "imbalances": counts.faults[:MAX_LISTED],
         "problems": problems,
+        "report_fault": None,
         "kept_nulls": tally.kept_nulls,
         "ignored_members": tally.ignored_members,
         "read_bytes": tally.read_bytes,

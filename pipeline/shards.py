@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError, SettingsError
+from pipeline.redact import has_secret
 from pipeline.storage import FileInfo, describe, list_files, locate, read_bytes, stat, to_url, with_retries
 
 SUFFIX = ".tar"
@@ -104,8 +105,10 @@ def _expand_list(spec: str) -> Iterator[str]:
         raise
     except Exception as error:
         raise InputError(f"list file {spec} cannot be read: {describe(error)}") from error
-    for line in text.split("\n"):
+    for number, line in enumerate(text.split("\n"), 1):
         entry = re.sub(r"(^|\s)#.*", "", line).strip()
+        if has_secret(entry):
+            raise SettingsError(f"list file {spec} must not carry credentials, and does in line {number}")
         if entry.endswith(".txt"):
             raise InputError(f"list file {spec} names another list file: {entry}")
         if entry:

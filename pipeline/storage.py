@@ -13,8 +13,8 @@ import contextlib
 import functools
 import os
 import random
-import re
 import stat as modes
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,6 +34,7 @@ from botocore.utils import parse_timestamp  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import SettingsError, ShardChangedError, ShardError
+from pipeline.redact import has_secret, redact
 
 CHUNK_BYTES = 8 * 2**20
 # A request that shows no byte for this long is given up and tried again.
@@ -62,13 +63,9 @@ _LASTING = (
     PartialCredentialsError,
     ParamValidationError,
 )
-# A password before a host, and what signs a URL in its query.
-_SECRETS = re.compile(
-    r"(?<=://)[^/\s@]*:[^\s@]*(?=@)|(?<=[?&])(?:x-amz-[\w-]+|awsaccesskeyid|signature|sig|token|access_token)=[^&\s]*",
-    re.IGNORECASE,
-)
 
 _T = TypeVar("_T")
+_given_up = threading.Event()
 
 
 class _ShortReadError(OSError):
@@ -131,8 +128,7 @@ def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return _filesystem("file"), os.path.abspath(url)
     scheme, _, rest = url.partition("://")
     authority = rest.split("/", 1)[0]
-    # The secret half of a key often holds a slash, so that its `@` may come later than the first.
-    if _SECRETS.search(url) or "@" in authority or (scheme in _S3 and ":" in authority and authority[:4] != "arn:"):
+    if has_secret(url) or "@" in authority or (scheme in _S3 and ":" in authority and authority[:4] != "arn:"):
         raise SettingsError(
             f"a {scheme}:// URL must not carry credentials: give them by the environment "
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by the machine's role"
@@ -155,7 +151,7 @@ def join(url: str, *names: str) -> str:
 
 def describe(error: BaseException) -> str:
     """An error's type and text without what may be a secret in it."""
-    text = _SECRETS.sub("***", str(error))
+    text = redact(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -291,6 +287,9 @@ def _may_pass(error: Exception) -> bool:
 def with_retries(what: str, call: Callable[[], _T]) -> _T:
     """`call()`, again after a fault that may pass, with growing pauses, for `RETRY_S`.
 
+    Where this process has just given up a call, the next gets one attempt until one succeeds: a store that is
+    away costs a task its patience once, and not for each of its shards.
+
     Raises:
         ShardError: transient, when every attempt failed.
         FileNotFoundError, PermissionError and other lasting errors: at once, as they are.
@@ -300,18 +299,23 @@ def with_retries(what: str, call: Callable[[], _T]) -> _T:
     while True:
         attempt += 1
         try:
-            return call()
+            result = call()
         except Exception as error:
             if not _may_pass(error):
+                _given_up.clear()  # the store has answered
                 raise
             pause = min(_MAX_PAUSE_S, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
             elapsed = time.monotonic() - started
-            if elapsed + pause > RETRY_S:
+            if elapsed + pause > RETRY_S or _given_up.is_set():
+                _given_up.set()
                 raise ShardError(
                     f"{what} failed {attempt} times in {elapsed:.0f} s, at last with {describe(error)}",
                     transient=True,
                 ) from error
-        time.sleep(pause)
+            time.sleep(pause)
+        else:
+            _given_up.clear()
+            return result
 
 
 def _read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
@@ -474,9 +478,10 @@ def write_bytes(root: str, name: str, data: bytes) -> None:
         chunk = {"chunksize": _PUT_BYTES} if _is_s3(fs) else {}
         with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, **chunk, **_within(fs, len(data))))
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with _temporary(root, data) as temporary:
-        os.replace(temporary, path)
+    with _named(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _temporary(root, data) as temporary:
+            os.replace(temporary, path)
 
 
 def create(root: str, name: str, data: bytes) -> bool:
@@ -506,13 +511,25 @@ def create(root: str, name: str, data: bytes) -> bool:
 
 def _create_local(root: str, path: str, data: bytes) -> bool:
     """By a link to a finished file, which fails where the name is taken."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with _temporary(root, data) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
+    with _named(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _temporary(root, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
     return True
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Name `path` in an error of its disk: the system itself does not say which disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 @contextlib.contextmanager

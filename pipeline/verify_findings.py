@@ -37,6 +37,14 @@ RULES = {
     "recompute": "an embedding is that of its image",
 }
 
+# A part with one of these is made again where it is deleted; what the others find is not mended so.
+_REMADE = frozenset(
+    {"errors-missing", "errors-alone", "unreadable", "schema", "fingerprint", "metadata", "checksum", "counts"}
+    | {"sample-index", "shard-column", "not-finite", "tar-id", "recompute"}
+)
+# A run finds these by itself.
+_RUN_AGAIN = frozenset({"no-parts", "part-missing", "part-twice", "old-version", "shard-missing", "shard-broken"})
+
 # Told as (what, done, total).
 Progress = Callable[[str, int, int], None]
 
@@ -79,6 +87,16 @@ class Verdict:
     def proven(self) -> bool:
         """Whether nothing is wrong."""
         return not self.findings
+
+    def to_delete(self) -> list[str]:
+        """Parts below the output that must go, so that a run makes them and their errors anew."""
+        spoiled = {finding.file.partition("/")[2] for finding in self.findings if finding.rule in _REMADE}
+        return [f"embeddings/{name}" for name in sorted(spoiled) if name.endswith(".parquet")]
+
+    @property
+    def mended_by_a_run(self) -> bool:
+        """Whether a run, after `to_delete` is gone, mends something."""
+        return any(finding.rule in _REMADE | _RUN_AGAIN for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: everything, with each finding's rule spelled out."""

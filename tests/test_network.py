@@ -43,6 +43,7 @@ def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
 def network(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
     """The store behind a proxy that fails as told, and short patience."""
     monkeypatch.setattr(storage, "RETRY_S", RETRY_S)
+    storage._given_up.clear()
     proxy.rules.clear()
     proxy.requests.clear()
     return proxy
@@ -99,6 +100,24 @@ def test_a_read_that_fails_without_end_is_a_transient_error_in_bounded_time(
     assert time.monotonic() - start < BOUND_S
     # One layer of retries: three on top of each other would be some hundred requests.
     assert endless.count("GET", r"a\.tar") <= 2 * 12
+
+
+def test_after_a_call_was_given_up_the_next_ones_get_one_attempt_until_one_succeeds(
+    endless: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "CHUNK_BYTES", len(DATA))
+    fault = endless.add("slow_down", r"a\.tar", "GET", times=10_000)
+    for attempts in (2, 1, 1):
+        before = endless.count("GET", r"a\.tar")
+        with pytest.raises(ShardError, match=r"failed \d+ times"):
+            read_all(shard)
+        seen = endless.count("GET", r"a\.tar") - before
+        assert seen >= 2 if attempts == 2 else seen == 1
+    fault.times = 0
+    assert read_all(shard) == DATA
+    monkeypatch.setattr(storage, "RETRY_S", RETRY_S)
+    fault.times = 2
+    assert read_all(shard) == DATA
 
 
 def test_a_retry_goes_on_from_the_chunk_reached(network: FaultProxy, shard: Shard) -> None:

@@ -11,6 +11,7 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar, NamedTuple
@@ -37,6 +38,7 @@ class Rule:
     No answer: `silent` (nothing for `seconds`), `hang_up` (closed at once, not passed on), `lost` (passed
     on, then closed without the answer), `unread` (the request's body is not even read, for `seconds`).
     Slow: `late` (passed on and answered after `seconds`).
+    No fault of the network: `meanwhile` (`action` is run, then the request is passed on).
     """
 
     fault: str
@@ -44,6 +46,7 @@ class Rule:
     method: str = ""
     times: int = 1
     seconds: float = 30.0
+    action: Callable[[], None] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def takes(self, method: str, path: str) -> bool:
@@ -100,6 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._break()
         elif fault == "hang_up":
             self._break()
+        elif rule is not None and rule.action is not None:
+            rule.action()
+            self._forward(body, None)
         else:
             self._forward(body, rule)
 
@@ -207,6 +213,11 @@ class FaultProxy:
     def add(self, fault: str, path: str = "", method: str = "", times: int = 1, seconds: float = 30.0) -> Rule:
         """Add a rule; the first that takes a request decides."""
         self.rules.append(Rule(fault, path, method, times, seconds))
+        return self.rules[-1]
+
+    def meanwhile(self, action: Callable[[], None], path: str = "", method: str = "") -> Rule:
+        """Add a rule: `action` happens once, just before a request is passed on."""
+        self.rules.append(Rule("meanwhile", path, method, action=action))
         return self.rules[-1]
 
     def match(self, method: str, path: str) -> Rule | None:
