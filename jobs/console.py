@@ -87,8 +87,8 @@ class Console:
         """Say what will do it."""
         low, high = resources.num_actors
         actors = f"{high}" if low == high else f"{low} to {high}"
-        batches = f"batches of {resources.batch_size} in {job.precision}"
-        self._out.print(f"compute   {resources.total_cpus:g} CPUs, {actors} x {resources.device}, {batches}")
+        by = f"{job.engine} in {job.precision}"
+        self._out.print(f"compute   {resources.total_cpus:g} CPUs, {actors} x {resources.device}, by {by}")
         if job.config.device == "auto" and resources.device == "cpu":
             self._out.print(
                 "WARNING   Ray has no GPU here: the backbone runs on CPU, which is slow. "

@@ -12,13 +12,13 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.decode import Decoder
-from pipeline.embedder import Embedder, SharedWeights
+from pipeline.embedder import Embedder, Source
+from pipeline.engine import choose_engine
 from pipeline.errors import InputError, ShardError
 from pipeline.fingerprint import write_fingerprint
 from pipeline.isolated import IsolatedDecoder
 from pipeline.ledger import Counts, Plan, count, make_plan
 from pipeline.parts import PartWriter
-from pipeline.precision import choose_precision
 from pipeline.prepare import Job
 from pipeline.redact import redact
 from pipeline.report import Tally, make_report, write_report
@@ -41,7 +41,7 @@ _FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, err
 
 
 def make_flow(
-    pending: list[Pending], job: Job, weights: SharedWeights, resources: Resources, *, isolated: bool = False
+    pending: list[Pending], job: Job, source: Source, resources: Resources, *, isolated: bool = False
 ) -> Dataset:
     """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts.
 
@@ -69,7 +69,7 @@ def make_flow(
         Embedder,
         fn_constructor_kwargs={
             "backbone": job.backbone,
-            "weights": weights,
+            "source": source,
             "features": config.features,
             "preprocess": job.preprocess,
             "shape": job.shape,
@@ -125,12 +125,15 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         _begin(job)
         return _finish(job, plan, None, tally, Counts(), problems)
     resources = plan_resources(config)
-    if job.precision == "auto":
-        job = job.with_precision(choose_precision(job, plan.pending[0], resources.fast_precisions()))
+    engine = choose_engine(job, plan.pending[0], resources.device, resources.fast_precisions())
+    if engine.note is not None:
+        problems.append(f"slower than it could be: {engine.note}")
+    job = job.with_engine(engine.name, engine.precision)
     watcher.on_resources(job, resources)
     _begin(job)
     names = {shard.name for shard in plan.pending[: config.limit]}
-    weights = SharedWeights.share(job.weights)
+    source = engine.source.share()
+    failed = False
     for number in range(1, config.max_passes + 1):
         pending = [shard for shard in plan.pending if shard.name in names and shard.name not in tally.damaged]
         if not pending:
@@ -139,10 +142,11 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
-            for receipt in _receipts(make_flow(pending, job, weights, resources, isolated=bool(problems))):
+            for receipt in _receipts(make_flow(pending, job, source, resources, isolated=failed)):
                 tally.add(receipt)
                 watcher.on_part(tally)
         except ray.exceptions.RayError as error:
+            failed = True
             problems.append(f"pass {number}: {_brief(error)}")
         shards = _listed_again(job, shards, problems)
         plan = make_plan(shards, config.output)

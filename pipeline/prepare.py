@@ -42,10 +42,16 @@ class Job:
         """`fp32`, `bf16`, `fp16`, or `auto`."""
         return str(self.fingerprint.settings["precision"])
 
-    def with_precision(self, precision: str) -> Job:
-        """The job with `precision` in place of `auto`."""
+    @property
+    def engine(self) -> str | None:
+        """Name and version of what computes the embeddings; None before it is chosen."""
+        return self.fingerprint.versions.get("engine")
+
+    def with_engine(self, engine: str, precision: str) -> Job:
+        """The job with its engine, and with `precision` in place of `auto`."""
         settings = {**self.fingerprint.settings, "precision": precision}
-        return replace(self, fingerprint=replace(self.fingerprint, settings=settings))
+        versions = {**self.fingerprint.versions, "engine": engine}
+        return replace(self, fingerprint=replace(self.fingerprint, settings=settings, versions=versions))
 
 
 def prepare(config: Config) -> Job:

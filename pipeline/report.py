@@ -104,6 +104,7 @@ def make_report(
         "backbone": job.backbone,
         "weights": job.weights.name,
         "precision": job.precision,
+        "engine": job.engine,
         "device": resources.device if resources else None,
         "num_devices": num_devices,
         "balanced": counts.balanced,

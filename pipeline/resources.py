@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import ray
 
 from pipeline.config import Config
-from pipeline.embedder import cpu_has_bf16
 from pipeline.errors import ClusterError
 from pipeline.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
+from pipeline.torch_runner import cpu_has_bf16
 
-BATCH_SIZES = {"cuda": 128, "cpu": 16}
 # Cores that one CPU actor uses; more actors scale better than more threads.
 _CORES_PER_ACTOR = 16
 # GPUs older than these compute fp16 fast and bf16 slowly or not at all.
@@ -28,7 +27,7 @@ class Resources:
     actor_cpus: float
     actor_gpus: float
     num_threads: int | None
-    batch_size: int
+    batch_size: int | None  # None: the engine's own
     total_cpus: float
     decode_cpus: float
     read_cpus: float = 0.1
@@ -74,7 +73,7 @@ def plan_resources(config: Config) -> Resources:
             1.0,
             1.0,
             None,
-            config.batch_size or BATCH_SIZES["cuda"],
+            config.batch_size,
             cpus,
             1.01,
         )
@@ -89,7 +88,7 @@ def plan_resources(config: Config) -> Resources:
         actor_cpus=num_threads / 2,
         actor_gpus=0.0,
         num_threads=num_threads,
-        batch_size=config.batch_size or BATCH_SIZES["cpu"],
+        batch_size=config.batch_size,
         total_cpus=cpus,
         decode_cpus=0.4 if cpus < 4 else 1.01,
     )

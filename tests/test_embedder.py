@@ -12,7 +12,7 @@ import torch
 
 from pipeline.backbones import build_backbone, load_weights, output_shape, preprocess_for
 from pipeline.decode import Preprocess
-from pipeline.embedder import Embedder, SharedWeights
+from pipeline.embedder import Embedder, Source
 from pipeline.schema import (
     EMBEDDING,
     IMAGE_ID,
@@ -29,6 +29,7 @@ from pipeline.schema import (
     sample_type,
     with_payload,
 )
+from pipeline.torch_runner import SharedWeights, make_network
 from pipeline.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,10 +41,25 @@ def preprocess(backbone: str, side: int = SIDE) -> Preprocess:
     return preprocess_for(backbone, "random").with_size((side, side))
 
 
-def embedder(backbone: str = "resnet18", *, side: int = SIDE, **options: Any) -> Embedder:
+@pytest.fixture(params=["torch", "openvino"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes: `embedder` makes its embedders of it."""
+    if request.param == "openvino":
+        pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    monkeypatch.setitem(ENGINE, "name", request.param)
+    name: str = request.param
+    return name
+
+
+ENGINE = {"name": "torch"}
+
+
+def embedder(
+    backbone: str = "resnet18", *, side: int = SIDE, weights: Weights | None = None, **options: Any
+) -> Embedder:
     """An embedder as the flow makes one, with random weights, on the CPU."""
+    weights = weights or load_weights(backbone, "random:0")
     defaults = {
-        "weights": SharedWeights("random:0", "", 0, None),
         "features": "pooled",
         "preprocess": preprocess(backbone, side),
         "dtype": "float32",
@@ -55,6 +71,13 @@ def embedder(backbone: str = "resnet18", *, side: int = SIDE, **options: Any) ->
     }
     settings = defaults | options
     crop = settings["preprocess"].crop
+    source: Source = SharedWeights.local(weights)
+    if ENGINE["name"] == "openvino":
+        from pipeline.openvino_runner import convert
+
+        ours = settings["features"], settings["preprocess"], settings["normalize"]
+        source = convert(make_network(backbone, weights, *ours), crop)
+    settings["source"] = source
     return Embedder(backbone=backbone, shape=output_shape(backbone, settings["features"], crop), **settings)
 
 
@@ -115,6 +138,7 @@ def cosine(a: Any, b: Any) -> Any:
     return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize(
     ("backbone", "side", "precision", "count"),
     [("resnet18", SIDE, "fp32", 16), ("resnet18", SIDE, "bf16", 16), ("vit_b_32", 224, "fp32", 4)],
@@ -132,6 +156,7 @@ def test_neither_padding_nor_neighbours_change_an_embedding_by_a_bit(
     assert np.array_equal(embed(actor, others)[:1], together[:1])
 
 
+@pytest.mark.usefixtures("engine")
 def test_rows_keep_their_order_over_many_batches() -> None:
     actor = embedder(batch_size=4)
     images = pictures(23)
@@ -143,6 +168,7 @@ def test_rows_keep_their_order_over_many_batches() -> None:
     assert cosine(backwards[::-1], together).min() > 0.99999
 
 
+@pytest.mark.usefixtures("engine")
 def test_embeddings_are_what_the_backbone_gives_on_normalised_images() -> None:
     actor = embedder()
     images = pictures(5)
@@ -158,6 +184,7 @@ def test_embeddings_are_what_the_backbone_gives_on_normalised_images() -> None:
     assert centred.min() > 0.9999
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_sample_with_a_reason_stays_a_row_without_an_embedding() -> None:
     images = pictures(6)
     holes = [None, images[1], None, None, images[4], images[5], None]
@@ -193,6 +220,7 @@ def test_a_part_of_nothing_but_errors_stays_a_part() -> None:
     assert samples.field(EMBEDDING).null_count == 2
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("combined", [False, True])
 def test_parts_of_one_table_do_not_mix(combined: bool) -> None:
     images = pictures(12)
@@ -210,6 +238,7 @@ def test_parts_of_one_table_do_not_mix(combined: bool) -> None:
             assert np.array_equal(embeddings(samples), embed(actor, pixels))
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_slice_of_a_block_gives_the_same_as_the_whole() -> None:
     images = pictures(9)
     table = pa.concat_tables([part(images[:4], 0), part(images[4:], 1)]).combine_chunks()
@@ -220,6 +249,7 @@ def test_a_slice_of_a_block_gives_the_same_as_the_whole() -> None:
     assert sliced.equals(whole)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_normalised_embeddings_have_length_1_and_the_same_direction(dtype: str, precision: str) -> None:
@@ -247,6 +277,7 @@ def bright_and_black() -> tuple[Preprocess, list[Any]]:
     return loud, images
 
 
+@pytest.mark.usefixtures("engine")
 def test_an_embedding_that_is_not_finite_is_an_error_row_and_its_neighbours_are_not() -> None:
     loud, images = bright_and_black()
     ((_, samples),) = part_rows(embedder(preprocess=loud, dtype="float16")(part(images)))
@@ -257,6 +288,7 @@ def test_an_embedding_that_is_not_finite_is_an_error_row_and_its_neighbours_are_
     assert [value is None for value in samples.field(EMBEDDING).to_pylist()] == [r is not None for r in reasons]
 
 
+@pytest.mark.usefixtures("engine")
 def test_what_is_too_large_for_float16_is_finite_as_float32() -> None:
     loud, images = bright_and_black()
     ((_, samples),) = part_rows(embedder(preprocess=loud)(part(images)))
@@ -264,6 +296,7 @@ def test_what_is_too_large_for_float16_is_finite_as_float32() -> None:
     assert embeddings(samples)[0].max() > 65504
 
 
+@pytest.mark.usefixtures("engine")
 def test_feature_maps_are_stored_flat_in_the_order_c_h_w() -> None:
     images = pictures(3)
     actor = embedder(features="map", normalize=False)
@@ -277,6 +310,7 @@ def test_feature_maps_are_stored_flat_in_the_order_c_h_w() -> None:
     assert np.abs(maps - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
+@pytest.mark.usefixtures("engine")
 def test_an_input_that_is_not_square_keeps_height_and_width_apart() -> None:
     wide = preprocess_for("resnet18", "random").with_size((32, 96))
     actor = embedder(preprocess=wide, features="map")
@@ -311,7 +345,7 @@ def test_weights_shared_through_the_object_store_are_the_same(dtype: torch.dtype
     state = {key: value.to(dtype) if value.is_floating_point() else value
              for key, value in torch_state("squeezenet1_1").items()}  # fmt: skip
     weights = Weights("w.pth", "5" * 64, state)
-    shared = SharedWeights.share(weights).get()
+    shared = SharedWeights.local(weights).share().get()
     assert (shared.name, shared.sha256, shared.seed) == (weights.name, weights.sha256, None)
     here, there = build_backbone("squeezenet1_1", weights), build_backbone("squeezenet1_1", shared)
     for key, value in here.state_dict().items():
@@ -320,7 +354,7 @@ def test_weights_shared_through_the_object_store_are_the_same(dtype: torch.dtype
 
 @pytest.mark.usefixtures("ray_session")
 def test_random_weights_are_shared_by_their_seed_alone() -> None:
-    shared = SharedWeights.share(load_weights("squeezenet1_1", "random:6"))
+    shared = SharedWeights.local(load_weights("squeezenet1_1", "random:6")).share()
     assert (shared.seed, shared.state) == (6, None)
 
 
@@ -333,11 +367,10 @@ def torch_state(name: str) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.usefixtures("engine")
 def test_a_vector_without_direction_is_an_error_where_lengths_are_normalized() -> None:
-    actor = embedder("squeezenet1_1", normalize=True)
-    with torch.no_grad():
-        for parameter in actor._model.backbone.parameters():
-            parameter.zero_()
+    zeros = {key: torch.zeros_like(value) for key, value in torch_state("squeezenet1_1").items()}
+    actor = embedder("squeezenet1_1", normalize=True, weights=Weights("zeros", "0" * 64, zeros))
     ((_, samples),) = part_rows(actor(part(pictures(1))))
     assert samples.field(EMBEDDING).null_count == 1
     assert samples.field(REASON)[0].as_py().startswith("not finite")

@@ -15,7 +15,6 @@ from conftest import encode, photo, sample_members, write_shards, write_tar
 
 from pipeline import backbones
 from pipeline.config import parse
-from pipeline.embedder import SharedWeights
 from pipeline.errors import OutputError
 from pipeline.flow import Watcher, make_flow, run
 from pipeline.ledger import make_plan
@@ -23,6 +22,7 @@ from pipeline.parts import vectors
 from pipeline.prepare import Job, prepare
 from pipeline.report import Tally
 from pipeline.resources import plan_resources
+from pipeline.torch_runner import SharedWeights
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
@@ -134,13 +134,13 @@ def test_an_output_that_lost_its_run_file_is_known_by_its_parts(tmp_path: Path) 
     shards = write_shards(tmp_path / "in", num_shards=2)
     embed(shards, tmp_path / "out")
     run_file = tmp_path / "out" / "run.json"
-    made = run_file.read_bytes()
+    made = json.loads(run_file.read_text())["settings"]
     run_file.unlink()
     with pytest.raises(OutputError, match="weights_sha256: output"):
         job_for(shards, tmp_path / "out", weights="random:4")
     report = embed(shards, tmp_path / "out")
     assert report["shards"]["done_before"] == 2
-    assert run_file.read_bytes() == made
+    assert json.loads(run_file.read_text())["settings"] == made
     run_file.unlink()
     for path in (tmp_path / "out" / "embeddings").iterdir():
         path.write_bytes(b"cut")
@@ -229,7 +229,7 @@ def test_no_two_stages_are_fused_into_one(tmp_path: Path, capsys: pytest.Capture
     job = job_for(write_shards(tmp_path / "in"), tmp_path / "out").with_precision("fp32")
     plan = make_plan(job.shards, job.config.output)
     resources = plan_resources(job.config)
-    make_flow(plan.pending, job, SharedWeights.share(job.weights), resources).explain()
+    make_flow(plan.pending, job, SharedWeights.local(job.weights).share(), resources).explain()
     physical = capsys.readouterr().out.split("Physical Plan (Optimized)")[-1]
     for name in ("SampleReader", "Decoder", "Embedder", "PartWriter"):
         assert any(line.count("MapBatches") == 1 and name in line for line in physical.splitlines()), physical

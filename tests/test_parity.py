@@ -25,7 +25,7 @@ from torchvision import models
 
 from pipeline.backbones import BACKBONES, load_weights, output_shape, preprocess_for
 from pipeline.decode import Decoder
-from pipeline.embedder import Embedder, SharedWeights
+from pipeline.embedder import Embedder, Source
 from pipeline.schema import (
     EMBEDDING,
     PART_FIELDS,
@@ -36,7 +36,10 @@ from pipeline.schema import (
     part_rows,
     sample_type,
 )
+from pipeline.torch_runner import SharedWeights, make_network
+from pipeline.weights import Weights
 
+ENGINES = ["torch", "openvino"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
 CENTRED = {"fp32": 0.999, "bf16": 0.9, "fp16": 0.99}
@@ -94,13 +97,24 @@ def reference(backbone: str, images: list[bytes], state: dict[str, Any] | None) 
     return np.stack(rows)
 
 
-def ours(backbone: str, images: list[bytes], weights: SharedWeights, precision: str) -> Any:
+def source(engine: str, backbone: str, weights: Weights) -> Source:
+    """What an embedder is made of."""
+    if engine == "torch":
+        return SharedWeights.local(weights)
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    from pipeline.openvino_runner import convert
+
+    preprocess = preprocess_for(backbone, "random")
+    return convert(make_network(backbone, weights, "pooled", preprocess, False), preprocess.crop)
+
+
+def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> Any:
     """The same by the stages of the flow."""
     preprocess = preprocess_for(backbone, "random")
     decoder = Decoder(preprocess, max_pixels=10**8, ignore_orientation=False)
     embedder = Embedder(
         backbone=backbone,
-        weights=weights,
+        source=source,
         features="pooled",
         preprocess=preprocess,
         shape=output_shape(backbone, "pooled", preprocess.crop),
@@ -135,16 +149,14 @@ def assert_parity(got: Any, wanted: Any, precision: str) -> None:
     assert np.abs(np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1) - 1).max() < NORM[precision]
 
 
-def seed_0() -> SharedWeights:
-    return SharedWeights("random:0", "", 0, None)
-
-
 @pytest.mark.parametrize("backbone", RANDOM)
 def test_random_weights_give_torchvisions_vectors(backbone: str) -> None:
     images = assorted()
     wanted = reference(backbone, images, None)
-    for precision in ("fp32", "bf16"):
-        assert_parity(ours(backbone, images, seed_0(), precision), wanted, precision)
+    for engine in ENGINES:
+        made = source(engine, backbone, load_weights(backbone, "random:0"))
+        for precision in ("fp32", "bf16"):
+            assert_parity(ours(backbone, images, made, precision), wanted, precision)
 
 
 @pytest.mark.slow
@@ -155,11 +167,14 @@ def test_random_weights_give_torchvisions_vectors_on_every_photo_of_a_shard(back
     images = photos(test_data)
     assert len(images) > 200
     wanted = reference(backbone, images, None)
-    for precision in ("fp32", "bf16"):
-        assert_parity(ours(backbone, images, seed_0(), precision), wanted, precision)
+    for engine in ENGINES:
+        made = source(engine, backbone, load_weights(backbone, "random:0"))
+        for precision in ("fp32", "bf16"):
+            assert_parity(ours(backbone, images, made, precision), wanted, precision)
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("backbone", "pattern", "precision"),
     [
@@ -177,14 +192,16 @@ def test_random_weights_give_torchvisions_vectors_on_every_photo_of_a_shard(back
         ("squeezenet1_1", "squeezenet1_1-*.pth", "bf16"),
     ],
 )  # fmt: skip
-def test_real_weights_give_torchvisions_vectors(backbone: str, pattern: str, precision: str, test_data: Path) -> None:
+def test_real_weights_give_torchvisions_vectors(
+    backbone: str, pattern: str, precision: str, engine: str, test_data: Path
+) -> None:
     (path,) = (test_data / "weights").glob(pattern)
-    weights = SharedWeights.share(load_weights(backbone, str(path)))
+    made = source(engine, backbone, load_weights(backbone, str(path))).share()
     images = photos(test_data)[:40]
     if precision == "fp32":
         images += assorted()
     wanted = reference(backbone, images, torch.load(path, weights_only=True))
-    assert_parity(ours(backbone, images, weights, precision), wanted, precision)
+    assert_parity(ours(backbone, images, made, precision), wanted, precision)
 
 
 def test_the_measure_can_fail() -> None:
@@ -193,7 +210,9 @@ def test_the_measure_can_fail() -> None:
     wanted = reference("resnet18", images, None)
     centre = wanted.mean(0)
     without_orientation = [*images[:2], encode(photo(3, (640, 300))), *images[3:]]
-    got = ours("resnet18", without_orientation, seed_0(), "fp32")
+    got = ours(
+        "resnet18", without_orientation, source("torch", "resnet18", load_weights("resnet18", "random:0")), "fp32"
+    )
     assert cosine(got - centre, wanted - centre)[2] < CENTRED["fp32"]
-    got = ours("resnet18", images, SharedWeights("random:1", "", 1, None), "fp32")
+    got = ours("resnet18", images, source("torch", "resnet18", load_weights("resnet18", "random:1")), "fp32")
     assert cosine(got - centre, wanted - centre).min() < 0.5

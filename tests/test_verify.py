@@ -20,7 +20,7 @@ from conftest import encode, photo, sample_members, write_tar
 from jobs.verify import main
 from pipeline.config import Config, parse
 from pipeline.decode import Decoder
-from pipeline.embedder import Embedder, SharedWeights
+from pipeline.embedder import Embedder
 from pipeline.errors import InputError, OutputError, SettingsError
 from pipeline.fingerprint import write_fingerprint
 from pipeline.parts import PartName, PartWriter, content_sha256, vectors, version_tag
@@ -28,6 +28,7 @@ from pipeline.prepare import prepare
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.storage import locate, write_bytes
+from pipeline.torch_runner import SharedWeights
 from pipeline.verify import verify
 from pipeline.verify_findings import RULES, Verdict
 from pipeline.verify_recompute import Recompute
@@ -49,7 +50,7 @@ def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
     decoder = Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
     embedder = Embedder(
         backbone=job.backbone,
-        weights=SharedWeights(job.weights.name, job.weights.sha256, job.weights.seed, None),
+        source=SharedWeights(job.weights.name, job.weights.sha256, job.weights.seed, None),
         features=config.features,
         preprocess=job.preprocess,
         shape=job.shape,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.backbones import build_backbone, output_shape, preprocess_for
-from pipeline.embedder import Embedder, SharedWeights
+from pipeline.embedder import Embedder
+from pipeline.torch_runner import SharedWeights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +26,7 @@ def embedder(backbone: str, device: str, precision: str, batch_size: int = 16, f
     preprocess = preprocess_for(backbone, "random")
     return Embedder(
         backbone=backbone,
-        weights=SharedWeights("random:0", "", 0, None),
+        source=SharedWeights("random:0", "", 0, None),
         features=features,
         preprocess=preprocess,
         shape=output_shape(backbone, features, preprocess.crop),

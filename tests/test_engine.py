@@ -1,4 +1,4 @@
-"""The precision that `auto` takes is one that keeps the promise."""
+"""The engine and the precision that a job takes are ones that keep the promise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from conftest import sample_members, write_shards, write_tar
 
 from pipeline.config import parse
-from pipeline.precision import choose_precision
+from pipeline.engine import Engine, choose_engine
 from pipeline.prepare import Job, prepare
 from pipeline.samples import Pending
 
@@ -18,32 +18,32 @@ def job_for(input: Path, **settings: Any) -> Job:
     return prepare(parse({"input": [str(input)], "output": str(input / "out"), **settings}))
 
 
-def first(job: Job) -> Pending:
-    return Pending(*job.shards[0])
+def chosen(job: Job, candidates: tuple[str, ...], device: str = "cpu", **changes: Any) -> Engine:
+    return choose_engine(job, Pending(*job.shards[0])._replace(**changes), device, candidates)
 
 
 def test_a_backbone_that_bf16_hardly_moves_takes_it(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, num_shards=1)
     job = job_for(shards, backbone="resnet18", weights="random:1", image_size="64")
-    assert choose_precision(job, first(job), ("bf16",)) == "bf16"
+    assert chosen(job, ("bf16",)).precision == "bf16"
 
 
 def test_a_device_without_a_fast_reduced_precision_takes_fp32(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, num_shards=1)
     job = job_for(shards, backbone="resnet18", weights="random:1", image_size="64")
-    assert choose_precision(job, first(job), ()) == "fp32"
+    assert chosen(job, ()).precision == "fp32"
 
 
 def test_a_shard_without_an_image_that_decodes_takes_fp32(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", [("a.jpg", b"no image"), ("b.txt", b"text")])
     job = job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64")
-    assert choose_precision(job, first(job), ("bf16", "fp16")) == "fp32"
+    assert chosen(job, ("bf16", "fp16")).precision == "fp32"
 
 
 def test_stored_parts_do_not_hide_the_images_to_measure_on(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", sample_members("a", 1))
     job = job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64")
-    assert choose_precision(job, first(job)._replace(stored_parts=(0,)), ("bf16",)) == "bf16"
+    assert chosen(job, ("bf16",), stored_parts=(0,)).precision == "bf16"
 
 
 def test_trained_weights_that_bf16_moves_too_far_take_the_next_precision(test_data: Path, tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_trained_weights_that_bf16_moves_too_far_take_the_next_precision(test_da
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "s.tar").symlink_to(test_data / "data" / "grocery" / "grocery-val-000000.tar")
     job = job_for(tmp_path / "in", backbone="mobilenet_v2", weights=str(weights))
-    assert choose_precision(job, first(job), ("bf16", "fp16")) == "fp16"
-    assert choose_precision(job, first(job), ("bf16",)) == "fp32"
+    assert chosen(job, ("bf16", "fp16")).precision == "fp16"
+    assert chosen(job, ("bf16",)).precision == "fp32"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -73,4 +73,4 @@ def test_values_that_overflow_the_precision_do_not_pass(tmp_path: Path, precisio
     torch.save(state, tmp_path / "large.pth")
     job = job_for(shards, backbone="squeezenet1_1", weights=str(tmp_path / "large.pth"), image_size="64")
     assert isinstance(job.weights, Weights)
-    assert choose_precision(job, first(job), (precision,)) == "fp32"
+    assert chosen(job, (precision,)).precision == "fp32"

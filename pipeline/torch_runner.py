@@ -1,0 +1,192 @@
+"""The backbone on torch: on a GPU, and on CPUs where nothing faster computes it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from pipeline.backbones import Backbone, build_backbone
+from pipeline.decode import Preprocess
+from pipeline.weights import Weights
+
+BATCH_SIZES = {"cuda": 128, "cpu": 16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Batches on their way through the device at once: one computes while the next is copied in and the last out.
+_IN_FLIGHT = 3
+
+
+@dataclass(frozen=True)
+class SharedWeights:
+    """Weights as they travel to the actors: random ones by their seed, others in the object store."""
+
+    name: str
+    sha256: str
+    seed: int | None
+    state: Any  # ObjectRef of dict[str, numpy array], or None
+
+    @classmethod
+    def local(cls, weights: Weights) -> SharedWeights:
+        """For this process, without Ray."""
+        return cls(weights.name, weights.sha256, weights.seed, weights.state)
+
+    def share(self) -> SharedWeights:
+        """Put the state dict into the object store, once for all actors."""
+        if self.state is None:
+            return self
+        # numpy arrays are read from shared memory in place, torch tensors would be copied.
+        arrays = {key: value.detach().float().numpy() if value.is_floating_point() else value.numpy()
+                  for key, value in self.state.items()}  # fmt: skip
+        return replace(self, state=ray.put(arrays))
+
+    def get(self) -> Weights:
+        """The weights, in this process."""
+        if self.state is None or isinstance(self.state, dict):
+            return Weights(self.name, self.sha256, self.state, self.seed)
+        state = {key: torch.from_numpy(np.array(value)) for key, value in ray.get(self.state).items()}
+        return Weights(self.name, self.sha256, state)
+
+    def runner(
+        self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
+        batch_size: int | None, num_threads: int | None,
+    ) -> TorchRunner:  # fmt: skip
+        """The backbone with these weights, on a device of this process."""
+        network = make_network(backbone, self.get(), features, preprocess, normalize)
+        return TorchRunner(
+            network, precision=precision, crop=preprocess.crop, device=device, batch_size=batch_size,
+            num_threads=num_threads,
+        )  # fmt: skip
+
+
+class Network(nn.Module):
+    """uint8 RGB [N, H, W, 3] to what is stored: normalisation, backbone, and L2 where asked."""
+
+    def __init__(self, backbone: Backbone, preprocess: Preprocess, normalize: bool) -> None:
+        super().__init__()
+        self.backbone = _folded(backbone)
+        # (x / 255 - mean) / std as one multiplication and one addition.
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        self.register_buffer("scale", (1.0 / (255.0 * std))[None, :, None, None])
+        self.register_buffer("shift", (-mean / std)[None, :, None, None])
+        self.scale: Tensor
+        self.shift: Tensor
+        self.dtype = torch.float32
+        self.normalize = normalize
+
+    def as_precision(self, dtype: torch.dtype) -> Network:
+        """Compute in `dtype` from now on; what goes in and comes out stays as it is."""
+        self.backbone = self.backbone.to(dtype).to(memory_format=torch.channels_last)
+        self.dtype = dtype
+        return self
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """float32 [N, C] or [N, C, H', W']."""
+        images = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        features: Tensor = self.backbone(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        if self.normalize:
+            # A vector of length 0 has no direction: it becomes NaN, and so a row of errors.
+            features = features / features.norm(dim=1, keepdim=True)
+        return features
+
+
+def make_network(backbone: str, weights: Weights, features: str, preprocess: Preprocess, normalize: bool) -> Network:
+    """The network of one job, in fp32.
+
+    Raises:
+        BackboneError, WeightsError: as `build_backbone` does.
+    """
+    return Network(build_backbone(backbone, weights, features), preprocess, normalize).eval()
+
+
+def _folded(backbone: nn.Module) -> nn.Module:
+    """The backbone with its batch norms folded into the convolutions before them: the same function, faster.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", 2018, section 3.2; done by `torch.fx`.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
+        return backbone
+    return fuse(backbone.eval())
+
+
+class TorchRunner:
+    """One backbone on one device.
+
+    Batches have one fixed shape (the last is padded), so that an embedding does not depend on what else is
+    in its batch.
+    """
+
+    def __init__(
+        self, network: Network, *, precision: str, crop: tuple[int, int], device: str, batch_size: int | None,
+        num_threads: int | None,
+    ) -> None:  # fmt: skip
+        if num_threads is not None:
+            # Ray sets OMP_NUM_THREADS from the CPUs that the actor reserves; it may use more than it reserves.
+            torch.set_num_threads(num_threads)
+        self._device = torch.device(device)
+        self._batch_size = batch_size or BATCH_SIZES[self._device.type]
+        self._network = network.as_precision(_DTYPES[precision]).eval().to(self._device)
+        on_gpu = self._device.type == "cuda"
+        # One buffer more than batches in flight, so that none is filled while it is still copied from.
+        self._buffers = [
+            torch.empty((self._batch_size, *crop, 3), dtype=torch.uint8, pin_memory=on_gpu)
+            for _ in range(_IN_FLIGHT + 1)
+        ]
+        self._next_buffer = 0
+
+    def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Embed `pixels[rows]`.
+
+        Args:
+            pixels: uint8 of shape [N, H, W, 3].
+            rows: which of the N to embed, in order.
+
+        Returns:
+            float32 of shape [len(rows), C] or [len(rows), C, H', W'].
+        """
+        in_flight: deque[tuple[Tensor, Any, int]] = deque()
+        done: list[np.ndarray[Any, Any]] = []
+
+        def finish() -> None:
+            features, copied, count = in_flight.popleft()
+            if copied is not None:
+                copied.synchronize()
+            done.append(features.numpy()[:count].copy())
+
+        with torch.inference_mode():
+            for start in range(0, len(rows), self._batch_size):
+                if len(in_flight) == _IN_FLIGHT:
+                    finish()
+                batch = rows[start : start + self._batch_size]
+                in_flight.append((*self._launch(pixels, batch), len(batch)))
+            while in_flight:
+                finish()
+        return np.concatenate(done)
+
+    def _launch(self, pixels: np.ndarray[Any, Any], batch: np.ndarray[Any, Any]) -> tuple[Tensor, Any]:
+        """Start one batch on the device; the result is there when the event is, or at once without one."""
+        buffer = self._buffers[self._next_buffer]
+        self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
+        staged = buffer.numpy()
+        np.take(pixels, batch, axis=0, out=staged[: len(batch)], mode="clip")
+        staged[len(batch) :] = 0
+        features = self._network(buffer.to(self._device, non_blocking=True))
+        if self._device.type != "cuda":
+            return features, None
+        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        host.copy_(features, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return host, copied
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this machine's processor computes bf16 natively (AVX512-BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
