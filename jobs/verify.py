@@ -8,17 +8,14 @@ shards themselves as well, sample by sample, and some embeddings are computed ag
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import rich.console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jobs.progress import ShownProgress
 from pipeline.errors import PipelineError
 from pipeline.storage import join
 from pipeline.verify import THREADS, verify
@@ -29,7 +26,6 @@ EXIT_PROVEN = 0
 EXIT_WRONG = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-_LINE_EVERY_S = 30.0
 _RULES = "\n".join(f"  {name:<16}{meaning}" for name, meaning in RULES.items())
 _EPILOG = f"""\
 Each finding is one line: the file, the rule that it breaks, the value. Do not verify an output while a run
@@ -102,33 +98,6 @@ def recompute_of(flags: argparse.Namespace) -> Recompute | None:
     return Recompute(None if count == "all" else count, flags.weights, flags.seed, required=asked)
 
 
-class _Progress:
-    """A live bar on a terminal, a line every 30 s elsewhere."""
-
-    def __init__(self, out: rich.console.Console) -> None:
-        self._out = out
-        self._bar: Progress | None = None
-        self._last_line = time.monotonic()
-
-    @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        if not self._out.is_terminal:
-            yield
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self._out, transient=True) as self._bar:
-            yield
-        self._bar = None
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._bar is not None:
-            task = next((task.id for task in self._bar.tasks if task.description == what), None)
-            self._bar.update(self._bar.add_task(what) if task is None else task, completed=done, total=total)
-        elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            self._out.print(f"{done} of {total} {what}")
-
-
 def show(verdict: Verdict, out: rich.console.Console) -> None:
     """Every finding and note as a line, and what was read."""
     for finding in verdict.findings:
@@ -163,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not flags.input and (flags.recompute or flags.weights):
         top.error("--recompute and --weights need --input: without the images nothing can be computed again")
     out = rich.console.Console(highlight=False, soft_wrap=True, stderr=flags.json == "-")
-    progress = _Progress(out)
+    progress = ShownProgress(out)
     try:
         with progress.shown():
             verdict = verify(

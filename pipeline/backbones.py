@@ -337,7 +337,8 @@ def _classifier(architecture: str, weights: Weights | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         if weights is not None and weights.state is None:
             # What torch.manual_seed does on the CPU; it would seed the GPUs as well, which nothing restores.
-            torch.default_generator.manual_seed(weights.seed or 0)
+            assert weights.seed is not None, "weights have a state or a seed"
+            torch.default_generator.manual_seed(weights.seed)
             model: nn.Module = builder(weights=None, **({"init_weights": True} if asks else {}))
             return model
         with _WithoutValues():

@@ -253,7 +253,9 @@ def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:
 
 def vectors(table: pa.Table) -> np.ndarray[Any, Any]:
     """The embeddings of a table as [N, C], or [N, C, H, W] for feature maps; no copy for one chunk."""
-    column = table.column(EMBEDDING).combine_chunks()
+    column = table.column(EMBEDDING)
+    # Combining copies even a single chunk.
+    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(column.type, pa.FixedShapeTensorType):
         values: np.ndarray[Any, Any] = column.to_numpy_ndarray()
     else:

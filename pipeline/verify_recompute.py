@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.backbones import build_backbone, load_weights
-from pipeline.decode import Decoder, Preprocess
-from pipeline.errors import SampleError, SettingsError, ShardError, WeightsError
+from pipeline.backbones import build_backbone
+from pipeline.errors import SampleError, SettingsError, ShardError
 from pipeline.fingerprint import Fingerprint
 from pipeline.parts import EMBEDDINGS, PartName, vectors
+from pipeline.recipe import recipe_of
 from pipeline.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX
 from pipeline.shards import Shard
 from pipeline.storage import describe, join, read_bytes
@@ -62,28 +62,13 @@ class Model:
     """An encoded image to features, with plain eager torch in fp32 on CPU, one step after the other."""
 
     def __init__(self, made: Fingerprint, spec: str | None) -> None:
-        settings = made.settings
-        name = made.versions["weights"]
-        # torchvision's own are told as ResNet50_Weights.IMAGENET1K_V2, and asked for by the last part.
-        weights = load_weights(settings["backbone"], spec or name.partition("_Weights.")[2] or name)
-        if weights.sha256 != settings["weights_sha256"]:
-            raise WeightsError(
-                f"weights {weights.name} have sha256 {weights.sha256[:12]}, the output was made with {name} "
-                f"of sha256 {settings['weights_sha256'][:12]}"
-            )
-        # JSON has lists where it has tuples.
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in settings["preprocess"].items()
-        }
-        preprocess = Preprocess(**values)
-        self._decoder = Decoder(
-            preprocess, max_pixels=settings["max_pixels"], ignore_orientation=settings["ignore_orientation"]
-        )
-        self._backbone = build_backbone(settings["backbone"], weights, settings["features"]).eval()
-        self._mean = torch.tensor(preprocess.mean)[:, None, None]
-        self._std = torch.tensor(preprocess.std)[:, None, None]
-        self._normalize = bool(settings["normalize"])
-        is_full = (settings["precision"], settings["dtype"]) == ("fp32", "float32")
+        recipe = recipe_of(made, spec)
+        self._decoder = recipe.decoder()
+        self._backbone = build_backbone(recipe.backbone, recipe.weights, recipe.features).eval()
+        self._mean = torch.tensor(recipe.preprocess.mean)[:, None, None]
+        self._std = torch.tensor(recipe.preprocess.std)[:, None, None]
+        self._normalize = recipe.normalize
+        is_full = (recipe.precision, recipe.dtype) == ("fp32", "float32")
         self.least_cosine = _COSINE if is_full else _COSINE_REDUCED
 
     def embed(self, image: bytes) -> np.ndarray[Any, Any]:
@@ -100,7 +85,7 @@ def make_model(made: Fingerprint, recompute: Recompute, verdict: Verdict) -> Mod
     """The model that `made` names, or None with a note. Raises `SettingsError` where it is required."""
     try:
         return Model(made, recompute.weights)
-    except (SettingsError, KeyError, TypeError) as error:
+    except SettingsError as error:
         if recompute.required:
             raise SettingsError(f"cannot compute embeddings again: {error}") from error
         verdict.notes.append(f"no embedding was computed again: {error}")

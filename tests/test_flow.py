@@ -226,7 +226,7 @@ def test_output_on_s3_equals_output_on_disk(tmp_path: Path, s3_server: Any, s3_u
 
 
 def test_no_two_stages_are_fused_into_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = job_for(write_shards(tmp_path / "in"), tmp_path / "out").with_precision("fp32")
+    job = job_for(write_shards(tmp_path / "in"), tmp_path / "out").with_engine("torch", "fp32")
     plan = make_plan(job.shards, job.config.output)
     resources = plan_resources(job.config)
     make_flow(plan.pending, job, SharedWeights.local(job.weights).share(), resources).explain()

@@ -16,56 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import encode, photo, sample_members, write_tar
+from outputs import embed
 
 from jobs.verify import main
-from pipeline.config import Config, parse
-from pipeline.decode import Decoder
-from pipeline.embedder import Embedder
 from pipeline.errors import InputError, OutputError, SettingsError
-from pipeline.fingerprint import write_fingerprint
-from pipeline.parts import PartName, PartWriter, content_sha256, vectors, version_tag
-from pipeline.prepare import prepare
-from pipeline.samples import Pending, SampleReader
+from pipeline.parts import PartName, content_sha256, vectors, version_tag
 from pipeline.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.storage import locate, write_bytes
-from pipeline.torch_runner import SharedWeights
 from pipeline.verify import verify
 from pipeline.verify_findings import RULES, Verdict
 from pipeline.verify_recompute import Recompute
 
 ALL = Recompute(None, required=True)
 Edit = Callable[[pa.Table], pa.Table]
-
-
-def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
-    """Make an output as the job does, stage after stage in this process."""
-    config = parse(
-        {"backbone": "squeezenet1_1", "weights": "random:0", "image_size": "64", "precision": "fp32"}
-        | {"part_rows": 3, "device": "cpu", "input": [str(folder)], "output": str(output)}
-        | settings
-    )
-    job = prepare(config)
-    write_fingerprint(config.output, job.fingerprint)
-    reader = SampleReader(config)
-    decoder = Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
-    embedder = Embedder(
-        backbone=job.backbone,
-        source=SharedWeights(job.weights.name, job.weights.sha256, job.weights.seed, None),
-        features=config.features,
-        preprocess=job.preprocess,
-        shape=job.shape,
-        dtype=config.dtype,
-        precision=config.precision,
-        normalize=config.normalize,
-        device="cpu",
-        batch_size=4,
-        num_threads=None,
-    )
-    writer = PartWriter(config, job.fingerprint, job.shape)
-    for shard in job.shards:
-        for part in reader.parts(Pending(*shard)):
-            writer(embedder(decoder(part)))
-    return config
 
 
 def shard_members(shard: int) -> list[tuple[str, bytes]]:

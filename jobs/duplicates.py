@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Find the near-duplicates in an output of embed.py: every pair of embeddings above a cosine, as Parquet.
+
+Without --index every pair is compared: exact, and four times the work for twice the images. With the index of
+the output, only the nearest of each are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich.console
+
+from jobs.progress import ShownProgress
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.duplicates import Found
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+PAGE_ROWS = 50
+PAGE_NEAR = 6
+_EPILOG = """\
+Columns of the pairs: id_a, shard_a, sample_index_a, id_b, shard_b, sample_index_b, score (the cosine). Each pair
+is there once, a before b in the order of the output.
+
+What cosine makes a duplicate depends on the backbone and its weights: look at --html, or measure it with
+--group-pattern on images of which you know it.
+
+exit codes:
+  0    the pairs are written, be there any or none
+  2    wrong usage: no output, or an index that does not hold it
+  130  interrupted: nothing is written
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="duplicates.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("output", metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+    top.add_argument("--pairs", default="duplicates.parquet", metavar="FILE", help="(default: duplicates.parquet)")
+    top.add_argument("--threshold", type=float, default=0.95, metavar="C", help="least cosine (default: 0.95)")
+    top.add_argument("--index", metavar="INDEX", help="look among the nearest in this index, made by index.py")
+    top.add_argument(
+        "--group-pattern",
+        metavar="REGEX",
+        help="print precision and recall, where true duplicates share what the first group of this matches in their "
+        "ids, such as '^(.*)-view'",
+    )
+    top.add_argument("--scratch", metavar="FOLDER", help="for the embeddings meanwhile (default: the system's)")
+    top.add_argument("--html", metavar="FILE", help=f"write a page of {PAGE_ROWS} images drawn at random as well")
+    top.add_argument(
+        "--input", nargs="+", default=[], metavar="URL", help="for --html: the shards, as named for embed.py"
+    )
+    return top
+
+
+def lines_of(found: Found, threshold: float) -> list[str]:
+    """What was found, to print and for the page."""
+    lines = [f"{found.num_pairs} pairs of cosine {threshold:g} and above among {found.num_rows} embeddings"]
+    if found.num_true is not None:
+        shares = [
+            f"{name} {'-' if share is None else format(share, '.4f')}"
+            for name, share in (("precision", found.precision), ("recall", found.recall))
+        ]
+        lines.append(f"{', '.join(shares)} ({found.num_right} pairs of the {found.num_true} that share a group)")
+    if found.truncated:
+        lines.append(
+            f"{found.truncated} embeddings have more near-duplicates than were looked for: pairs are missing"
+        )
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Find them, and return the exit code."""
+    flags = parser().parse_args(arguments)
+    # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
+    from pipeline.duplicates import draw_duplicates, duplicates_page, find_duplicates, tags_of  # noqa: PLC0415
+    from pipeline.index import open_index  # noqa: PLC0415
+
+    out = rich.console.Console(highlight=False, soft_wrap=True)
+    progress = ShownProgress(out)
+    try:
+        index = None if flags.index is None else open_index(flags.index)
+        with progress.shown():
+            found = find_duplicates(
+                flags.output,
+                flags.pairs,
+                flags.threshold,
+                index=index,
+                group_pattern=flags.group_pattern,
+                scratch=flags.scratch,
+                on_progress=progress,
+            )
+        lines = lines_of(found, flags.threshold)
+        for line in lines:
+            out.print(line, markup=False)
+        out.print(f"written to {flags.pairs}", markup=False)
+        if flags.html:
+            drawn = draw_duplicates(flags.pairs, PAGE_ROWS, PAGE_NEAR)
+            tags = tags_of(flags.output)
+            text = duplicates_page(flags.output, drawn, lines, flags.input, tags.get)
+            Path(flags.html).write_text(text, encoding="utf-8")
+    except (PipelineError, OSError) as error:
+        print(f"duplicates.py: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("duplicates.py: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

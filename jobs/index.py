@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Make a FAISS index of an output of embed.py, or add to it what is new in the output.
+
+The index knows what made its embeddings; search.py embeds queries in the same way. Needs the extra `index`:
+pip install 'shard-embedder[index]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+import rich.console
+
+from jobs.console import human_bytes
+from jobs.progress import ShownProgress
+from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.index_build import Built
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+_EPILOG = """\
+The kind, where --kind does not say:
+  flat  compares with every embedding, exact: up to 100000 rows that fit --memory
+  hnsw  a graph over all embeddings, in memory: while these and the graph fit --memory
+  ivf   lists on disk, of which a search reads some: beyond
+
+Run it again after embed.py: the parts that are new are added. Where a part that is in the index has gone
+from the output or changed, the index is built anew, and that is said. The old index stays usable until the
+new one is whole. How wide searches are is chosen by measuring: the narrowest that finds 95 % of the ten
+nearest, compared with an exact search for 100 of its own rows.
+
+exit codes:
+  0    the index holds what the output holds
+  2    wrong usage: no output, an index of other settings, or FAISS is not installed
+  130  interrupted: the index is as it was before
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="index.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("output", metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+    top.add_argument("index", metavar="INDEX", help="local folder for the index")
+    top.add_argument(
+        "--metric",
+        metavar="M",
+        help="cosine, ip (inner product of the embeddings as they are) or l2 (distance) "
+        "(default: that of the index, else cosine)",
+    )
+    top.add_argument("--kind", metavar="K", help="flat, hnsw or ivf (default: by the rule below)")
+    top.add_argument(
+        "--memory", type=float, default=4.0, metavar="GIB", help="for embeddings in memory, in GiB (default: 4)"
+    )
+    return top
+
+
+def show(built: Built, index: str, out: rich.console.Console) -> None:
+    """What was done, and what the index is now."""
+    facts = built.facts
+    for note in built.notes:
+        out.print(f"note  {note}", markup=False)
+    if built.rebuilt:
+        out.print(f"built anew: {built.rebuilt}", style="yellow", markup=False)
+    elif not built.num_added:
+        out.print("nothing to do: the index holds what the output holds")
+    size = sum(num_bytes for num_bytes, _ in facts.files.values())
+    lists = f" of {facts.lists} lists" if facts.lists else ""
+    width = f", search width {facts.width}" if facts.width else ""
+    rows = [
+        ("index", f"{index}, {human_bytes(size)}"),
+        ("kind", f"{facts.kind}{lists}, {facts.metric}, {facts.num_features} features"),
+        ("rows", f"{facts.num_rows}, {built.num_added} of them added now"),
+        ("recall@10", f"{facts.recall:.3f} of exact search, on {facts.recall_queries} of its rows{width}"),
+    ]
+    for name, value in rows:
+        out.print(f"{name:<11}{value}", markup=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build or add, and return the exit code."""
+    flags = parser().parse_args(arguments)
+    # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
+    from pipeline.index_build import Options, build  # noqa: PLC0415
+
+    out = rich.console.Console(highlight=False, soft_wrap=True)
+    progress = ShownProgress(out)
+    try:
+        options = Options(flags.metric, flags.kind, int(flags.memory * 2**30))
+        with progress.shown():
+            built = build(flags.output, flags.index, options, progress)
+        show(built, flags.index, out)
+    except (PipelineError, OSError) as error:
+        print(f"index.py: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("index.py: interrupted; the index is as it was before", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

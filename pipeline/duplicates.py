@@ -1,0 +1,332 @@
+"""Near-duplicates: pairs of embeddings above a cosine, and the groups that they tie together.
+
+Without an index every pair is compared, blockwise: exact, and work that grows with the square of the rows.
+With one, only the nearest of each row are: for outputs of millions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import OutputError, SettingsError
+from pipeline.index import Index, Neighbour, read_parts
+from pipeline.pages import Row, Tile, page
+from pipeline.previews import Place, Preview, previews
+from pipeline.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
+from pipeline.stored import Output, list_stored, open_output, stream, unit, with_facts
+
+PAIRS_SCHEMA = pa.schema(
+    [
+        *(
+            pa.field(f"{name}_{side}", kind, nullable=False)
+            for side in "ab"
+            for name, kind in (("id", pa.string()), (SHARD, pa.string()), (SAMPLE_INDEX, pa.int32()))
+        ),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+# Rows compared with as many others at once: their cosines are 64 MiB.
+BLOCK_ROWS = 4096
+# The cosine of two equal rows may come out as a little less than 1.
+_ROUNDING = 1e-6
+# Neighbours of a row that an index is asked for; where all of them are near enough, it is asked for more.
+_FIRST_COUNT = 16
+MOST_NEAR = 4096
+_QUERY_ROWS = 256
+_WRITE_ROWS = 65536
+# Pairs that a page is drawn from.
+_DRAWN_FROM = 200_000
+
+Progress = Callable[[str, int, int], None]
+Pairs = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]  # rows a < rows b, cosines
+
+
+@dataclass(frozen=True)
+class Found:
+    """How many pairs there are, of how many rows. `truncated` rows have more than was looked for.
+
+    `num_true` pairs are of one group of ids, `num_right` of these were found; None without a pattern.
+    """
+
+    num_rows: int
+    num_pairs: int
+    truncated: int = 0
+    num_true: int | None = None
+    num_right: int | None = None
+
+    @property
+    def precision(self) -> float | None:
+        """Share of the pairs found that are of one group; None without a pattern, or a pair."""
+        return None if self.num_right is None or not self.num_pairs else self.num_right / self.num_pairs
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the pairs of one group that were found; None without a pattern, or such a pair."""
+        return None if self.num_right is None or not self.num_true else self.num_right / self.num_true
+
+
+def find_duplicates(
+    output: str,
+    pairs_path: str | Path,
+    threshold: float,
+    *,
+    index: Index | None = None,
+    group_pattern: str | None = None,
+    scratch: str | Path | None = None,
+    block_rows: int = BLOCK_ROWS,
+    most_near: int = MOST_NEAR,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Found:
+    """Write every pair of cosine `threshold` and above to the Parquet `pairs_path`, which appears whole.
+
+    The embeddings are kept on disk meanwhile, below `scratch`: 4 bytes a number. Memory holds two blocks of
+    them, and the ids; with an index, 12 bytes a pair as well.
+
+    Args:
+        output: an output of pooled features.
+        pairs_path: of `PAIRS_SCHEMA`; a and b in the order of the output, pairs in that of a.
+        threshold: least cosine, above 0 and up to 1.
+        index: look among the nearest in this index of the output alone.
+        block_rows: rows compared with as many others at once.
+        most_near: neighbours of a row that an index is asked for at most.
+        group_pattern: what an id and its true duplicates share: the first group of this regular expression.
+
+    Raises:
+        OutputError: no output, or an index that does not hold it.
+        SettingsError: a threshold, pattern or metric that cannot be used.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise SettingsError(f"threshold must be above 0 and at most 1, got {threshold}")
+    group_of = _grouping(group_pattern)
+    source = open_output(output)
+    with tempfile.TemporaryDirectory(prefix="duplicates-", dir=scratch) as folder:
+        rows, ids = _collect(source, index, Path(folder), on_progress)
+        groups = None if group_of is None else np.array(group_of(ids.column(IMAGE_ID).to_pylist()))
+        truncated: list[int] = []
+        found = (
+            _compare_all(rows, threshold, block_rows, on_progress)
+            if index is None
+            else _compare_nearest(rows, index, threshold, most_near, truncated, on_progress)
+        )
+        num_pairs, num_right = 0, 0
+        with _written_whole(Path(pairs_path)) as writer:
+            for a, b, cosines in found:
+                for start in range(0, len(a), _WRITE_ROWS):
+                    some = slice(start, start + _WRITE_ROWS)
+                    writer.write_table(_table(ids, a[some], b[some], cosines[some]))
+                num_pairs += len(a)
+                if groups is not None:
+                    num_right += int((groups[a] == groups[b]).sum())
+        if groups is None:
+            return Found(len(ids), num_pairs, len(truncated))
+        num_true = sum(count * (count - 1) // 2 for count in Counter(groups.tolist()).values())
+        return Found(len(ids), num_pairs, len(truncated), num_true, num_right)
+
+
+def _grouping(pattern: str | None) -> Callable[[list[str]], list[int]] | None:
+    """A function from ids to the numbers of their groups; an id that does not match is alone in its group."""
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise SettingsError(f"the group pattern {pattern!r} is no regular expression: {error}") from error
+    if compiled.groups < 1:
+        raise SettingsError(f"the group pattern must have a group in parentheses, got {pattern!r}")
+
+    def numbers(ids: list[str]) -> list[int]:
+        known: dict[str, int] = {}
+        found = []
+        for row, image_id in enumerate(ids):
+            match = compiled.search(image_id)
+            group = None if match is None else match[1]
+            found.append(-1 - row if group is None else known.setdefault(group, len(known)))
+        return found
+
+    return numbers
+
+
+def _collect(
+    source: Output, index: Index | None, folder: Path, on_progress: Progress
+) -> tuple[np.ndarray[Any, Any], pa.Table]:
+    """Every embedding scaled to length 1, in a file [N, C], and whose it is: in the order of the index, if any."""
+    parts = with_facts(source, list_stored(source)) if index is None else _indexed(source, index)
+    total = sum(part.num_rows for part in parts)
+    if not total:
+        raise OutputError(f"{source.url} has no embeddings: there is nothing to compare")
+    rows = np.lib.format.open_memmap(
+        folder / "unit.npy", mode="w+", dtype=np.float32, shape=(total, source.num_features)
+    )
+    ids: list[pa.Table] = []
+    done = 0
+    for piece in stream(source, parts):
+        rows[done : done + len(piece.vectors)] = unit(piece.vectors)
+        ids.append(piece.ids)
+        done += len(piece.vectors)
+        on_progress("rows read", done, total)
+    rows.flush()
+    return rows, pa.concat_tables(ids)
+
+
+def _indexed(source: Output, index: Index) -> list[Any]:
+    if index.facts.made.digest != source.made.digest or index.facts.metric != "cosine":
+        raise OutputError(f"the index must be of {source.url} with metric cosine; make one with jobs/index.py")
+    parts = read_parts(index.folder)
+    if {part.name for part in parts} != {part.name for part in list_stored(source)}:
+        raise OutputError(f"the index does not hold the parts of {source.url} as they are: run jobs/index.py again")
+    return parts
+
+
+def _compare_all(
+    rows: np.ndarray[Any, Any], threshold: float, block_rows: int, on_progress: Progress
+) -> Iterator[Pairs]:
+    """Pairs of each block with itself and those after it."""
+    starts = range(0, len(rows), block_rows)
+    total, done = len(starts) * (len(starts) + 1) // 2, 0
+    for start in starts:
+        block = np.array(rows[start : start + block_rows])
+        found: list[Pairs] = []
+        for other in range(start, len(rows), block_rows):
+            cosines = block @ np.array(rows[other : other + block_rows]).T
+            a, b = np.nonzero(cosines >= threshold - _ROUNDING)
+            keep = a + start < b + other
+            found.append((a[keep] + start, b[keep] + other, cosines[a[keep], b[keep]]))
+            done += 1
+            on_progress("blocks compared", done, total)
+        yield _ordered(found)
+
+
+def _compare_nearest(
+    rows: np.ndarray[Any, Any],
+    index: Index,
+    threshold: float,
+    most_near: int,
+    truncated: list[int],
+    on_progress: Progress,
+) -> Iterator[Pairs]:
+    """Pairs of each row with its nearest, once each, though both or only one of the two may find the other."""
+    keys: list[np.ndarray[Any, Any]] = []
+    scores: list[np.ndarray[Any, Any]] = []
+    for start in range(0, len(rows), _QUERY_ROWS):
+        block = np.array(rows[start : start + _QUERY_ROWS])
+        count = min(_FIRST_COUNT, len(rows))
+        while True:
+            cosines, near = index.search_rows(block, count)
+            is_near = (cosines >= threshold - _ROUNDING) & (near >= 0)
+            full = is_near[:, -1]
+            if not full.any() or count == min(len(rows), most_near):
+                break
+            count = min(4 * count, len(rows), most_near)
+        if count < len(rows):
+            truncated.extend((np.flatnonzero(full) + start).tolist())
+        position, rank = np.nonzero(is_near)
+        a, b = position + start, near[position, rank]
+        keys.append((np.minimum(a, b) * len(rows) + np.maximum(a, b))[a != b])
+        scores.append(cosines[position, rank][a != b])
+        on_progress("rows searched for", min(start + _QUERY_ROWS, len(rows)), len(rows))
+    both, first = np.unique(np.concatenate(keys), return_index=True)
+    yield both // len(rows), both % len(rows), np.concatenate(scores)[first]
+
+
+def _ordered(pairs: list[Pairs]) -> Pairs:
+    a, b, cosines = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
+    order = np.lexsort((b, a))
+    return a[order], b[order], cosines[order]
+
+
+def _table(ids: pa.Table, a: Any, b: Any, cosines: Any) -> pa.Table:
+    columns = [column for rows in (a, b) for column in ids.take(pa.array(rows)).columns]
+    scores = pa.array(np.minimum(cosines, 1.0), pa.float32())
+    return pa.Table.from_arrays([*columns, scores], schema=PAIRS_SCHEMA)
+
+
+@contextlib.contextmanager
+def _written_whole(path: Path) -> Iterator[pq.ParquetWriter]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with pq.ParquetWriter(temporary, PAIRS_SCHEMA, compression="zstd") as writer:
+            yield writer
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Duplicates(NamedTuple):
+    """A row and those near it."""
+
+    image_id: str
+    place: Place
+    near: list[Neighbour]
+
+
+def draw_duplicates(pairs_path: str | Path, count: int, most_near: int) -> list[Duplicates]:
+    """Some rows that are first in a pair, drawn at random, each with the nearest of its pairs."""
+    file = pq.ParquetFile(pairs_path)
+    table = next(file.iter_batches(_DRAWN_FROM), None)
+    if table is None:
+        return []
+    found: dict[Place, Duplicates] = {}
+    for row in table.to_pylist():
+        place = row["shard_a"], row["sample_index_a"]
+        near = found.setdefault(place, Duplicates(row["id_a"], place, [])).near
+        near.append(Neighbour(row["id_b"], row["shard_b"], row["sample_index_b"], row["score"]))
+    drawn = random.Random(0).sample(list(found.values()), min(count, len(found)))
+    for one in drawn:
+        one.near.sort(key=lambda neighbour: -neighbour.score)
+        del one.near[most_near:]
+    return drawn
+
+
+def duplicates_page(
+    output: str, drawn: list[Duplicates], lines: list[str], inputs: Sequence[str], tag_of: Callable[[str], str | None]
+) -> str:
+    """A page of rows with their near-duplicates, whose images are read from the shards of `inputs`.
+
+    Raises:
+        InputError: the inputs name no shard.
+    """
+    found: dict[Place, Preview] = {}
+    if inputs:
+        member = open_output(output).made.settings["image_member"]
+        places = {one.place for one in drawn} | {
+            (near.shard, near.sample_index) for one in drawn for near in one.near
+        }
+        found = previews(inputs, member, places, tag_of)
+    missing = Preview(None, "no input was named to read it from")
+    rows = [
+        Row(
+            Tile(one.image_id, _shown(one.place), found.get(one.place, missing)),
+            [
+                Tile(
+                    near.image_id,
+                    f"cosine {near.score:.4f}, {_shown((near.shard, near.sample_index))}",
+                    found.get((near.shard, near.sample_index), missing),
+                )
+                for near in one.near
+            ],
+        )
+        for one in drawn
+    ]
+    return page("Near-duplicates", lines, rows)
+
+
+def _shown(place: Place) -> str:
+    return f"{place[0]} [{place[1]}]"
+
+
+def tags_of(output: str) -> dict[str, str]:
+    """The version of each shard that an output holds, by its name."""
+    return {part.shard: part.tag for part in list_stored(open_output(output))}

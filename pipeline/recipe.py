@@ -1,0 +1,76 @@
+"""What a fingerprint names, had again: the weights, preprocessing and decoder that made some embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.backbones import load_weights
+from pipeline.decode import Decoder, Preprocess
+from pipeline.errors import OutputError, WeightsError
+from pipeline.fingerprint import Fingerprint
+from pipeline.weights import Weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How embeddings were made, ready to make more of them. `shape` is that of one embedding."""
+
+    backbone: str
+    weights: Weights
+    preprocess: Preprocess
+    features: str
+    shape: tuple[int, ...]
+    dtype: str
+    precision: str
+    normalize: bool
+    max_pixels: int
+    ignore_orientation: bool
+
+    def decoder(self) -> Decoder:
+        """The decoder of the run."""
+        return Decoder(self.preprocess, max_pixels=self.max_pixels, ignore_orientation=self.ignore_orientation)
+
+
+def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
+    """What `made` names. Weights are taken from `spec`, without it by the name that the run gave them.
+
+    Raises:
+        OutputError: a setting is missing.
+        WeightsError: the weights cannot be had, or are not those of the run: their sha256 differs.
+    """
+    settings = made.settings
+    try:
+        return Recipe(
+            backbone=settings["backbone"],
+            weights=_weights(settings["backbone"], settings["weights_sha256"], made.versions["weights"], spec),
+            preprocess=_preprocess(settings["preprocess"]),
+            features=settings["features"],
+            shape=tuple(settings["embedding_shape"]),
+            dtype=settings["dtype"],
+            precision=settings["precision"],
+            normalize=settings["normalize"],
+            max_pixels=settings["max_pixels"],
+            ignore_orientation=settings["ignore_orientation"],
+        )
+    except (KeyError, TypeError) as error:
+        raise OutputError(f"the fingerprint is not of this version: {error!r}") from error
+
+
+def _weights(backbone: str, sha256: str, name: str, spec: str | None) -> Weights:
+    # torchvision's own are told as ResNet50_Weights.IMAGENET1K_V2, and asked for by the last part.
+    weights = load_weights(backbone, spec or name.partition("_Weights.")[2] or name)
+    if weights.sha256 != sha256:
+        raise WeightsError(
+            f"weights {weights.name} have sha256 {weights.sha256[:12]}, the output was made with {name} "
+            f"of sha256 {sha256[:12]}"
+        )
+    return weights
+
+
+def _preprocess(settings: dict[str, Any]) -> Preprocess:
+    # JSON has lists where it has tuples.
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+    }
+    return Preprocess(**values)

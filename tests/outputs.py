@@ -1,0 +1,47 @@
+"""Outputs for tests, made as the job makes them, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, parse
+from pipeline.decode import Decoder
+from pipeline.embedder import Embedder
+from pipeline.fingerprint import write_fingerprint
+from pipeline.parts import PartWriter
+from pipeline.prepare import prepare
+from pipeline.samples import Pending, SampleReader
+from pipeline.torch_runner import SharedWeights
+
+
+def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
+    """Make an output stage after stage in this process."""
+    config = parse(
+        {"backbone": "squeezenet1_1", "weights": "random:0", "image_size": "64", "precision": "fp32"}
+        | {"part_rows": 3, "device": "cpu", "batch_size": 4, "input": [str(folder)], "output": str(output)}
+        | settings
+    )
+    assert config.batch_size is not None
+    job = prepare(config)
+    write_fingerprint(config.output, job.fingerprint)
+    reader = SampleReader(config)
+    decoder = Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
+    embedder = Embedder(
+        backbone=job.backbone,
+        source=SharedWeights.local(job.weights),
+        features=config.features,
+        preprocess=job.preprocess,
+        shape=job.shape,
+        dtype=config.dtype,
+        precision=config.precision,
+        normalize=config.normalize,
+        device="cpu",
+        batch_size=config.batch_size,
+        num_threads=None,
+    )
+    writer = PartWriter(config, job.fingerprint, job.shape)
+    for shard in job.shards:
+        for part in reader.parts(Pending(*shard)):
+            writer(embedder(decoder(part)))
+    return config

@@ -1,0 +1,168 @@
+"""Near-duplicates are all the pairs above a cosine, each once, with and without an index."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import encode, photo, write_tar
+from outputs import embed
+from PIL import ImageEnhance
+from test_index import clusters, store
+
+from jobs.duplicates import main
+from pipeline.duplicates import PAIRS_SCHEMA, find_duplicates
+from pipeline.errors import OutputError, SettingsError
+from pipeline.index import open_index
+from pipeline.index_build import Options, build
+
+PHOTOS = 12
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Shards and output of three views of each of twelve photos: as it is, brighter, and compressed harder."""
+    folder = tmp_path_factory.mktemp("duplicates")
+    members = []
+    for number in range(PHOTOS):
+        image = photo(number)
+        versions = [encode(image), encode(ImageEnhance.Brightness(image).enhance(1.02)), encode(image, quality=60)]
+        members += [(f"p{number:02d}-view{i}.jpg", data) for i, data in enumerate(versions)]
+    write_tar(folder / "in" / "a.tar", members[:20])
+    write_tar(folder / "in" / "b.tar", members[20:])
+    embed(folder / "in", folder / "out", part_rows=7)
+    return folder / "in", folder / "out"
+
+
+def all_pairs(values: np.ndarray[Any, Any], threshold: float) -> dict[tuple[int, int], float]:
+    """By float64, one after the other."""
+    unit = values.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    return {(int(a), int(b)): cosines[a, b] for a, b in zip(*np.nonzero(cosines >= threshold), strict=True) if a < b}
+
+
+def stored_pairs(path: Path) -> dict[tuple[int, int], float]:
+    table = pq.read_table(path)
+    assert table.schema.equals(PAIRS_SCHEMA)
+    rows = table.to_pylist()
+    found = {(int(row["id_a"].rpartition("-")[2]), int(row["id_b"].rpartition("-")[2])): row["score"] for row in rows}
+    assert len(found) == len(rows), "a pair is there twice"
+    return found
+
+
+def same(found: dict[tuple[int, int], float], expected: dict[tuple[int, int], float]) -> bool:
+    return found.keys() == expected.keys() and all(abs(found[pair] - expected[pair]) < 1e-5 for pair in found)
+
+
+@pytest.mark.parametrize("block_rows", [4096, 300, 1])
+def test_every_pair_above_the_threshold_is_found_once_whatever_the_blocks(block_rows: int, tmp_path: Path) -> None:
+    values = clusters(120 if block_rows == 1 else 1000)
+    store(tmp_path / "out", "a", values)
+    pairs = tmp_path / "pairs.parquet"
+    found = find_duplicates(str(tmp_path / "out"), pairs, 0.85, block_rows=block_rows)
+    expected = all_pairs(values, 0.85)
+    assert (found.num_pairs, found.num_rows) == (len(expected), len(values))
+    assert len(expected) > 10
+    assert same(stored_pairs(tmp_path / "pairs.parquet"), expected)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
+def test_an_index_finds_the_same_pairs(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="the extra `index` is not installed")
+    values = clusters(1000)
+    store(tmp_path / "out", "a", values)
+    build(str(tmp_path / "out"), tmp_path / "index", Options(kind=kind))
+    index = open_index(tmp_path / "index")
+    found = find_duplicates(str(tmp_path / "out"), tmp_path / "pairs.parquet", 0.85, index=index)
+    expected, pairs = all_pairs(values, 0.85), stored_pairs(tmp_path / "pairs.parquet")
+    assert found.truncated == 0
+    if kind == "flat":
+        assert same(pairs, expected)
+    assert pairs.keys() <= expected.keys()
+    assert len(pairs) >= 0.95 * len(expected) > 100
+
+
+def test_a_row_with_more_near_duplicates_than_were_looked_for_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="the extra `index` is not installed")
+    values = np.repeat(clusters(1), 100, axis=0)
+    store(tmp_path / "out", "a", values)
+    build(str(tmp_path / "out"), tmp_path / "index")
+    index = open_index(tmp_path / "index")
+    assert find_duplicates(str(tmp_path / "out"), tmp_path / "p", 1.0, index=index).num_pairs == 4950
+    found = find_duplicates(str(tmp_path / "out"), tmp_path / "p", 1.0, index=index, most_near=32)
+    assert found.truncated == 100
+
+
+def test_views_of_one_photo_are_found_and_precision_and_recall_told(
+    views: tuple[Path, Path], tmp_path: Path, run_job: Callable[..., Any]
+) -> None:
+    shards, output = views
+    done = run_job(
+        "duplicates.py", output, "--threshold", 0.999, "--group-pattern", "^(p[0-9]+)-view",
+        "--html", "page.html", "--input", shards,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    pairs = pq.read_table(tmp_path / "duplicates.parquet").to_pylist()
+    right = [row for row in pairs if row["id_a"][:3] == row["id_b"][:3]]
+    assert len(right) == 3 * PHOTOS
+    precision = len(right) / len(pairs)
+    assert f"precision {precision:.4f}, recall 1.0000 (36 pairs of the 36 that share a group)" in done.stdout
+    assert {row["shard_a"] for row in pairs} == {"a", "b"}
+    text = (tmp_path / "page.html").read_text()
+    assert "no preview" not in text
+    heads = len({row["id_a"] for row in pairs})
+    assert text.count('<figure class="head">') == heads
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+
+
+def test_an_id_that_does_not_match_is_in_no_group(views: tuple[Path, Path], tmp_path: Path) -> None:
+    found = find_duplicates(str(views[1]), tmp_path / "p", 0.5, group_pattern="^(p0[01])-")
+    assert found.num_true == 2 * 3
+    assert found.num_right == 6
+    assert found.recall == 1.0
+    nothing = find_duplicates(str(views[1]), tmp_path / "p", 0.5, group_pattern="^(x)")
+    assert (nothing.num_true, nothing.recall, nothing.precision) == (0, None, 0.0)
+
+
+def test_an_index_that_is_not_of_the_output_as_it_is_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="the extra `index` is not installed")
+    store(tmp_path / "out", "a", clusters(50))
+    build(str(tmp_path / "out"), tmp_path / "index")
+    build(str(tmp_path / "out"), tmp_path / "l2", Options("l2"))
+    store(tmp_path / "out", "b", clusters(50))
+    with pytest.raises(OutputError, match=r"does not hold the parts .* run jobs/index\.py again"):
+        find_duplicates(str(tmp_path / "out"), tmp_path / "p", 0.9, index=open_index(tmp_path / "index"))
+    with pytest.raises(OutputError, match="with metric cosine"):
+        find_duplicates(str(tmp_path / "out"), tmp_path / "p", 0.9, index=open_index(tmp_path / "l2"))
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threshold", "0"], "threshold must be above 0 and at most 1, got 0.0"),
+        (["--group-pattern", "("], "is no regular expression"),
+        (["--group-pattern", "x"], "must have a group in parentheses, got 'x'"),
+        (["--index", "nowhere"], "nowhere is not an index"),
+        (["--pairs", "no/such/folder/p.parquet"], "no/such/folder"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_why(
+    options: list[str], message: str, views: tuple[Path, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main([str(views[1]), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_threshold_that_is_no_number_is_refused_before_anything_else() -> None:
+    with pytest.raises(SettingsError, match="threshold must be above 0"):
+        find_duplicates("nowhere", "p", float("nan"))
