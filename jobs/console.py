@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pipeline.samples import Pending
 
 LINE_EVERY_S = 30.0
+# A line says so where no part was stored for this long.
+_SILENT_S = 120.0
 # The rate shown is that of the last parts in this window.
 _RATE_WINDOW_S = 60.0
 
@@ -53,6 +55,7 @@ class Console:
         self._total_bytes = 1
         self._num_shards = 0
         self._state = "starting"
+        self._last_part = 0.0
         self._recent: deque[tuple[float, int]] = deque()
 
     def plan(self, job: Job, plan: Plan) -> None:
@@ -118,7 +121,10 @@ class Console:
         """A line every so often, whether or not anything moved."""
         started = time.monotonic()
         while not ended.wait(LINE_EVERY_S):
-            self._out.print(f"{human_s(time.monotonic() - started)}  {self._state}")
+            now = time.monotonic()
+            since = now - max(self._last_part, started)
+            waits = f"  no part stored for {human_s(since)}" if since > _SILENT_S else ""
+            self._out.print(f"{human_s(now - started)}  {self._state}{waits}")
 
     def begin_pass(self, number: int, pending: list[Pending]) -> None:
         """Say which pass begins, where it is not the first."""
@@ -129,7 +135,7 @@ class Console:
 
     def part(self, tally: Tally) -> None:
         """Show that one more part is stored."""
-        now = time.monotonic()
+        self._last_part = now = time.monotonic()
         self._recent.append((now, tally.num_embedded))
         while now - self._recent[0][0] > _RATE_WINDOW_S:
             self._recent.popleft()

@@ -118,7 +118,12 @@ def parser() -> argparse.ArgumentParser:
     add(compute, "actors", "backbones at once, at least and at most (default: one a GPU)", metavar="MIN:MAX")
 
     faults = top.add_argument_group("faults")
-    add(faults, "max_passes", "how often what is missing is run again, the first time included", metavar="N")
+    add(
+        faults,
+        "max_passes",
+        "give up after so many passes in a row, the first included, that stored nothing new",
+        metavar="N",
+    )
     add(faults, "max_error_fraction", "end with 5 where more of the samples are errors, 0 to 1", metavar="F")
     return top
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,8 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     """Embed what is pending until all of it is stored, and return the report.
 
     Ray must be up, unless the plan has nothing pending. Ray Data may fail, or lose a part, in any way:
-    what is done is read from the output alone, and what is not is run again, `max_passes` times at most.
+    what is done is read from the output alone, and what is not is run again, until `max_passes` passes in a row
+    stored nothing new.
 
     Raises:
         ClusterError: the cluster lacks what the job needs.
@@ -134,11 +136,15 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     names = {shard.name for shard in plan.pending[: config.limit]}
     source = engine.source.share()
     failed = False
-    for number in range(1, config.max_passes + 1):
+    # Passes in a row that stored nothing new, the first aside: a cluster that goes on losing machines may take many
+    # passes, and one that cannot do the work few.
+    num_idle = -1
+    for number in itertools.count(1):
         pending = [shard for shard in plan.pending if shard.name in names and shard.name not in tally.damaged]
         if not pending:
             break
         watcher.on_pass(number, pending)
+        num_parts = tally.num_whole_parts
         delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
@@ -152,6 +158,9 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         plan = make_plan(shards, config.output)
         if any(text in problem for problem in problems for text in _FULL):
             # Another pass would pay for the same embeddings, and have no place for them either.
+            break
+        num_idle = 0 if tally.num_whole_parts > num_parts else num_idle + 1
+        if num_idle >= config.max_passes - 1:
             break
     counts = count([shard for shard in shards if shard.name in names], config.output)
     return _finish(job, first_plan, resources, tally, counts, problems)
@@ -176,8 +185,8 @@ def _task_retries() -> dict[str, Any]:
 
 
 def _actor_retries() -> dict[str, Any]:
-    """Actors are restarted as often as machines vanish, but no part is retried for ever."""
-    return {"max_restarts": -1, "max_task_retries": _RETRIES}
+    """Actors are restarted as often as machines vanish, but no part is retried for ever; nodes get equally many."""
+    return {"max_restarts": -1, "max_task_retries": _RETRIES, "scheduling_strategy": "SPREAD"}
 
 
 def _set_up_engine() -> None:

@@ -7,10 +7,12 @@ costs a child process, and names the image.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -24,6 +26,9 @@ from pipeline.errors import SampleError
 _PIXELS, _REASON = b"p", b"r"
 # What dies on one image may have been killed for another reason; what dies on it again was not.
 _TRIES = 2
+# But for what kills without a look at the image: whoever is short of memory. That passes.
+_TRIES_KILLED = 6
+_PAUSE_S = 1.0
 
 
 class IsolatedDecoder(Decoder):
@@ -41,19 +46,21 @@ class IsolatedDecoder(Decoder):
         Raises:
             SampleError: as `Decoder.decode` does, and where the image kills the decoder.
         """
-        for attempt in range(1, _TRIES + 1):
+        for attempt in itertools.count(1):
             child, pipe = self._child or self._start()
             try:
                 pipe.send_bytes(memoryview(data))
                 reply = pipe.recv_bytes()
+                break
             except (EOFError, OSError):
                 pipe.close()
                 status = child.wait()
                 self._child = None
-                if attempt == _TRIES:
-                    raise SampleError(f"decoder crash: it died of the image twice: {_died_of(status)}") from None
-            else:
-                break
+            killed = status == -signal.SIGKILL
+            if attempt == (_TRIES_KILLED if killed else _TRIES):
+                raise SampleError(f"decoder crash: it died of the image {attempt} times: {_died_of(status)}")
+            if killed:
+                time.sleep(_PAUSE_S)
         if reply[:1] == _REASON:
             raise SampleError(reply[1:].decode())
         return np.frombuffer(reply, np.uint8, offset=1).reshape(*self._preprocess.crop, 3)

@@ -26,6 +26,8 @@ class Tally:
     num_embedded: int = 0
     num_errors: int = 0
     num_parts: int = 0
+    # Of these, all but the ends of broken shards.
+    num_whole_parts: int = 0
     num_shards: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
@@ -46,6 +48,7 @@ class Tally:
             self.first_part_s = time.monotonic() - self.started
         is_broken = receipt["end"] == END_BROKEN
         self.num_parts += 1
+        self.num_whole_parts += not is_broken
         self.num_shards += receipt["end"] == END_LAST
         self.num_samples += receipt["num_samples"]
         self.num_embedded += receipt["num_embedded"]

@@ -13,6 +13,9 @@ from pipeline.torch_runner import cpu_has_bf16
 
 # Cores that one CPU actor uses; more actors scale better than more threads.
 _CORES_PER_ACTOR = 16
+# What an actor reserves, not what it uses: where a node is lost, its actors start again on those that are left,
+# and must leave decoding room beside them.
+_ACTOR_CPUS = 0.3
 # GPUs older than these compute fp16 fast and bf16 slowly or not at all.
 _FP16_GPUS = ("P4", "P100", "V100", "T4", "K80")
 
@@ -58,6 +61,8 @@ def plan_resources(config: Config) -> Resources:
     """
     cluster = ray.cluster_resources()
     cpus, gpus = cluster.get("CPU", 1.0), int(cluster.get("GPU", 0))
+    # On a small machine one decoder more than cores keeps them busy while another waits for its input.
+    decode_cpus = 0.4 if min(_node_cpus(), default=cpus) < 4 else 0.99
     device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
     accelerators = tuple(
         key.removeprefix("accelerator_type:") for key in cluster if key.startswith("accelerator_type:")
@@ -70,25 +75,30 @@ def plan_resources(config: Config) -> Resources:
             device,
             accelerators,
             num_actors,
-            1.0,
+            _ACTOR_CPUS,
             1.0,
             None,
             config.batch_size,
             cpus,
-            1.01,
+            decode_cpus,
         )
-    default = max(1, round(cpus / _CORES_PER_ACTOR))
+    default = sum(max(1, round(node / _CORES_PER_ACTOR)) for node in _node_cpus()) or 1
     num_actors = config.actors or (default, default)
     num_threads = max(1, int(cpus // num_actors[1]))
     return Resources(
         device=device,
         accelerators=accelerators,
         num_actors=num_actors,
-        # Half of what an actor uses is left for decoding beside it.
-        actor_cpus=num_threads / 2,
+        actor_cpus=_ACTOR_CPUS,
         actor_gpus=0.0,
         num_threads=num_threads,
         batch_size=config.batch_size,
         total_cpus=cpus,
-        decode_cpus=0.4 if cpus < 4 else 1.01,
+        decode_cpus=decode_cpus,
     )
+
+
+def _node_cpus() -> list[float]:
+    """CPUs of each node that has any."""
+    nodes = (node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    return [cpus for cpus in nodes if cpus]

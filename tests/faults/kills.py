@@ -1,0 +1,685 @@
+"""Kill anything of a running job at any moment, and compare what it stored with an undisturbed run.
+
+    PYTHONPATH=tests .venv/bin/python -m faults.kills --kills 100 --seed 1
+
+A job (`jobs/embed.py`, its own process) reads from and writes to SeaweedFS, on a Ray cluster of two nodes on this
+machine, or, with `--local`, on the Ray that it starts itself. Kills come at seeded random moments. Only what belongs
+to this job and this cluster is killed, by pid, and a kill counts only where its victim was alive and at work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from conftest import ROOT, S3Server, encode, free_ports, photo, write_tar
+
+READ, DECODE, WRITE, EMBED = "read worker", "decode worker", "write worker", "embed actor"
+NODE, DRIVER, STORE, TWO = "node", "driver", "S3 server", "two at once"
+SINGLE = (READ, DECODE, WRITE, EMBED, NODE, DRIVER, STORE)
+KINDS = (*SINGLE, TWO)
+# What Ray calls the processes of a stage while they work for it.
+_TITLES = {
+    READ: re.compile(r"ray::.*SampleReader"),
+    DECODE: re.compile(r"ray::.*Decoder"),
+    WRITE: re.compile(r"ray::.*PartWriter"),
+    EMBED: re.compile(r"ray::.*MapWorker"),
+}
+# A job in which no part is decoded or embedded for so long hangs.
+STUCK_S = 240.0
+# How long a victim is looked for, once one was seen.
+_PATIENCE_S = 10.0
+# The share of kills that do not wait until the embed stage is up.
+_STARTING = 0.2
+# How many of the kills to come are looked at for one whose victims are there.
+_NEAR = 3
+_MAX_ATTEMPTS = 40
+# `ray start` turns 127.0.0.1 into the machine's address on its network; these stay on loopback.
+_HEAD, _NODE = "127.0.0.3", "127.0.0.2"
+_WATCH = Path(__file__).parent / "watch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a job has to do: shards of equal samples, some of them broken images."""
+
+    num_shards: int = 48
+    samples_each: int = 40
+    image_bytes: int = 150_000
+    image_size: int = 128
+    part_rows: int = 8
+    backbone: str = "resnet18"
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_shards * self.samples_each
+
+    @property
+    def options(self) -> list[str]:
+        """Options of the job; half of them as SLOWER in the tests of the job."""
+        return [
+            "--backbone", self.backbone, "--weights", "random:3", "--image-size", str(self.image_size),
+            "--device", "cpu", "--precision", "fp32", "--part-rows", str(self.part_rows),
+            "--batch-size", str(self.part_rows),
+        ]  # fmt: skip
+
+    def write(self, folder: Path) -> Path:
+        """Write the shards. Bytes after a JPEG's end make it heavy to read and light to decode."""
+        images = [encode(photo(i, (320, 240))).ljust(self.image_bytes, b"\0") for i in range(64)]
+        for shard in range(self.num_shards):
+            members = [
+                (f"{shard:03d}-{i:03d}.jpg", images[(7 * shard + i) % len(images)]) for i in range(self.samples_each)
+            ]
+            if shard % 4 == 0:
+                members[2] = (members[2][0], b"no image")
+            write_tar(folder / f"s-{shard:05d}.tar", members)
+        return folder
+
+    def rows(self) -> set[tuple[str, int, str]]:
+        """Shard, index and id of every sample."""
+        shards, samples = range(self.num_shards), range(self.samples_each)
+        return {(f"s-{shard:05d}", i, f"{shard:03d}-{i:03d}") for shard in shards for i in samples}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def descendants(root: int) -> list[int]:
+    """Pids of a process and everything below it, parents first."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with suppress(OSError, IndexError):
+                parent = Path(f"/proc/{entry.name}/stat").read_text().rpartition(")")[2].split()[1]
+                children[int(parent)].append(int(entry.name))
+    found = [root]
+    for pid in found:
+        found += children[pid]
+    return found
+
+
+def kill_tree(root: int) -> None:
+    """SIGKILL a process and everything below it, as when their machine vanishes."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        # Stopped first, so that none starts another in between.
+        for pid in descendants(root):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def kill_worker(pid: int, title: re.Pattern[str]) -> bool:
+    """SIGKILL one process, if at that very moment it is at work for a stage."""
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        # It cannot turn to other work now.
+        at_work = bool(title.match(_title(pid))) and _alive(pid)
+        os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
+    except ProcessLookupError:
+        return False
+    return at_work
+
+
+class Cluster:
+    """Two Ray nodes on this machine, of which the second may die."""
+
+    def __init__(self, environment: dict[str, str], log: Path, cpus_each: int = 1) -> None:
+        self.folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+        # Another address of loopback than that of the S3 server, whose ports are free while it is down.
+        self.port, self._client_port = free_ports(2)
+        self.address = f"{_HEAD}:{self.port}"
+        self._environment = {**environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        self._environment.pop("RAY_ADDRESS", None)
+        self._log = log
+        self._cpus = f"--num-cpus={cpus_each}"
+        self.head: subprocess.Popen[bytes] | None = None
+        self.node: subprocess.Popen[bytes] | None = None
+
+    def _ray(self, *options: str) -> subprocess.Popen[bytes]:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", self._cpus, *options]
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--object-store-memory=100000000"],
+                env=self._environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def start(self) -> None:
+        """Start both nodes, and wait until they are there."""
+        self.head = self._ray(
+            "--head", f"--port={self.port}", f"--node-ip-address={_HEAD}", "--include-dashboard=false",
+            f"--ray-client-server-port={self._client_port}", f"--temp-dir={self.folder}",
+        )  # fmt: skip
+        _wait_for("the head", self._listens)
+        self.start_node()
+        _wait_for("both nodes", lambda: self.num_nodes() == 2)
+
+    def start_node(self) -> None:
+        """Start the second node; it joins while others work."""
+        self.node = self._ray(f"--address={self.address}", f"--node-ip-address={_NODE}")
+
+    def keep_node(self) -> None:
+        """Start the second node again where it did not come up: a busy machine may be too slow for Ray."""
+        if self.node is not None and self.node.poll() is not None:
+            self.start_node()
+
+    def kill_node(self) -> None:
+        """Kill the second node with all its workers."""
+        assert self.node is not None
+        kill_tree(self.node.pid)
+        self.node.wait()
+
+    def _listens(self) -> bool:
+        with suppress(OSError), socket.create_connection((_HEAD, self.port), 1):
+            return True
+        return False
+
+    def num_nodes(self) -> int:
+        """Nodes that the head takes for alive."""
+        from ray._raylet import GcsClient
+
+        with suppress(Exception):
+            return sum(node.state == 0 for node in GcsClient(address=self.address).get_all_node_info().values())
+        return 0
+
+    def stop(self) -> None:
+        """Kill what is left."""
+        for process in (self.node, self.head):
+            if process is not None and process.poll() is None:
+                kill_tree(process.pid)
+                process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start_store(store: S3Server) -> None:
+    """Start it; again where another process has taken one of its ports meanwhile."""
+    for attempt in range(3):
+        try:
+            return store.start()
+        except RuntimeError:
+            store.stop()
+            if attempt == 2:
+                raise
+            time.sleep(5)
+
+
+def _wait_for(what: str, ready: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{what} did not come up within {seconds:.0f} s")
+        time.sleep(0.2)
+
+
+class Plan(NamedTuple):
+    """One kill to come: what, how long after it is seen, and for how long a server or node stays away.
+
+    `away_s` of infinity is a node that never comes back. Only some of the kills of a driver or server come while the job still starts.
+    """
+
+    kinds: tuple[str, ...]
+    starting: bool
+    pause_s: float
+    linger_s: float
+    away_s: float
+
+    @property
+    def label(self) -> str:
+        return TWO if len(self.kinds) == 2 else self.kinds[0]
+
+
+def make_plan(num_kills: int, seed: int, spread_s: float, kinds: tuple[str, ...] = KINDS) -> list[Plan]:
+    """Kills of every kind in random order: two nodes and two drivers to three of any other."""
+    rng = random.Random(seed)
+    deck = [*kinds, *kinds, *(kind for kind in kinds if kind not in (NODE, DRIVER))]
+    labels = (deck * (num_kills // len(deck) + 1))[:num_kills]
+    rng.shuffle(labels)
+    # Two workers of short tasks are seldom there at once.
+    lasting = [kind for kind in kinds if kind in (EMBED, NODE, DRIVER, STORE)]
+
+    def two() -> tuple[str, ...]:
+        first = rng.choice(lasting)
+        return first, rng.choice([kind for kind in kinds if kind not in (first, TWO)])
+
+    return [
+        Plan(
+            two() if label == TWO else (label,),
+            starting=rng.random() < _STARTING,
+            pause_s=rng.uniform(0.0, spread_s),
+            linger_s=rng.uniform(0.0, 0.3),
+            away_s=rng.uniform(1.0, 5.0),
+        )
+        for label in labels
+    ]
+
+
+@dataclass
+class Kill:
+    """One kill that happened."""
+
+    label: str
+    kinds: tuple[str, ...]
+    at: float
+    survived: bool = True
+    again: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "embed": 0.0})
+
+
+@dataclass
+class Run:
+    """One output, made by one or more attempts of the same command."""
+
+    kills: list[Kill] = field(default_factory=list)
+    attempts: int = 1
+    gave_up: list[str] = field(default_factory=list)
+    more_passes: int = 0
+    problems: list[str] = field(default_factory=list)
+    wall_s: float = 0.0
+    begun: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+
+class Harness:
+    """The S3 server, the cluster if any, and the jobs on them."""
+
+    def __init__(self, load: Load, folder: Path, say: Callable[[str], None], *, local: bool = False) -> None:
+        self.load, self.folder, self.say = load, folder, say
+        self.store = S3Server(folder / "s3")
+        self.work_log = folder / "work.log"
+        binaries = Path(sys.executable).parent
+        self.environment = {
+            **os.environ,
+            **self.store.environment,
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+            # This tree, wherever an editable install leads to.
+            "PYTHONPATH": f"{_WATCH}{os.pathsep}{ROOT}",
+            "KILLS_WORK_LOG": str(self.work_log),
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+        self._local = local
+        self.cluster: Cluster | None = None
+        self.driver: subprocess.Popen[bytes] | None = None
+        self._drivers: set[int] = set()
+        self._driver_log = folder / "driver.log"
+        self._idle_since: float | None = None
+        self.reference: dict[str, bytes] = {}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What can be killed here."""
+        return tuple(kind for kind in KINDS if kind != NODE or not self._local)
+
+    def start(self) -> None:
+        """Start everything, upload the shards, and make the output to compare with."""
+        self.store.start()
+        shards = self.load.write(self.folder / "shards")
+        self.store.filesystem().put(str(shards), f"{self.store.bucket}/in", recursive=True)
+        shutil.rmtree(shards)
+        if not self._local:
+            self.cluster = Cluster(self.environment, self.folder / "ray.log")
+            self.cluster.start()
+        run = self.run("undisturbed", [])
+        if run.wrong or run.gave_up:
+            raise RuntimeError(f"the undisturbed run failed: {run.wrong + run.gave_up}")
+        if run.begun != {"decode": self.load.num_samples, "embed": self.load.num_samples}:
+            raise RuntimeError(f"the undisturbed run counted {run.begun} for {self.load.num_samples} samples")
+        self.reference = self.stored("undisturbed")
+        self.say(f"undisturbed: {run.wall_s:.0f} s, {len(self.reference)} files")
+
+    def stop(self) -> None:
+        """Kill what is left."""
+        if self.driver is not None and self.driver.poll() is None:
+            kill_tree(self.driver.pid)
+            self.driver.wait()
+        if self.cluster is not None:
+            self.cluster.stop()
+        self.store.stop()
+
+    # One run
+
+    def run(self, name: str, plan: list[Plan], most: int = 1000) -> Run:
+        """Run the job to its end, and kill as `plan` says; what was done of the plan is taken off it."""
+        run = Run()
+        begin = time.monotonic()
+        self.work_log.write_bytes(b"")
+        self._start_driver(name)
+        while (code := self._driver_exit(run)) != 0:
+            if code is not None:
+                run.attempts += 1
+                if run.attempts > _MAX_ATTEMPTS:
+                    raise RuntimeError(f"{name}: {run.attempts} attempts were not enough")
+                self._start_driver(name)
+                continue
+            if self.cluster is not None:
+                self.cluster.keep_node()
+            if plan and len(run.kills) < most:
+                self._strike_next(plan, run)
+            else:
+                time.sleep(0.1)
+        run.wall_s = time.monotonic() - begin
+        self._settle(name, run)
+        return run
+
+    def _start_driver(self, name: str) -> None:
+        command = [
+            sys.executable, str(ROOT / "jobs" / "embed.py"), "--input", f"s3://{self.store.bucket}/in",
+            "--output", f"s3://{self.store.bucket}/{name}", *self.load.options,
+        ]  # fmt: skip
+        environment = dict(self.environment)
+        if self.cluster is not None:
+            environment["RAY_ADDRESS"] = self.cluster.address
+        with self._driver_log.open("wb") as log:
+            self.driver = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self._drivers.add(self.driver.pid)
+        self._moved, self._size = time.monotonic(), -1
+
+    def _driver_exit(self, run: Run) -> int | None:
+        """The driver's exit code, None while it lives; what it says is noted."""
+        assert self.driver is not None
+        code = self.driver.poll()
+        if code is None:
+            size = self.work_log.stat().st_size
+            if size != self._size:
+                self._moved, self._size = time.monotonic(), size
+            if time.monotonic() - self._moved < STUCK_S:
+                return None
+            self.say(self._processes())
+            kill_tree(self.driver.pid)
+            self.driver.wait()
+            code = -1
+            self._gave_up(run, f"stuck for {STUCK_S:.0f} s")
+        elif code != 0 and not (run.kills and DRIVER in run.kills[-1].kinds and code == -signal.SIGKILL):
+            self._gave_up(run, f"ended with {code}")
+        text = self._driver_log.read_text(errors="replace")
+        run.more_passes += len(re.findall(r"^pass \d+: \d+ shards", text, re.MULTILINE))
+        run.problems += re.findall(r"^PROBLEM +(.*)", text, re.MULTILINE)
+        return code
+
+    def _gave_up(self, run: Run, how: str) -> None:
+        tail = " | ".join(self._driver_log.read_text(errors="replace").strip().splitlines()[-6:])
+        last = f"after {run.kills[-1].label}" if run.kills else "without a kill"
+        run.gave_up.append(f"{how} {last}: {tail}")
+        self.say(f"  the job {run.gave_up[-1]}")
+        if run.kills:
+            run.kills[-1].survived = False
+
+    def _settle(self, name: str, run: Run) -> None:
+        """Compare the output, and divide the work done twice among the kills before it."""
+        run.wrong = self._compare(name)
+        begun: Counter[str] = Counter()
+        first: dict[tuple[str, str], float] = {}
+        for line in self.work_log.read_text().splitlines():
+            when, pid, stage, part, count = line.split()
+            if int(pid) in self._drivers:
+                # It looks at some samples to choose how to embed them all.
+                continue
+            begun[stage] += int(count)
+            before = first.get((stage, part))
+            first[stage, part] = float(when)
+            if before is not None:
+                between = [kill for kill in run.kills if before < kill.at <= float(when)]
+                for kill in between:
+                    kill.again[stage] += int(count) / len(between)
+        run.begun = dict(begun)
+
+    # The output
+
+    def stored(self, name: str) -> dict[str, bytes]:
+        """Every stored Parquet file by its path below the output."""
+        fs = self.store.filesystem()
+        base = f"{self.store.bucket}/{name}/"
+        found = [path for folder in ("embeddings", "errors") for path in fs.find(base + folder)]
+        return {path.removeprefix(base): data for path, data in fs.cat(found).items()}
+
+    def _compare(self, name: str) -> list[str]:
+        """Everything that is wrong with an output."""
+        files = self.stored(name)
+        wrong = []
+        if self.reference:
+            wrong += [f"missing: {path}" for path in sorted(self.reference.keys() - files.keys())]
+            wrong += [f"too many: {path}" for path in sorted(files.keys() - self.reference.keys())]
+            both = self.reference.keys() & files.keys()
+            wrong += [f"other bytes: {path}" for path in sorted(both) if files[path] != self.reference[path]]
+        rows: Counter[tuple[str, int, str]] = Counter()
+        for data in files.values():
+            table = pq.read_table(_file(data), columns=["shard", "sample_index", "image_id"])
+            rows.update(tuple(row.values()) for row in table.to_pylist())
+        wrong += [f"twice: {row}" for row, count in rows.items() if count > 1]
+        wrong += [f"lost: {row}" for row in sorted(self.load.rows() - rows.keys())]
+        wrong += [f"unknown: {row}" for row in sorted(rows.keys() - self.load.rows())]
+        fs = self.store.filesystem()
+        wrong += [f"left over: {path}" for path in fs.find(f"{self.store.bucket}/{name}") if "tmp" in path]
+        uploads = fs.call_s3("list_multipart_uploads", Bucket=self.store.bucket).get("Uploads", [])
+        wrong += [f"left over upload: {upload['Key']}" for upload in uploads]
+        return wrong
+
+    # The kills
+
+    def _at_work(self, kind: str) -> list[int]:
+        """Pids that a kill of `kind` may hit now."""
+        assert self.driver is not None
+        if kind == DRIVER:
+            return [self.driver.pid] if self.driver.poll() is None else []
+        if kind == STORE:
+            return [self.store.process.pid] if self.store.process and self.store.process.poll() is None else []
+        if kind == NODE:
+            node = self.cluster.node if self.cluster else None
+            if node is None or node.poll() is not None:
+                return []
+            stages = [pid for pid in descendants(node.pid) if any(t.match(_title(pid)) for t in _TITLES.values())]
+            return [node.pid] if stages else []
+        if self.cluster is None:
+            roots = [self.driver]
+        else:
+            roots = [node for node in (self.cluster.head, self.cluster.node) if node is not None]
+        pids = (pid for root in roots if root.poll() is None for pid in descendants(root.pid))
+        return [pid for pid in pids if _TITLES[kind].match(_title(pid))]
+
+    def _await(self, kinds: tuple[str, ...], deadline: float) -> bool:
+        """Wait until there is something to kill of each kind, while the job lives."""
+        assert self.driver is not None
+        while self.driver.poll() is None and time.monotonic() < deadline:
+            if all(self._at_work(kind) for kind in kinds):
+                return True
+            time.sleep(0.002)
+        return False
+
+    def _strike_next(self, plans: list[Plan], run: Run) -> None:
+        """Take the first planned kill whose victims are at work, wait for its moment, and kill.
+
+        It is taken off the plan when all its victims were hit; where the job or the work ends before,
+        it stays for later.
+        """
+        assert self.driver is not None
+        under_way = bool(self._at_work(EMBED))
+        if not under_way or self._idle_since is None:
+            self._idle_since = time.monotonic()
+        # In the order of the plan, or nearly: what is always there shall not be killed first.
+        patient = time.monotonic() - self._idle_since < _PATIENCE_S
+        near = plans[:_NEAR] if patient else plans
+        plan = next((p for p in near if (under_way or p.starting) and all(map(self._at_work, p.kinds))), None)
+        if plan is None:
+            time.sleep(0.01)
+            return
+        self._idle_since = None
+        with suppress(subprocess.TimeoutExpired):
+            self.driver.wait(plan.pause_s)
+        linger_s = plan.linger_s
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._await(plan.kinds, deadline):
+            # Not always at the first moment of a task; sooner in those that are short.
+            time.sleep(linger_s)
+            linger_s /= 2
+            at = time.time()
+            hit = [kind for kind in plan.kinds if self._strike(kind)]
+            if not hit:
+                continue
+            whole = len(hit) == len(plan.kinds)
+            run.kills.append(Kill(plan.label if whole else hit[0], tuple(hit), at))
+            self.say(f"  {time.strftime('%H:%M:%S')} killed {' and '.join(hit)}")
+            if whole:
+                plans.remove(plan)
+            self._recover(hit, plan.away_s)
+            return
+
+    def _strike(self, kind: str) -> bool:
+        victims = self._at_work(kind)
+        if not victims:
+            return False
+        if kind == DRIVER:
+            assert self.driver is not None
+            self.driver.kill()
+        elif kind == STORE:
+            self.store.stop()
+        elif kind == NODE:
+            assert self.cluster is not None
+            self.cluster.kill_node()
+        else:
+            return kill_worker(random.choice(victims), _TITLES[kind])
+        return True
+
+    def _recover(self, kinds: list[str], away_s: float) -> None:
+        if DRIVER in kinds:
+            assert self.driver is not None
+            self.driver.wait()
+        if STORE in kinds or NODE in kinds:
+            time.sleep(away_s if math.isfinite(away_s) else 0.0)
+        if STORE in kinds:
+            _start_store(self.store)
+        if NODE in kinds:
+            assert self.cluster is not None
+            if math.isfinite(away_s):
+                self.cluster.start_node()
+            else:
+                self.cluster.node = None
+
+    def _processes(self) -> str:
+        """For the log of a job that hangs."""
+        assert self.driver is not None
+        roots = [self.driver, *((self.cluster.head, self.cluster.node) if self.cluster else ())]
+        pids = (pid for root in roots if root is not None for pid in descendants(root.pid))
+        return "\n".join(f"  {pid} {_title(pid)[:100]}" for pid in pids if "ray::" in _title(pid))
+
+
+def _file(data: bytes) -> Any:
+    import pyarrow as pa
+
+    return pa.BufferReader(data)
+
+
+@contextmanager
+def harness(load: Load, folder: Path, say: Callable[[str], None], *, local: bool = False) -> Iterator[Harness]:
+    """A harness that is up, with its undisturbed output made."""
+    made = Harness(load, folder, say, local=local)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def table(runs: list[Run]) -> str:
+    """What each kind of kill did, as markdown."""
+    kills = [kill for run in runs for kill in run.kills]
+    lines = [
+        "| killed | kills | survived | decoded again | embedded again |",
+        "|---|---|---|---|---|",
+    ]
+    for label in (*KINDS, "all"):
+        some = [kill for kill in kills if label in ("all", kill.label)]
+        if not some:
+            continue
+        again = {stage: sum(kill.again[stage] for kill in some) / len(some) for stage in ("decode", "embed")}
+        survived = sum(kill.survived for kill in some)
+        lines.append(f"| {label} | {len(some)} | {survived} | {again['decode']:.1f} | {again['embed']:.1f} |")
+    return "\n".join(lines)
+
+
+def summary(runs: list[Run], load: Load) -> str:
+    """The figures beside the table."""
+    wrong = sum(bool(run.wrong) for run in runs)
+    begun = {stage: sum(run.begun.get(stage, 0) for run in runs) for stage in ("decode", "embed")}
+    total = load.num_samples * len(runs)
+    return (
+        f"{len(runs)} outputs of {load.num_samples} samples, {len(runs) - wrong} equal to the undisturbed one, "
+        f"{wrong} not; {sum(run.attempts for run in runs)} starts of the command; the job gave up by itself "
+        f"{sum(len(run.gave_up) for run in runs)} times; {sum(run.more_passes for run in runs)} more passes; "
+        f"decoded {begun['decode'] / total:.2f} and embedded {begun['embed'] / total:.2f} times the samples."
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the table, and return 1 where an output was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="how many in all (default: 100)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--spread", type=float, default=4.0, help="most seconds between seeing a victim and killing")
+    parser.add_argument("--most", type=int, default=20, help="most kills a run (default: 20)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="only these (default: all)")
+    parser.add_argument("--local", action="store_true", help="on the Ray that the job starts; without node kills")
+    parser.add_argument("--folder", type=Path, help="for the S3 server's data and logs (default: a temporary one)")
+    options = parser.parse_args(arguments)
+    load = Load()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="kills-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    runs: list[Run] = []
+
+    def say(text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    with harness(load, folder, say, local=options.local) as job:
+        kinds = tuple(kind for kind in options.kinds or KINDS if kind in job.kinds)
+        plan = make_plan(options.kills, options.seed, options.spread, kinds)
+        while plan:
+            name = f"run-{len(runs):03d}"
+            say(f"{name}: {len(plan)} kills to go")
+            try:
+                runs.append(job.run(name, plan, options.most))
+            except (RuntimeError, KeyboardInterrupt):
+                # What was done before is shown all the same.
+                traceback.print_exc()
+                break
+            run = runs[-1]
+            say(
+                f"{name}: {len(run.kills)} kills, {run.attempts} attempts, {run.wall_s:.0f} s, {run.more_passes} "
+                f"more passes, begun {json.dumps(run.begun)}, {'WRONG ' + str(run.wrong) if run.wrong else 'equal'}"
+            )
+            for problem in run.problems:
+                say(f"  problem: {problem}")
+    say(f"\n{table(runs)}\n\n{summary(runs, load)}")
+    say(f"seed {options.seed}, spread {options.spread} s, {load}, {'local Ray' if options.local else 'two nodes'}")
+    return int(any(run.wrong for run in runs) or bool(plan))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
