@@ -18,7 +18,7 @@ from pipeline.redact import redact
 if TYPE_CHECKING:
     from pipeline.ledger import Plan
     from pipeline.prepare import Job
-    from pipeline.report import Tally
+    from pipeline.report import Estimate, Tally
     from pipeline.resources import Resources
     from pipeline.samples import Pending
 
@@ -58,8 +58,8 @@ class Console:
         self._last_part = 0.0
         self._recent: deque[tuple[float, int]] = deque()
 
-    def plan(self, job: Job, plan: Plan) -> None:
-        """Say what will be done."""
+    def plan(self, job: Job, plan: Plan, estimated: Estimate | None) -> None:
+        """Say what will be done, and what that should take."""
         settings = job.fingerprint.settings
         shape = "x".join(map(str, job.shape))
         crop = "x".join(map(str, job.preprocess.crop))
@@ -79,6 +79,9 @@ class Console:
             + (f" ({', '.join(more)})" if more else "")
             + f", {human_bytes(plan.pending_bytes)} to read"
         )
+        if estimated is not None and plan.pending:
+            rate = "at the rate of the last run, start-up included"
+            say(f"estimate  {estimated.num_samples} samples, {human_s(estimated.seconds)} {rate}")
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
 
@@ -163,6 +166,7 @@ class Console:
             ("slowest stage", self._stages(report)),
             ("wall time", human_s(report["wall_s"])),
             ("device hours a million images", str(report["device_hours_per_million_images"] or "-")),
+            *self._price(report),
         ]
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
@@ -187,6 +191,13 @@ class Console:
     def nothing_to_do(self, num_shards: int) -> None:
         """Say that every shard was done before."""
         self._out.print(f"nothing to do: all {num_shards} shards are done")
+
+    @staticmethod
+    def _price(report: dict[str, Any]) -> list[tuple[str, str]]:
+        if report["price"] is None:
+            return []
+        million = report["price_per_million_images"]
+        return [("price", f"{report['price']:.4g}" + (f", {million:.4g} a million images" if million else ""))]
 
     @staticmethod
     def _stages(report: dict[str, Any]) -> str:

@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add(compute, "device", "where the backbone runs", choices=settings.DEVICES)
     add(compute, "precision", "auto is bf16 or fp16 where the device has it, else fp32", choices=settings.PRECISIONS)
     add(compute, "batch_size", "images a batch (default: by device)", metavar="N")
+    add(compute, "price_per_hour", "money a device-hour: the report then says what the run cost", metavar="PRICE")
     add(compute, "actors", "backbones at once, at least and at most (default: one a GPU)", metavar="MIN:MAX")
 
     faults = top.add_argument_group("faults")

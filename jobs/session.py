@@ -16,9 +16,9 @@ from pipeline.config import Config
 from pipeline.errors import ClusterError, OutputBusyError, OutputError, PipelineError, SettingsError
 from pipeline.flow import Watcher, run
 from pipeline.lease import Lease, hold
-from pipeline.ledger import make_plan
+from pipeline.ledger import Plan, make_plan
 from pipeline.prepare import Job, follow_output, prepare
-from pipeline.report import Tally
+from pipeline.report import Tally, estimate
 from pipeline.samples import Pending
 from pipeline.storage import describe
 
@@ -75,7 +75,7 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     try:
         job = prepare(config)
         if dry_run:
-            console.plan(job, make_plan(job.shards, job.config.output))
+            _say_plan(job, make_plan(job.shards, job.config.output), console)
             return EXIT_OK
         # Also while it waits for the lease a run that is stopped shall say so.
         signal.signal(signal.SIGTERM, _terminate)
@@ -95,10 +95,14 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
         return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
 
 
+def _say_plan(job: Job, plan: Plan, console: Console) -> None:
+    console.plan(job, plan, estimate(job.config.output, plan.pending_bytes))
+
+
 def _run_held(job: Job, lease: Lease, console: Console) -> int:
     """Run the job whose output's lease is held."""
     plan = make_plan(job.shards, job.config.output)
-    console.plan(job, plan)
+    _say_plan(job, plan, console)
 
     def on_pass(number: int, pending: list[Pending]) -> None:
         lease.check()

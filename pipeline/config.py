@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,7 @@ class Config:
     limit: int | None = None  # shards
     max_passes: int = 3
     max_error_fraction: float = 1.0
+    price_per_hour: float | None = None  # money a device-hour, for the report
 
     def __post_init__(self) -> None:
         _check(bool(self.input), "input", "name at least one shard, folder, glob or list", self.input)
@@ -111,6 +113,8 @@ class Config:
             "be between 0 and 1",
             self.max_error_fraction,
         )
+        price = self.price_per_hour
+        _check(price is None or 0.0 <= price < math.inf, "price_per_hour", "be at least 0", price)
         if self.actors is not None:
             low, high = self.actors
             _check(1 <= low <= high, "actors", "be MIN:MAX with 1 <= MIN <= MAX", f"{low}:{high}")

@@ -7,14 +7,16 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from pipeline.errors import ShardError
 from pipeline.ledger import Counts, Plan
 from pipeline.prepare import Job
 from pipeline.resources import Resources
 from pipeline.schema import END_BROKEN, END_LAST, STAGES
-from pipeline.storage import write_bytes
+from pipeline.storage import join, read_bytes, write_bytes
 
+REPORT_FILE = "report.json"
 MAX_LISTED = 100
 
 
@@ -98,6 +100,7 @@ def make_report(
     num_devices = resources.num_actors[1] if resources else 0
     slots = resources.slots if resources else dict.fromkeys(STAGES, 1.0)
     slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
+    price = job.config.price_per_hour
     device_hours = num_devices * wall_s / 3600
     per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
     return {
@@ -137,18 +140,42 @@ def make_report(
         "written_bytes": tally.written_bytes,
         "wall_s": round(wall_s, 3),
         "first_part_s": None if tally.first_part_s is None else round(tally.first_part_s, 3),
+        "samples_now": tally.num_samples,
         "embedded_now": tally.num_embedded,
         "images_per_s": round(tally.num_embedded / wall_s, 2) if wall_s else None,
         "slowest_stage": slowest if tally.num_parts else None,
         "stage_busy": {stage: round(share, 4) for stage, share in busy.items()},
         "stage_s": {stage: round(seconds, 3) for stage, seconds in tally.stage_s.items()},
+        "device_hours": round(device_hours, 6),
         "device_hours_per_million_images": None if per_million is None else round(per_million, 4),
+        "price_per_hour": price,
+        "price": None if price is None else round(device_hours * price, 6),
+        "price_per_million_images": None if price is None or per_million is None else round(per_million * price, 4),
     }
+
+
+class Estimate(NamedTuple):
+    """What a run will have to do, by what the last one on the same output did for each byte."""
+
+    num_samples: int
+    seconds: float
+
+
+def estimate(output: str, pending_bytes: int) -> Estimate | None:
+    """Expect `pending_bytes` to go as those of the last run did; None where no run of this output tells."""
+    try:
+        last = json.loads(read_bytes(join(output, REPORT_FILE)))
+        read, samples, wall_s = float(last["read_bytes"]), float(last["samples_now"]), float(last["wall_s"])
+    except (OSError, ShardError, ValueError, KeyError, TypeError):
+        return None
+    if not (read > 0 and samples > 0 and wall_s > 0):
+        return None
+    return Estimate(round(pending_bytes * samples / read), pending_bytes * wall_s / read)
 
 
 def write_report(output: str, report: dict[str, Any]) -> None:
     """Write `report.json` and `report.html`."""
-    write_bytes(output, "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(output, REPORT_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     write_bytes(output, "report.html", _page(report).encode())
 
 

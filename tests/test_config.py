@@ -48,6 +48,8 @@ def test_what_is_not_given_has_its_default() -> None:
         ("max_passes", 0, "max_passes must be at least 1, got 0"),
         ("max_pixels", 0, "max_pixels must be at least 1, got 0"),
         ("max_image_bytes", 0, "max_image_bytes must be at least 1, got 0"),
+        ("price_per_hour", -1, "price_per_hour must be at least 0, got -1.0"),
+        ("price_per_hour", "inf", "price_per_hour must be at least 0, got inf"),
         ("max_error_fraction", 1.1, "max_error_fraction must be between 0 and 1, got 1.1"),
         ("max_error_fraction", "nan", "max_error_fraction must be between 0 and 1, got nan"),
         ("actors", "0:2", "actors must be MIN:MAX with 1 <= MIN <= MAX, got '0:2'"),

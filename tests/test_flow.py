@@ -20,7 +20,7 @@ from pipeline.flow import Watcher, make_flow, run
 from pipeline.ledger import make_plan
 from pipeline.parts import vectors
 from pipeline.prepare import Job, prepare
-from pipeline.report import Tally
+from pipeline.report import Tally, estimate
 from pipeline.resources import plan_resources
 from pipeline.torch_runner import SharedWeights
 
@@ -118,6 +118,59 @@ def test_what_a_late_writer_left_of_an_older_version_goes_even_when_nothing_is_p
     (tmp_path / "out" / "embeddings" / old).write_bytes(data)
     embed(shards, tmp_path / "out")
     assert list(stored(tmp_path / "out")) == [name]
+
+
+def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
+    shards, out = tmp_path / "in", tmp_path / "out"
+    every = write_shards(tmp_path / "all", num_shards=8, samples_each=4)
+
+    def arrive(*numbers: int) -> None:
+        for number in numbers:
+            name = f"photos-{number:05d}.tar"
+            shards.mkdir(exist_ok=True)
+            (every / name).rename(shards / name)
+
+    def week(**settings: Any) -> dict[str, int]:
+        found: dict[str, int] = embed(shards, out, price_per_hour=2.0, **settings)["shards"]
+        return found
+
+    assert estimate(str(out), 1000) is None
+    arrive(0, 1, 2, 3)
+    first = week()
+    assert (first["found"], first["done_now"], first["done_before"], first["changed"]) == (4, 4, 0, 0)
+    report = json.loads((out / "report.json").read_text())
+    hours = report["num_devices"] * report["wall_s"] / 3600
+    assert report["price"] == pytest.approx(2.0 * hours, rel=1e-2)
+    assert report["price_per_million_images"] == pytest.approx(2.0 * hours / 16 * 1e6, rel=1e-2)
+    expected = estimate(str(out), 2 * report["read_bytes"])
+    assert expected is not None
+    assert (expected.num_samples, expected.seconds) == (32, pytest.approx(2 * report["wall_s"]))
+
+    # The second week one shard changes, two are new, and the run dies after its first part.
+    write_tar(shards / "photos-00001.tar", [m for i in range(5) for m in sample_members(f"new-{i}", 50 + i)])
+    arrive(4, 5)
+    job = job_for(shards, out)
+    plan = make_plan(job.shards, job.config.output)
+    assert (plan.num_done, len(plan.changed), len(plan.pending)) == (3, 1, 3)
+
+    def die(tally: Tally) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, plan, Watcher(lambda *_: None, lambda *_: None, die))
+    again = week()
+    assert again["done_before"] + again["done_now"] == again["found"] == 6
+    assert again["missing"] == 0
+    assert len(rows(out)) == 4 * 5 + 5
+
+    # The third week one shard is gone and one is new; what is stored of the old one stays.
+    (shards / "photos-00000.tar").unlink()
+    arrive(6)
+    third = week()
+    assert (third["found"], third["done_before"], third["done_now"], third["changed"]) == (6, 5, 1, 0)
+    assert third["stored_but_not_in_input"] == 1
+    assert len(rows(out)) == 4 * 6 + 5
+    assert week()["done_now"] == 0
 
 
 def test_parts_lost_from_the_output_are_made_again_bit_for_bit(tmp_path: Path) -> None:

@@ -242,7 +242,8 @@ def _wait_for(what: str, ready: Callable[[], bool], seconds: float = 120) -> Non
 class Plan(NamedTuple):
     """One kill to come: what, how long after it is seen, and for how long a server or node stays away.
 
-    `away_s` of infinity is a node that never comes back. Only some of the kills of a driver or server come while the job still starts.
+    `away_s` of infinity is a node that never comes back. Only some of the kills of a driver or server come while
+    the job still starts.
     """
 
     kinds: tuple[str, ...]
