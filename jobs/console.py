@@ -64,6 +64,7 @@ class Console:
         shape = "x".join(map(str, job.shape))
         crop = "x".join(map(str, job.preprocess.crop))
         say = self._out.print
+        say(f"run       {job.run}")
         say(f"backbone  {job.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
         kind = f"{settings['features']} [{shape}] {settings['dtype']}"
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from jobs.console import Console
+from jobs.metrics import Metrics
 from pipeline.config import Config
 from pipeline.errors import ClusterError, OutputBusyError, OutputError, PipelineError, SettingsError
 from pipeline.flow import Watcher, run
@@ -19,6 +20,7 @@ from pipeline.lease import Lease, hold
 from pipeline.ledger import Plan, make_plan
 from pipeline.prepare import Job, follow_output, prepare
 from pipeline.report import Tally, estimate
+from pipeline.resources import Resources
 from pipeline.samples import Pending
 from pipeline.storage import describe
 
@@ -79,7 +81,7 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
             return EXIT_OK
         # Also while it waits for the lease a run that is stopped shall say so.
         signal.signal(signal.SIGTERM, _terminate)
-        with hold(job.config.output, console.waiting) as lease:
+        with hold(job.config.output, console.waiting, job.run) as lease:
             return _run_held(follow_output(job), lease, console)
     except OutputBusyError as error:
         console.error(str(error))
@@ -104,13 +106,21 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
     plan = make_plan(job.shards, job.config.output)
     _say_plan(job, plan, console)
 
+    metrics = Metrics(job.run)
+
+    def on_resources(decided: Job, resources: Resources) -> None:
+        console.resources(decided, resources)
+        metrics.resources(resources)
+
     def on_pass(number: int, pending: list[Pending]) -> None:
         lease.check()
         console.begin_pass(number, pending)
+        metrics.begin_pass(len(pending))
 
     def on_part(tally: Tally) -> None:
         lease.check()
         console.part(tally)
+        metrics.part(tally)
 
     try:
         if plan.pending:
@@ -118,7 +128,7 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
             # ray.init has set handlers of its own.
             signal.signal(signal.SIGTERM, _terminate)
         with console.progress():
-            report = run(job, plan, Watcher(console.resources, on_pass, on_part))
+            report = run(job, plan, Watcher(on_resources, on_pass, on_part))
     except OutputError as error:
         # The run had begun: it is the store that failed, and not the settings.
         console.error(f"{error}; what is stored stays: run the same command again to go on")

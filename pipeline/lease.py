@@ -93,17 +93,17 @@ class Lease:
 
 
 @contextlib.contextmanager
-def hold(output: str, on_wait: Callable[[str], None]) -> Iterator[Lease]:
+def hold(output: str, on_wait: Callable[[str], None], run: str | None = None) -> Iterator[Lease]:
     """Hold the lease of `output` while the block runs; wait where its holder seems dead until that is sure.
 
-    `on_wait` is told once, in words, what is waited for.
+    `run` names the holder, and is no other's. `on_wait` is told once, in words, what is waited for.
 
     Raises:
         OutputBusyError: a living run holds it.
         OutputError: the output cannot be written.
     """
     try:
-        lease = _acquire(output, on_wait)
+        lease = _acquire(output, on_wait, run or uuid.uuid4().hex[:12])
     except (OSError, ShardError) as error:
         raise OutputError(f"cannot write to {output}: {describe(error)}") from error
     try:
@@ -112,9 +112,9 @@ def hold(output: str, on_wait: Callable[[str], None]) -> Iterator[Lease]:
         lease.release()
 
 
-def _acquire(output: str, on_wait: Callable[[str], None]) -> Lease:
+def _acquire(output: str, on_wait: Callable[[str], None], run: str) -> Lease:
     own = {
-        "holder": uuid.uuid4().hex,
+        "holder": run,
         "host": platform.node(),
         "machine": _machine(),
         "pid": os.getpid(),
@@ -148,7 +148,7 @@ def _acquire(output: str, on_wait: Callable[[str], None]) -> Lease:
 
 
 def _shown(holder: dict[str, Any]) -> str:
-    return f"the run of process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    return f"run {holder['holder']}, process {holder['pid']} on {holder['host']}, since {holder['since']}"
 
 
 def _name(generation: int) -> str:

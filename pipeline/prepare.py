@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+import uuid
+from dataclasses import dataclass, field, replace
 
 from pipeline import backbones
 from pipeline.config import Config
@@ -36,6 +37,8 @@ class Job:
     fingerprint: Fingerprint
     is_new: bool
     shards: list[Shard]
+    # Names this run in its lease, its report, its metrics and what it prints.
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
     def precision(self) -> str:

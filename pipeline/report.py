@@ -104,6 +104,7 @@ def make_report(
     device_hours = num_devices * wall_s / 3600
     per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
     return {
+        "run": job.run,
         "output": job.config.output,
         "input": list(job.config.input),
         "fingerprint": job.fingerprint.digest,

@@ -71,7 +71,7 @@ def test_a_lease_leaves_nothing_behind_when_it_is_released(place: str) -> None:
 def test_who_comes_while_a_run_goes_on_is_told_at_once_whose_it_is(place: str) -> None:
     with hold(place, silent):
         with pytest.raises(
-            OutputBusyError, match=r"is held by the run of process \d+ on .*: wait for its end"
+            OutputBusyError, match=r"is held by run \w+, process \d+ on .*: wait for its end"
         ) as caught:
             hold(place, silent).__enter__()
         assert place in str(caught.value)

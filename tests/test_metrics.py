@@ -1,0 +1,81 @@
+"""What Prometheus sees of a run, scraped from Ray as it does, and the dashboard that shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from conftest import ROOT, sample_members, write_shards, write_tar
+
+from jobs.metrics import Metrics
+from pipeline.config import parse
+from pipeline.flow import Watcher, run
+from pipeline.ledger import make_plan
+from pipeline.prepare import prepare
+
+_SAMPLE = re.compile(r"(?P<name>\w+)\{(?P<tags>[^}]*)\} (?P<value>\S+)")
+
+
+def scrape() -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Every sample that this machine's Ray exports, by metric."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for match in _SAMPLE.finditer(text):
+        tags = dict(re.findall(r'(\w+)="([^"]*)"', match["tags"]))
+        found.setdefault(match["name"], []).append((tags, float(match["value"])))
+    return found
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_shows(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=2, samples_each=4)
+    write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
+    settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
+    job = prepare(parse({"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), **settings}))
+    metrics = Metrics(job.run)
+    watcher = Watcher(
+        lambda job, resources: metrics.resources(resources),
+        lambda number, pending: metrics.begin_pass(len(pending)),
+        metrics.part,
+    )
+    report = run(job, make_plan(job.shards, job.config.output), watcher)
+
+    def ours(name: str, **tags: str) -> list[float]:
+        wanted = {"run": report["run"], **tags}
+        return [value for has, value in found.get(name, ()) if wanted.items() <= has.items()]
+
+    deadline = time.monotonic() + 60
+    while True:
+        found = scrape()
+        if ours("ray_embed_images_total") == [9.0] or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert ours("ray_embed_images_total") == [9.0]
+    assert ours("ray_embed_errors_total", reason="not an image of a known format") == [1.0]
+    assert ours("ray_embed_read_bytes_total") == [float(report["read_bytes"])]
+    assert ours("ray_embed_written_bytes_total") == [float(report["written_bytes"])]
+    assert ours("ray_embed_pending_shards") == [0.0]
+    (busy,) = ours("ray_embed_stage_busy_ratio", stage="embed")
+    assert 0.0 < busy <= 1.0
+    named = set(re.findall(r"\bray_embed_\w+", (ROOT / "infra" / "README.md").read_text()))
+    assert len(named) >= 6
+    missing = (named | metrics_of_dashboard()) - found.keys()
+    assert not missing, f"the dashboard or the README names metrics that no run exports: {missing}"
+
+
+def metrics_of_dashboard() -> set[str]:
+    """Every metric that the dashboard's queries name."""
+    dashboard: dict[str, Any] = json.loads((ROOT / "infra" / "grafana.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    queries += [variable["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
+    assert len(queries) >= 6
+    return {name for query in queries for name in re.findall(r"\bray_\w+", query)}
