@@ -59,7 +59,12 @@ def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
 
 def _weights(backbone: str, sha256: str, name: str, spec: str | None) -> Weights:
     # torchvision's own are told as ResNet50_Weights.IMAGENET1K_V2, and asked for by the last part.
-    weights = load_weights(backbone, spec or name.partition("_Weights.")[2] or name)
+    try:
+        weights = load_weights(backbone, spec or name.partition("_Weights.")[2] or name)
+    except WeightsError as error:
+        if spec is not None:
+            raise
+        raise WeightsError(f"{error}: the output was made with {name}; say by --weights where they are") from error
     if weights.sha256 != sha256:
         raise WeightsError(
             f"weights {weights.name} have sha256 {weights.sha256[:12]}, the output was made with {name} "
