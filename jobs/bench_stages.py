@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class Stages:
 
 
 def _look_up(settings: Settings, shards: str) -> tuple[Job, list[Pending]]:
-    job = prepare(settings.config(shards, f"{settings.scratch}/stages-{settings.part_rows}"))
+    job = prepare(settings.config(shards, f"{settings.scratch}/{Path(shards).name}-{settings.part_rows}"))
     return job, make_plan(job.shards, job.config.output).pending
 
 

@@ -157,7 +157,7 @@ class Cluster:
         # Another address of loopback than that of the S3 server, whose ports are free while it is down.
         self.port, self._client_port = free_ports(2)
         self.address = f"{_HEAD}:{self.port}"
-        self._environment = {**environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        self._environment = {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
         self._environment.pop("RAY_ADDRESS", None)
         self._log = log
         self._cpus = f"--num-cpus={cpus_each}"
@@ -318,6 +318,8 @@ class Harness:
         self.environment = {
             **os.environ,
             **self.store.environment,
+            # A ray.init in this process may have set it to token; drivers must agree with their cluster.
+            "RAY_AUTH_MODE": "disabled",
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
             # This tree, wherever an editable install leads to.
             "PYTHONPATH": f"{_WATCH}{os.pathsep}{ROOT}",
