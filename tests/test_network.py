@@ -106,6 +106,8 @@ def test_after_a_call_was_given_up_the_next_ones_get_one_attempt_until_one_succe
     endless: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "CHUNK_BYTES", len(DATA))
+    # Long enough for a second attempt on a busy machine.
+    monkeypatch.setattr(storage, "RETRY_S", 4.0)
     fault = endless.add("slow_down", r"a\.tar", "GET", times=10_000)
     for attempts in (2, 1, 1):
         before = endless.count("GET", r"a\.tar")
