@@ -126,8 +126,8 @@ class Decoder:
 
     def _load(self, data: bytes) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], int]:
         """The image as RGB [H, W, 3], and the orientation that it has yet to be turned by."""
-        # Pillow refuses by its header alone what has more than twice as many pixels as this.
-        Image.MAX_IMAGE_PIXELS = self._max_pixels
+        # Pillow refuses by the header alone what has over twice as many pixels as this; the process keeps its own.
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, self._max_pixels
         try:
             image = _open(data)
             self._check_work(image, data)
@@ -142,6 +142,8 @@ class Decoder:
             raise SampleError(f"too many pixels: {error}") from error
         except _PILLOW_ERRORS as error:
             raise SampleError(f"broken image: {type(error).__name__}: {str(error)[:200]}") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
     def _check_work(self, image: Image.Image, data: bytes) -> None:
         """Refuse a bomb before a pixel is decoded."""

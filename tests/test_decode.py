@@ -368,9 +368,11 @@ def test_bombs_are_refused_by_their_header_before_decoding() -> None:
 
 
 def test_the_pixel_limit_is_the_users_above_pillows_own() -> None:
+    before = Image.MAX_IMAGE_PIXELS
     file = encode(Image.new("1", (14_000, 13_700)), "PNG")
     assert reason_of(file, max_pixels=191_000_000).startswith("too many pixels: 14000x13700")
     assert make_decoder(max_pixels=192_000_000).decode(file).shape == (32, 32, 3)
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_a_progressive_jpeg_of_many_scans_is_refused() -> None:
