@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import SettingsError
-from pipeline.redact import has_secret
+from pipeline.redact import REFUSAL, has_secret
 from pipeline.schema import KEEP_TYPES, RESERVED_COLUMNS
 
 FEATURES = ("pooled", "map")
@@ -85,10 +85,7 @@ class Config:
         for name in ("input", "output", "weights"):
             value = getattr(self, name)
             if has_secret(value if isinstance(value, str) else " ".join(value)):
-                raise SettingsError(
-                    f"{name} must not carry credentials: give them by the environment (AWS_ACCESS_KEY_ID, "
-                    "AWS_SECRET_ACCESS_KEY) or by the machine's role"
-                )
+                raise SettingsError(f"{name} {REFUSAL}")
         for item in self.input:
             _check(bool(item.strip()), "input", "name at least one shard, folder, glob or list", item)
         is_place = bool(self.output.strip()) and not self.output.rstrip("/").endswith(":")

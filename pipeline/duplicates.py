@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError, SettingsError
 from pipeline.index import Index, Neighbour, read_parts
-from pipeline.pages import Row, Tile, page
-from pipeline.previews import Place, Preview, previews
+from pipeline.pages import Row, Tile, near_tiles, page, shown
+from pipeline.previews import Place, previews
 from pipeline.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.stored import Output, list_stored, open_output, stream, unit, with_facts
 
@@ -298,33 +298,14 @@ def duplicates_page(
     Raises:
         InputError: the inputs name no shard.
     """
-    found: dict[Place, Preview] = {}
-    if inputs:
-        member = open_output(output).made.settings["image_member"]
-        places = {one.place for one in drawn} | {
-            (near.shard, near.sample_index) for one in drawn for near in one.near
-        }
-        found = previews(inputs, member, places, tag_of)
-    missing = Preview(None, "no input was named to read it from")
+    member = open_output(output).made.settings["image_member"]
+    places = {one.place for one in drawn} | {near.place for one in drawn for near in one.near}
+    found = previews(inputs, member, places, tag_of)
     rows = [
-        Row(
-            Tile(one.image_id, _shown(one.place), found.get(one.place, missing)),
-            [
-                Tile(
-                    near.image_id,
-                    f"cosine {near.score:.4f}, {_shown((near.shard, near.sample_index))}",
-                    found.get((near.shard, near.sample_index), missing),
-                )
-                for near in one.near
-            ],
-        )
+        Row(Tile(one.image_id, shown(one.place), found[one.place]), near_tiles(one.near, "cosine", found))
         for one in drawn
     ]
     return page("Near-duplicates", lines, rows)
-
-
-def _shown(place: Place) -> str:
-    return f"{place[0]} [{place[1]}]"
 
 
 def tags_of(output: str) -> dict[str, str]:

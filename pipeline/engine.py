@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.embedder import Source
+from pipeline.embedder import Runner, Source
 from pipeline.isolated import IsolatedDecoder
 from pipeline.prepare import Job
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import PIXELS, REASON, part_rows
-from pipeline.torch_runner import SharedWeights, make_network
+from pipeline.torch_runner import Network, SharedWeights, TorchRunner, make_network
 
 openvino_runner: ModuleType | None
 try:
@@ -63,8 +63,12 @@ def choose_engine(job: Job, shard: Pending, device: str, candidates: tuple[str, 
     if device == "cuda" and (asked != "auto" or not candidates):
         return Engine(_TORCH, "fp32" if asked == "auto" else asked, plain)
     trial = _Trial(job, shard)
-    expected = trial.embed(plain, "fp32")
-    graph, note = (None, None) if device == "cuda" else _converted(job, trial, expected)
+    network = make_network(job.backbone, job.weights, job.config.features, job.preprocess, job.config.normalize)
+    eager = TorchRunner(
+        network, precision="fp32", crop=job.preprocess.crop, device="cpu", batch_size=None, num_threads=None
+    )
+    expected = trial.run(eager)
+    graph, note = (None, None) if device == "cuda" else _converted(job, trial, network, expected)
     source = graph or plain
     precision = asked
     if asked == "auto":
@@ -75,11 +79,10 @@ def choose_engine(job: Job, shard: Pending, device: str, candidates: tuple[str, 
     return Engine(_TORCH, precision, plain, note)
 
 
-def _converted(job: Job, trial: _Trial, expected: Vectors) -> tuple[Source | None, str | None]:
+def _converted(job: Job, trial: _Trial, network: Network, expected: Vectors) -> tuple[Source | None, str | None]:
     """The job's network for OpenVINO, or None and why not."""
     if openvino_runner is None:
         return None, "OpenVINO is not installed"
-    network = make_network(job.backbone, job.weights, job.config.features, job.preprocess, job.config.normalize)
     try:
         graph = openvino_runner.convert(network, job.preprocess.crop)
         found = trial.embed(graph, "fp32")
@@ -122,6 +125,10 @@ class _Trial:
             batch_size=None,
             num_threads=None,
         )
+        return self.run(runner)
+
+    def run(self, runner: Runner) -> Vectors:
+        """The same by a runner that is loaded."""
         rows = np.arange(len(self._pixels))
         embedded: Vectors = runner.embed(self._pixels, rows).reshape(len(rows), -1)
         return embedded

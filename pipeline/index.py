@@ -101,6 +101,11 @@ class Neighbour(NamedTuple):
     sample_index: int
     score: float
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Shard and sample_index."""
+        return self.shard, self.sample_index
+
 
 def read_facts(folder: Path) -> Facts | None:
     """What index.json of `folder` says, or None where there is none.

@@ -12,7 +12,7 @@ from pipeline.parts import EMBEDDINGS, ERRORS, PartName, read_facts, version_tag
 from pipeline.samples import Pending
 from pipeline.schema import END_BROKEN, END_LAST, END_NONE
 from pipeline.shards import Shard
-from pipeline.storage import describe, join, list_files, locate
+from pipeline.storage import FileInfo, describe, join, list_files, locate
 
 _COUNTERS = 32
 # A part's number and end as one integer: number * 3 + position of the end here.
@@ -42,8 +42,8 @@ class Plan:
         return sum(shard.num_bytes for shard in self.pending)
 
 
-def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, int]]:
-    """The parts stored below `output`/`folder` with their bytes, in no set order.
+def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, FileInfo]]:
+    """The parts stored below `output`/`folder` with their files, in no set order.
 
     Raises:
         OutputError: the output cannot be listed.
@@ -54,7 +54,7 @@ def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, int]]:
         for info in list_files(fs, base):
             name = PartName.parse(info.path[start:])
             if name is not None:
-                yield name, info.num_bytes
+                yield name, info
     except (OSError, ShardError) as error:
         raise OutputError(f"cannot list {join(output, folder)}: {describe(error)}") from error
 
@@ -166,14 +166,14 @@ def count(shards: list[Shard], output: str) -> Counts:
     counts = Counts()
     stored: dict[str, list[tuple[PartName, int]]] = defaultdict(list)
     errors: dict[PartName, int] = {}
-    for part, num_bytes in list_parts(output, EMBEDDINGS):
+    for part, info in list_parts(output, EMBEDDINGS):
         if tags.get(part.shard) == part.tag:
-            stored[part.shard].append((part, num_bytes))
+            stored[part.shard].append((part, info.num_bytes))
         elif part.shard in tags:
             counts.faults.append(f"{part.shard}: {part} is of an older version")
-    for part, num_bytes in list_parts(output, ERRORS):
+    for part, info in list_parts(output, ERRORS):
         if part.shard in tags:
-            errors[part] = num_bytes
+            errors[part] = info.num_bytes
     with ThreadPoolExecutor(_COUNTERS, thread_name_prefix="count") as pool:
         results = pool.map(lambda parts: _count_shard(output, parts, errors), stored.values())
         for shard, result in zip(stored, results, strict=True):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import NamedTuple
 
-from pipeline.previews import SIDE, Preview
+from pipeline.index import Neighbour
+from pipeline.previews import SIDE, Place, Preview
 
 # Nothing is fetched and nothing runs, whatever a name or an image holds.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -36,6 +37,23 @@ class Row(NamedTuple):
 
     head: Tile
     near: list[Tile]
+
+
+def near_tiles(neighbours: Iterable[Neighbour], score: str, found: Mapping[Place, Preview]) -> list[Tile]:
+    """Neighbours with what their score is called, and their previews."""
+    return [
+        Tile(
+            near.image_id,
+            f"{score} {near.score:.4f}, {shown(near.place)}",
+            found[near.place],
+        )
+        for near in neighbours
+    ]
+
+
+def shown(place: Place) -> str:
+    """Where a sample is, for people."""
+    return f"{place[0]} [{place[1]}]"
 
 
 def page(title: str, lines: Iterable[str], rows: Iterable[Row]) -> str:

@@ -100,9 +100,9 @@ def follow_output(job: Job) -> Job:
 def _made_parts(output: str) -> Fingerprint | None:
     """What made the parts of an output whose run.json is gone; None where it has none."""
     problem: OutputError | None = None
-    for part, num_bytes in itertools.islice(list_parts(output, EMBEDDINGS), _MAX_PARTS_ASKED):
+    for part, info in itertools.islice(list_parts(output, EMBEDDINGS), _MAX_PARTS_ASKED):
         try:
-            return read_facts(output, f"{EMBEDDINGS}/{part}", num_bytes).fingerprint()
+            return read_facts(output, f"{EMBEDDINGS}/{part}", info.num_bytes).fingerprint()
         except OutputError as error:
             problem = error
     if problem is not None:

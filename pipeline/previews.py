@@ -50,7 +50,7 @@ def previews(
     places: Iterable[Place],
     tag_of: Callable[[str], str | None],
 ) -> dict[Place, Preview]:
-    """Previews of samples in the shards that `inputs` name, a reason where one cannot be had.
+    """Previews of samples in the shards that `inputs` name, a reason where one cannot be had or none is named.
 
     `tag_of` gives the version of a shard that was embedded: of a shard that has changed since, nothing is
     shown. A shard is read once, to the last sample wanted of it.
@@ -58,6 +58,8 @@ def previews(
     Raises:
         InputError: the inputs name no shard.
     """
+    if not inputs:
+        return dict.fromkeys(places, Preview(None, "no input was named to read it from"))
     shards = {shard.name: shard for shard in find_shards(inputs).shards}
     wanted: dict[str, set[int]] = defaultdict(set)
     for name, index in places:

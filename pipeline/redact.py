@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 
+REFUSAL = (
+    "must not carry credentials: give them by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by the "
+    "machine's role"
+)
 # What stands before a host: `user:password@` or `token@`. The secret half of a key often holds a slash, so that
 # its `@` may come later than the first; and slashes after the scheme are forgotten.
 _USERINFO = re.compile(

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.index import Index, Neighbour
-from pipeline.pages import Row, Tile, page
-from pipeline.previews import Place, Preview, preview, previews
+from pipeline.pages import Row, Tile, near_tiles, page
+from pipeline.previews import preview, previews
 from pipeline.queries import BATCH_SIZE, Query, QueryEmbedder
 
 
@@ -51,22 +51,12 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
         InputError: the inputs name no shard.
     """
     facts = index.facts
-    found: dict[Place, Preview] = {}
-    if inputs:
-        places = {(near.shard, near.sample_index) for hit in hits for near in hit.neighbours}
-        found = previews(inputs, facts.settings["image_member"], places, index.tag)
-    missing = Preview(None, "no input was named to read it from")
+    places = {near.place for hit in hits for near in hit.neighbours}
+    found = previews(inputs, facts.settings["image_member"], places, index.tag)
     rows = [
         Row(
             Tile(hit.query.path.name, hit.query.reason or "query", preview(hit.query.image)),
-            [
-                Tile(
-                    near.image_id,
-                    f"{score_name(facts.metric)} {near.score:.4f}, {near.shard} [{near.sample_index}]",
-                    found.get((near.shard, near.sample_index), missing),
-                )
-                for near in hit.neighbours
-            ],
+            near_tiles(hit.neighbours, score_name(facts.metric), found),
         )
         for hit in hits
     ]

@@ -34,7 +34,7 @@ from botocore.utils import parse_timestamp  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import SettingsError, ShardChangedError, ShardError
-from pipeline.redact import has_secret, redact
+from pipeline.redact import REFUSAL, has_secret, redact
 
 CHUNK_BYTES = 8 * 2**20
 # A request that shows no byte for this long is given up and tried again.
@@ -129,10 +129,7 @@ def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     scheme, _, rest = url.partition("://")
     authority = rest.split("/", 1)[0]
     if has_secret(url) or "@" in authority or (scheme in _S3 and ":" in authority and authority[:4] != "arn:"):
-        raise SettingsError(
-            f"a {scheme}:// URL must not carry credentials: give them by the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by the machine's role"
-        )
+        raise SettingsError(f"a {scheme}:// URL {REFUSAL}")
     if "::" in scheme or scheme in ("pipe", "exec"):
         raise SettingsError(f"{scheme}:// URLs are not read: name the store itself, such as s3://")
     fs = _filesystem(scheme)

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError, ShardError
 from pipeline.fingerprint import RUN_FILE, Fingerprint, read_fingerprint
+from pipeline.ledger import list_parts
 from pipeline.parts import EMBEDDINGS, PartName, read_facts, vectors
 from pipeline.schema import EMBEDDING, END_NONE, IMAGE_ID, SAMPLE_INDEX, SHARD
-from pipeline.storage import describe, join, list_files, locate, read_bytes
+from pipeline.storage import describe, join, read_bytes
 
 ID_COLUMNS = (IMAGE_ID, SHARD, SAMPLE_INDEX)
 # Embeddings handed on at once; a part may be larger.
@@ -82,16 +83,10 @@ def list_stored(output: Output) -> list[StoredPart]:
     Raises:
         OutputError: it cannot be listed, or a shard is stored in two versions.
     """
-    fs, base = locate(join(output.url, EMBEDDINGS))
-    start = len(base) + 1
-    found: list[tuple[PartName, StoredPart]] = []
-    try:
-        for info in list_files(fs, base):
-            name = PartName.parse(info.path[start:])
-            if name is not None:
-                found.append((name, StoredPart(str(name), info.num_bytes, info.version)))
-    except (OSError, ShardError) as error:
-        raise OutputError(f"cannot list {join(output.url, EMBEDDINGS)}: {describe(error)}") from error
+    found = [
+        (name, StoredPart(str(name), info.num_bytes, info.version))
+        for name, info in list_parts(output.url, EMBEDDINGS)
+    ]
     tags: dict[str, set[str]] = defaultdict(set)
     for name, _ in found:
         tags[name.shard].add(name.tag)

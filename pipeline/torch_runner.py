@@ -141,15 +141,7 @@ class TorchRunner:
         self._next_buffer = 0
 
     def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Embed `pixels[rows]`.
-
-        Args:
-            pixels: uint8 of shape [N, H, W, 3].
-            rows: which of the N to embed, in order.
-
-        Returns:
-            float32 of shape [len(rows), C] or [len(rows), C, H', W'].
-        """
+        """Embed `pixels[rows]`, as `pipeline.embedder.Runner.embed` does."""
         in_flight: deque[tuple[Tensor, Any, int]] = deque()
         done: list[np.ndarray[Any, Any]] = []
 

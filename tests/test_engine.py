@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import sample_members, write_shards, write_tar
+from torchvision.models import squeezenet1_1
 
 from pipeline.config import parse
 from pipeline.engine import Engine, choose_engine
@@ -57,20 +59,29 @@ def test_trained_weights_that_bf16_moves_too_far_take_the_next_precision(test_da
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_values_that_overflow_the_precision_do_not_pass(tmp_path: Path, precision: str) -> None:
-    import torch
-
-    from pipeline.backbones import load_weights
-    from pipeline.weights import Weights
-
-    shards = write_shards(tmp_path / "in", num_shards=1)
-    made = load_weights("squeezenet1_1", "random:1")
-    assert made.seed is not None
-    from torchvision.models import squeezenet1_1
-
-    torch.manual_seed(made.seed)
-    state = squeezenet1_1(weights=None).state_dict()
-    state["features.0.weight"] *= 1e6 if precision == "fp16" else 1e38
-    torch.save(state, tmp_path / "large.pth")
-    job = job_for(shards, backbone="squeezenet1_1", weights=str(tmp_path / "large.pth"), image_size="64")
-    assert isinstance(job.weights, Weights)
+    factor = 1e6 if precision == "fp16" else 1e38
+    job = scaled_job(tmp_path, {"features.0.weight": factor})
     assert chosen(job, (precision,)).precision == "fp32"
+
+
+def test_a_graph_that_gives_other_vectors_is_not_taken(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    same = {"features.0.weight": 1.0}
+    assert chosen(scaled_job(tmp_path / "same", same), ("bf16",)).name.startswith("openvino ")
+    # Values too small for a normal float32 in between, which OpenVINO takes for zero and torch does not.
+    small = {"features.0.weight": 1e-39, "features.0.bias": 1e-39, "features.3.squeeze.weight": 1e39}
+    engine = chosen(scaled_job(tmp_path / "small", small), ("bf16",))
+    assert engine.name == f"torch {torch.__version__}"
+    assert engine.note == "OpenVINO is 1 of the length from eager torch for squeezenet1_1"
+
+
+def scaled_job(folder: Path, factors: dict[str, float]) -> Job:
+    """A job of a small backbone, some of whose weights are multiplied."""
+    shards = write_shards(folder / "in", num_shards=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        state = squeezenet1_1(weights=None).state_dict()
+    for name, factor in factors.items():
+        state[name] = (state[name].double() * factor).float()
+    torch.save(state, folder / "scaled.pth")
+    return job_for(shards, backbone="squeezenet1_1", weights=str(folder / "scaled.pth"), image_size="64")
