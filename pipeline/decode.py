@@ -13,7 +13,7 @@ import math
 import struct
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,14 +50,16 @@ _ORIENTATION_TAG = 0x0112
 MAX_SCANS = 100
 # Half the width of the widest of Pillow's filters (Lanczos), in pixels of the larger side of the scale.
 _SUPPORT = 3.0
+CENTER, SQUASH = "center", "squash"
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """Preprocessing of one weights: what `weights.transforms()` does to a PIL image.
 
-    `resize` is the length of the shorter side in pixels, `crop` (height, width); `mean` and `std` are
-    for RGB in 0 to 1.
+    `crop` is (height, width); `mean` and `std` are for RGB in 0 to 1. With the mode `center`, `resize` is the
+    length of the shorter side in pixels; with `squash` that of the longer side of `crop` before it is cropped:
+    the image is stretched to the shape of `crop`, and its own is lost.
     """
 
     resize: int
@@ -65,11 +67,18 @@ class Preprocess:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    mode: str = CENTER
 
     def with_size(self, size: tuple[int, int]) -> Preprocess:
         """For another input size: the longer side keeps the ratio of resize to crop."""
-        resize = round(max(size) * self.resize / max(self.crop))
-        return Preprocess(resize, size, self.interpolation, self.mean, self.std)
+        return replace(self, resize=round(max(size) * self.resize / max(self.crop)), crop=size)
+
+    def settings(self) -> dict[str, Any]:
+        """The same as JSON has it in a fingerprint; a mode of `center` is not said, as before there was another."""
+        values = asdict(self)
+        if self.mode == CENTER:
+            del values["mode"]
+        return values
 
 
 class Decoder:
@@ -228,15 +237,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def resize_crop(
     pixels: np.ndarray[Any, np.dtype[np.uint8]], preprocess: Preprocess
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """RGB [H, W, 3]: shorter side to `resize`, then the centre `crop`, as torchvision does, rounding included.
+    """RGB [H, W, 3]: resized, then the centre `crop`, as torchvision does, rounding included.
 
     Source: `torchvision.transforms.functional.resize` and `center_crop` on PIL images.
     """
     height, width = pixels.shape[:2]
-    short, long = sorted((width, height))
-    long = int(preprocess.resize * long / short)
-    new_width, new_height = (preprocess.resize, long) if width <= height else (long, preprocess.resize)
     crop_height, crop_width = preprocess.crop
+    new_height, new_width = _resized(height, width, preprocess)
     # Where the crop is larger than the resized image, all of that is seen, on black.
     seen_height, seen_width = min(crop_height, new_height), min(crop_width, new_width)
     top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
@@ -249,6 +256,16 @@ def resize_crop(
     top, left = (crop_height - seen_height) // 2, (crop_width - seen_width) // 2
     padded[top : top + seen_height, left : left + seen_width] = resized
     return padded
+
+
+def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+    """Height and width of an image before it is cropped."""
+    if preprocess.mode == SQUASH:
+        longer = max(preprocess.crop)
+        new_height, new_width = (side * preprocess.resize // longer for side in preprocess.crop)
+        return new_height, new_width
+    long = int(preprocess.resize * max(height, width) / min(height, width))
+    return (long, preprocess.resize) if width <= height else (preprocess.resize, long)
 
 
 def _resize(

@@ -51,7 +51,7 @@ def make_fingerprint(
         "format": FORMAT,
         "backbone": backbone,
         "weights_sha256": weights_sha256,
-        "preprocess": dataclasses.asdict(preprocess),
+        "preprocess": preprocess.settings(),
         "features": config.features,
         "embedding_shape": list(embedding_shape),
         "normalize": config.normalize,

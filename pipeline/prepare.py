@@ -81,7 +81,7 @@ def prepare(config: Config) -> Job:
         embedding_shape=shape,
         precision=config.precision,
         input_prefix=found.prefix,
-        versions=backbones.versions(),
+        versions=backbones.versions(backbone),
     )
     return follow_output(Job(config, backbone, weights, preprocess, shape, asked, True, found.shards))
 

@@ -11,8 +11,10 @@ import ray
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
+from torch.fx.proxy import TraceError
 
-from pipeline.backbones import Backbone, build_backbone
+from pipeline.backbone_base import Backbone
+from pipeline.backbones import build_backbone
 from pipeline.decode import Preprocess
 from pipeline.weights import Weights
 
@@ -101,7 +103,7 @@ def make_network(backbone: str, weights: Weights, features: str, preprocess: Pre
     Raises:
         BackboneError, WeightsError: as `build_backbone` does.
     """
-    return Network(build_backbone(backbone, weights, features), preprocess, normalize).eval()
+    return Network(build_backbone(backbone, weights, features, preprocess.crop), preprocess, normalize).eval()
 
 
 def _folded(backbone: nn.Module) -> nn.Module:
@@ -112,14 +114,18 @@ def _folded(backbone: nn.Module) -> nn.Module:
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return backbone
-    return fuse(backbone.eval())
+    try:
+        return fuse(backbone.eval())
+    except TraceError:  # its `forward` asks the values that it computes: of timm's a few
+        return backbone
 
 
 class TorchRunner:
     """One backbone on one device.
 
     Batches have one fixed shape (the last is padded), so that an embedding does not depend on what else is
-    in its batch.
+    in its batch. Where the device's memory does not hold a batch they are halved, for good; kernels of another
+    shape may round the last bit otherwise.
     """
 
     def __init__(
@@ -130,18 +136,42 @@ class TorchRunner:
             # Ray sets OMP_NUM_THREADS from the CPUs that the actor reserves; it may use more than it reserves.
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
-        self._batch_size = batch_size or BATCH_SIZES[self._device.type]
+        self._crop = crop
         self._network = network.as_precision(_DTYPES[precision]).eval().to(self._device)
-        on_gpu = self._device.type == "cuda"
+        self._use_batches_of(batch_size or BATCH_SIZES[self._device.type])
+
+    @property
+    def batch_size(self) -> int:
+        """Images a batch, now."""
+        return self._batch_size
+
+    def _use_batches_of(self, batch_size: int) -> None:
+        self._batch_size = batch_size
         # One buffer more than batches in flight, so that none is filled while it is still copied from.
         self._buffers = [
-            torch.empty((self._batch_size, *crop, 3), dtype=torch.uint8, pin_memory=on_gpu)
+            torch.empty((batch_size, *self._crop, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
             for _ in range(_IN_FLIGHT + 1)
         ]
         self._next_buffer = 0
 
     def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Embed `pixels[rows]`, as `pipeline.embedder.Runner.embed` does."""
+        """Embed `pixels[rows]`, as `pipeline.embedder.Runner.embed` does.
+
+        Raises:
+            torch.OutOfMemoryError: not even one image fits into the device's memory.
+        """
+        while True:
+            try:
+                return self._embed(pixels, rows)
+            except torch.OutOfMemoryError:
+                if self._batch_size == 1:
+                    raise
+            # Outside of the handler, whose traceback holds what fills the memory.
+            self._use_batches_of(self._batch_size // 2)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         in_flight: deque[tuple[Tensor, Any, int]] = deque()
         done: list[np.ndarray[Any, Any]] = []
 

@@ -64,7 +64,8 @@ class Model:
     def __init__(self, made: Fingerprint, spec: str | None) -> None:
         recipe = recipe_of(made, spec)
         self._decoder = recipe.decoder()
-        self._backbone = build_backbone(recipe.backbone, recipe.weights, recipe.features).eval()
+        crop = recipe.preprocess.crop
+        self._backbone = build_backbone(recipe.backbone, recipe.weights, recipe.features, crop).eval()
         self._mean = torch.tensor(recipe.preprocess.mean)[:, None, None]
         self._std = torch.tensor(recipe.preprocess.std)[:, None, None]
         self._normalize = recipe.normalize

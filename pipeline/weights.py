@@ -1,4 +1,4 @@
-"""Weights by name, path or URL: a state dict in torchvision's layout, and the sha256 that names it."""
+"""Weights by name, path or URL: a state dict in its library's layout, and the sha256 that names it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ _RANDOM = re.compile(r"random(?::([0-9]+))?")
 _MAX_SEED = 2**64 - 1  # torch.manual_seed takes no larger one
 # torchvision names its files `<name>-<first digits of the file's sha256>.pth`.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+_COUNTER = "num_batches_tracked"  # files older than torch 0.4.1 lack it; only training uses it
 # The query of a presigned URL is a credential.
 _QUERY = re.compile(r"\?[^\s'\")\]]+")
 # torch wraps what it refused in paragraphs of advice to load it all the same.
@@ -94,16 +95,22 @@ def load_state(architecture: str, spec: str) -> tuple[StateDict, str, str]:
         WeightsError: not found, no download possible, not the file that torchvision published, or not a
             state dict.
     """
-    if _is_file(spec):
-        shown = _without_query(spec)
-        data = _read(spec)
-        return _parse(data, shown), shown.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest()
+    if is_file(spec):
+        return load_file(spec)
     weights = named_weights(architecture, spec)
-    data = _published(weights)
-    return _parse(data, str(weights)), str(weights), hashlib.sha256(data).hexdigest()
+    data = published(weights.url, str(weights), "torchvision")
+    return parse(data, str(weights)), str(weights), hashlib.sha256(data).hexdigest()
 
 
-def _is_file(spec: str) -> bool:
+def load_file(spec: str) -> tuple[StateDict, str, str]:
+    """State dict, name and sha256 of a file: a path or a URL. Raises `WeightsError` as `load_state` does."""
+    shown = _without_query(spec)
+    data = _read(spec)
+    return parse(data, shown), shown.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest()
+
+
+def is_file(spec: str) -> bool:
+    """Whether weights are told by a path or a URL."""
     return "/" in spec or spec.lower().endswith((".pth", ".pt", ".safetensors"))
 
 
@@ -124,30 +131,33 @@ def _read(spec: str) -> bytes:
         raise WeightsError(f"weights {shown} cannot be read: {reason}") from error
 
 
-def _published(weights: WeightsEnum) -> bytes:
-    """The file that torchvision published, from torch's hub folder or downloaded there.
+def published(url: str, weights: str, library: str) -> bytes:
+    """The file of a library's own `weights`, from torch's hub folder or downloaded there.
 
-    Unlike `weights.get_state_dict`, it checks a file that was there before as well, and leaves it to the
+    Unlike `WeightsEnum.get_state_dict`, it checks a file that was there before as well, and leaves it to the
     caller to load it without executing anything.
+
+    Raises:
+        WeightsError: no download possible, or not the file that the library published.
     """
-    path = Path(get_dir(), "checkpoints", urlsplit(weights.url).path.rpartition("/")[2])
+    path = Path(get_dir(), "checkpoints", urlsplit(url).path.rpartition("/")[2])
     in_name = _HASH_IN_NAME.search(path.name)
     prefix = in_name.group(1) if in_name else ""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with _socket_timeout(DOWNLOAD_TIMEOUT_S):
-                download_url_to_file(weights.url, str(path), prefix, progress=False)
+                download_url_to_file(url, str(path), prefix, progress=False)
         data = path.read_bytes()
     except (OSError, HTTPException, RuntimeError) as error:
         raise WeightsError(
-            f"cannot download the weights {weights} from {weights.url}: {error}. Where there is no network, "
+            f"cannot download the weights {weights} from {url}: {error}. Where there is no network, "
             f"put that file into {path.parent}, or give --weights a path, an s3:// URL or random:SEED"
         ) from error
     sha256 = hashlib.sha256(data).hexdigest()
     if not sha256.startswith(prefix):
         raise WeightsError(
-            f"{path} is not the file that torchvision published: by its name its sha256 starts with {prefix}, "
+            f"{path} is not the file that {library} published: by its name its sha256 starts with {prefix}, "
             f"but it is {sha256}; remove it to download it again, or give --weights the path of your own file"
         )
     return data
@@ -164,7 +174,8 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _parse(data: bytes, name: str) -> StateDict:
+def parse(data: bytes, name: str) -> StateDict:
+    """The state dict in a file, of which nothing is executed. Raises `WeightsError` where it is none."""
     try:
         if name.lower().endswith(".safetensors"):
             loaded: Any = load_safetensors(data)
@@ -196,6 +207,36 @@ def _reason(error: Exception) -> str:
         return refused.group().replace("GLOBAL", "it asks for").rstrip(".")
     first = text.partition("\n")[0][:200]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def check_fit(
+    expected: StateDict, given: StateDict, name: str, architecture: str, optional: tuple[str, ...] = ()
+) -> None:
+    """Raises `WeightsError` where a state dict is not what a model expects; `optional` keys may be missing.
+
+    `optional` are the beginnings of names. What is missing, unexpected or of another shape is named.
+    """
+    missing = [
+        key for key in expected if key not in given and not key.startswith(optional) and not key.endswith(_COUNTER)
+    ]
+    unexpected = [key for key in given if key not in expected]
+    wrong = [
+        f"{key} {_shape(value)} instead of {_shape(expected[key])}"
+        for key, value in given.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
+    if any(keys for _, keys in problems):
+        text = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems if keys)
+        raise WeightsError(f"weights {name} do not fit {architecture}: {text}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _some(keys: list[str], most: int = 8) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def state_sha256(state: StateDict) -> str:

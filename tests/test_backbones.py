@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pipeline.backbones import (
-    ALIASES,
-    BACKBONES,
     build_backbone,
     find,
     load_weights,
@@ -25,6 +23,7 @@ from pipeline.backbones import (
     versions,
 )
 from pipeline.errors import BackboneError, WeightsError
+from pipeline.torchvision_backbones import ALIASES, BACKBONES
 from pipeline.weights import Weights
 
 # The table of the README: name, second name, C, side of the feature map at 224.
@@ -445,5 +444,5 @@ def test_named_weights_and_another_preprocessing_are_refused() -> None:
 
 
 def test_versions_name_what_computes() -> None:
-    assert versions()["torch"] == torch.__version__
-    assert set(versions()) == {"torch", "torchvision"}
+    assert versions("resnet18")["torch"] == torch.__version__
+    assert set(versions("resnet18")) == {"torch", "torchvision"}

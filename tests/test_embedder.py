@@ -29,7 +29,7 @@ from pipeline.schema import (
     sample_type,
     with_payload,
 )
-from pipeline.torch_runner import SharedWeights, make_network
+from pipeline.torch_runner import SharedWeights, TorchRunner, make_network
 from pipeline.weights import Weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -332,6 +332,35 @@ def test_reduced_precision_keeps_the_direction(precision: str, wanted: float) ->
     exact, reduced = embed(embedder(), images), embed(embedder(precision=precision), images)
     assert cosine(exact, reduced).min() > wanted
     assert not np.array_equal(exact, reduced)
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved_until_they_do() -> None:
+    pixels = np.stack(pictures(11))
+
+    def runner(batch_size: int, room: int) -> TorchRunner:
+        network = make_network(
+            "resnet18", load_weights("resnet18", "random:0"), "pooled", preprocess("resnet18"), False
+        )
+        tried: list[int] = []
+
+        def device_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            # The first batch always fits: memory may run out at any time.
+            tried.append(len(inputs[0]))
+            if len(inputs[0]) > room and len(tried) > 1:
+                raise torch.OutOfMemoryError(f"no room for {len(inputs[0])} images")
+
+        network.register_forward_pre_hook(device_memory)
+        return TorchRunner(
+            network, precision="fp32", crop=(SIDE, SIDE), device="cpu", batch_size=batch_size, num_threads=None
+        )
+
+    rows = np.array([10, 3, 4, 5, 6, 7, 8, 9, 0])
+    halved = runner(8, room=3)
+    embedded = halved.embed(pixels, rows)
+    assert halved.batch_size == 2
+    assert np.array_equal(embedded, runner(2, room=2).embed(pixels, rows))
+    with pytest.raises(torch.OutOfMemoryError, match="no room for 1 images"):
+        runner(4, room=0).embed(pixels, rows)
 
 
 def test_num_threads_is_what_torch_uses() -> None:

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import models
 
-from pipeline.backbones import BACKBONES, load_weights, output_shape, preprocess_for
+from pipeline.backbones import load_weights, output_shape, preprocess_for
 from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, Source
 from pipeline.schema import (
@@ -37,6 +37,7 @@ from pipeline.schema import (
     sample_type,
 )
 from pipeline.torch_runner import SharedWeights, make_network
+from pipeline.torchvision_backbones import BACKBONES
 from pipeline.weights import Weights
 
 ENGINES = ["torch", "openvino"]

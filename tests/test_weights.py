@@ -24,9 +24,10 @@ from torchvision import models
 from torchvision.models._api import BUILTIN_MODELS
 
 from pipeline import weights as weights_module
-from pipeline.backbones import BACKBONES, Entry, build_backbone, load_weights, preprocess_for
+from pipeline.backbones import build_backbone, load_weights, preprocess_for
 from pipeline.errors import SettingsError, WeightsError
 from pipeline.storage import locate
+from pipeline.torchvision_backbones import BACKBONES, Entry
 from pipeline.weights import StateDict, state_sha256
 
 NAME = "squeezenet1_1"  # small: 5 MB
