@@ -45,6 +45,7 @@ MEASUREMENTS: dict[str, Callable[[Settings, Mapping[str, Any]], Metrics]] = {
     "startup": runs.startup,
     "tiny": runs.tiny,
     "plan": runs.plan,
+    "scaling": runs.scaling,
 }
 # A case is what one names on the command line: its measurements, and what it is about.
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
@@ -56,6 +57,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "startup": (("startup",), "from the command to the first embedding, and ray.init() alone"),
     "tiny": (("tiny",), "10,000 shards of 10 tiny images: overhead a shard, memory of the driver"),
     "plan": (("plan",), "plan a million shards of which 900,000 are done, from a simulated S3"),
+    "scaling": (("scaling",), "1 to 16 actors that sleep instead of computing: what the flow itself allows"),
     "gpu": (("gpu",), "the backbone on a GPU by precision and batch, host to device alone"),
 }
 _PACKAGES = ("torch", "torchvision", "ray", "pillow", "pyarrow", "numpy", "webdataset")
@@ -129,6 +131,14 @@ GOALS = (
         "driver_mib_first_quarter",
         False,
         {"*": 1.1},
+    ),
+    Goal(
+        "scaling",
+        "16 sleeping actors / 16 times the rate of one",
+        "scaling_16_images_per_s",
+        "scaling_16_linear_images_per_s",
+        True,
+        {"*": 0.95},
     ),
     Goal("plan", "plan, s", "plan_s", None, False, {"*": 60.0}),
     Goal("plan", "plan, peak MiB", "plan_peak_mib", None, False, {"*": 1024.0}),
@@ -297,7 +307,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         )
         settings.config(settings.shards, settings.scratch)  # raises where a value breaks its rule
         shards = {}
-        if wanted - {"tiny", "plan"}:
+        if wanted - {"tiny", "plan", "scaling"}:
             shards["photos"] = photo_shards(Path(settings.shards), flags.images, flags.images_a_shard)
         if "tiny" in wanted:
             shards["tiny"] = tiny_shards(Path(settings.tiny), flags.tiny_shards)

@@ -18,7 +18,7 @@ import ray
 from ray.data import DataContext
 
 from jobs.bench_runs import Settings, print_result
-from jobs.session import connect
+from jobs.connection import connect
 from pipeline.config import Config
 from pipeline.decode import Decoder
 from pipeline.flow import Watcher, run

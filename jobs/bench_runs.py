@@ -337,3 +337,8 @@ def tiny(settings: Settings, before: Mapping[str, Any]) -> Metrics:
 def plan(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     """Plan very many shards of which nine tenths are done, listed from a simulated S3."""
     return run_module("jobs.bench_plan", "plan", settings)[0]
+
+
+def scaling(settings: Settings, before: Mapping[str, Any]) -> Metrics:
+    """1 to 16 actors that sleep for as long as a device would compute."""
+    return run_module("jobs.bench_scaling", "scaling", settings)[0]

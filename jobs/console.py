@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -46,15 +47,20 @@ def human_s(seconds: float) -> str:
 
 
 class Console:
-    """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere."""
+    """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere; errors to standard error.
+
+    `run` is the id that everything of this run has.
+    """
 
     def __init__(self) -> None:
+        self.run = uuid.uuid4().hex[:12]
         self._out = rich.console.Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total_bytes = 1
         self._num_shards = 0
-        self._state = "starting"
+        self._tally: Tally | None = None
+        self._rate = 0.0
         self._last_part = 0.0
         self._recent: deque[tuple[float, int]] = deque()
 
@@ -106,10 +112,10 @@ class Console:
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
         """Show progress while the block runs."""
-        if sys.stdout.isatty():
+        if self._is_live():
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             with Progress(*columns, console=self._out, transient=True) as self._bar:
-                self._task = self._bar.add_task(self._state, total=1.0)
+                self._task = self._bar.add_task(self._state(), total=1.0)
                 yield
             return
         ended = threading.Event()
@@ -121,14 +127,41 @@ class Console:
             ended.set()
             lines.join()
 
+    def _is_live(self) -> bool:
+        return sys.stdout.isatty()
+
     def _print_lines(self, ended: threading.Event) -> None:
         """A line every so often, whether or not anything moved."""
         started = time.monotonic()
         while not ended.wait(LINE_EVERY_S):
             now = time.monotonic()
-            since = now - max(self._last_part, started)
-            waits = f"  no part stored for {human_s(since)}" if since > _SILENT_S else ""
-            self._out.print(f"{human_s(now - started)}  {self._state}{waits}")
+            self._progress_line(now - started, now - max(self._last_part, started))
+
+    def _progress_line(self, seconds: float, silent_s: float) -> None:
+        """Show where the run is after so many seconds, when the last part was stored `silent_s` ago."""
+        waits = f"  no part stored for {human_s(silent_s)}" if silent_s > _SILENT_S else ""
+        self._out.print(f"{human_s(seconds)}  {self._state()}{waits}")
+
+    @property
+    def _share(self) -> float:
+        """Of the bytes of this pass, those that are read."""
+        return min(self._tally.read_bytes / self._total_bytes, 1.0) if self._tally else 0.0
+
+    @property
+    def _left_s(self) -> float | None:
+        if self._tally is None or not self._share:
+            return None
+        return self._tally.wall_s * (1 - self._share) / self._share
+
+    def _state(self) -> str:
+        tally = self._tally
+        if tally is None:
+            return "starting"
+        left = "?" if self._left_s is None else human_s(self._left_s)
+        return (
+            f"{tally.num_embedded} images  {self._rate:.0f}/s  {tally.num_shards}/{self._num_shards} shards  "
+            f"{tally.num_errors} errors  ETA {left}"
+        )
 
     def begin_pass(self, number: int, pending: list[Pending]) -> None:
         """Say which pass begins, where it is not the first."""
@@ -143,16 +176,12 @@ class Console:
         self._recent.append((now, tally.num_embedded))
         while now - self._recent[0][0] > _RATE_WINDOW_S:
             self._recent.popleft()
-        (since, before), wall_s = self._recent[0], tally.wall_s
-        rate = (tally.num_embedded - before) / (now - since) if now - since > 1 else tally.num_embedded / wall_s
-        share = min(tally.read_bytes / self._total_bytes, 1.0)
-        left = human_s(wall_s * (1 - share) / share) if share else "?"
-        self._state = (
-            f"{tally.num_embedded} images  {rate:.0f}/s  {tally.num_shards}/{self._num_shards} shards  "
-            f"{tally.num_errors} errors  ETA {left}"
-        )
+        since, before = self._recent[0]
+        recent = now - since > 1
+        self._rate = (tally.num_embedded - before) / (now - since) if recent else tally.num_embedded / tally.wall_s
+        self._tally = tally
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=share, description=self._state)
+            self._bar.update(self._task, completed=self._share, description=self._state())
 
     def summary(self, report: dict[str, Any]) -> None:
         """The table at the end of a run."""
@@ -208,3 +237,6 @@ class Console:
     def error(self, message: str) -> None:
         """One error, on standard error."""
         print(f"embed.py: {redact(message)}", file=sys.stderr)
+
+    def end(self, exit_code: int) -> None:
+        """The command ends; what there is to say of it is said."""

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jobs.console import Console
+from jobs.console_json import make_console
 from pipeline import config as settings
 from pipeline.config import Config
-from pipeline.errors import SettingsError
+from pipeline.errors import ClusterError, SettingsError
 from pipeline.redact import redact
 from pipeline.schema import KEEP_TYPES
 
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
 
     model = top.add_argument_group("backbone")
-    add(model, "backbone", "a torchvision classifier, or resnet50_stride1", metavar="NAME")
+    add(model, "backbone", "a torchvision classifier, resnet50_stride1, or timm/NAME", metavar="NAME")
     add(
         model,
         "weights",
@@ -117,6 +118,22 @@ def parser() -> argparse.ArgumentParser:
     add(compute, "batch_size", "images a batch (default: by device)", metavar="N")
     add(compute, "price_per_hour", "money a device-hour: the report then says what the run cost", metavar="PRICE")
     add(compute, "actors", "backbones at once, at least and at most (default: one a GPU)", metavar="MIN:MAX")
+    add(
+        compute,
+        "actor_resource",
+        "only nodes with this Ray resource get backbones: accelerator_type:H100, or one that they were started with "
+        "(default: any node)",
+        metavar="NAME",
+    )
+    add(
+        compute,
+        "node_wait_s",
+        "how long to wait for nodes that are missing, at the start and later (default: 0 at the start, 1800 later)",
+        metavar="S",
+    )
+
+    shown = top.add_argument_group("what is shown")
+    add(shown, "log_format", "text for people, json for machines: an object a line", choices=settings.LOG_FORMATS)
 
     faults = top.add_argument_group("faults")
     add(
@@ -153,16 +170,33 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
 def main(arguments: list[str] | None = None) -> int:
     """Run the job, and return its exit code."""
     flags = vars(parser().parse_args(arguments))
-    console = Console()
+    console = make_console(flags["log_format"] or os.environ.get("EMBED_LOG_FORMAT", "text"))
     try:
         config = gather(flags, os.environ)
     except SettingsError as error:
         console.error(str(error))
+        console.end(EXIT_USAGE)
         return EXIT_USAGE
-    # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.
+    console = make_console(config.log_format)
+    code = _run(config, console, dry_run=flags["dry_run"])
+    console.end(code)
+    return code
+
+
+def _run(config: Config, console: Console, *, dry_run: bool) -> int:
+    # torch and Ray take seconds: who asks for help, or mistypes, shall not wait for them.
+    if not dry_run:
+        from jobs.connection import connect, import_beside  # noqa: PLC0415
+
+        import_beside("jobs.session")
+        try:
+            connect()
+        except ClusterError as error:
+            console.error(str(error))
+            return EXIT_USAGE
     from jobs.session import run_job  # noqa: PLC0415
 
-    return run_job(config, console, dry_run=flags["dry_run"])
+    return run_job(config, console, dry_run=dry_run)
 
 
 if __name__ == "__main__":

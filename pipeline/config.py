@@ -16,6 +16,7 @@ FEATURES = ("pooled", "map")
 DTYPES = ("float32", "float16")
 DEVICES = ("auto", "cuda", "cpu")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+LOG_FORMATS = ("text", "json")
 # The type of a kept field where the user names none, by the member's extension.
 _DEFAULT_KEEP_TYPES = {"cls": "int64"}
 
@@ -67,6 +68,8 @@ class Config:
     device: str = "auto"
     batch_size: int | None = None  # images; None: by device
     actors: tuple[int, int] | None = None  # (min, max); None: all the devices there are
+    actor_resource: str | None = None  # Ray resource of the nodes that backbones may run on; None: any node
+    node_wait_s: int | None = None  # for nodes that are missing; None: 0 at the start, 1800 once it runs
     part_rows: int = 1024
     id: Field | None = None  # None: the WebDataset key
     keep: tuple[Field, ...] = ()
@@ -78,6 +81,7 @@ class Config:
     max_passes: int = 3
     max_error_fraction: float = 1.0
     price_per_hour: float | None = None  # money a device-hour, for the report
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         _check(bool(self.input), "input", "name at least one shard, folder, glob or list", self.input)
@@ -100,6 +104,7 @@ class Config:
             "be off for feature maps: L2 length is of an embedding [C]",
             self.normalize,
         )
+        _check(self.log_format in LOG_FORMATS, "log_format", f"be one of {', '.join(LOG_FORMATS)}", self.log_format)
         for name in ("batch_size", "part_rows", "limit", "max_passes", "max_pixels", "max_image_bytes"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "be at least 1", value)
@@ -115,6 +120,15 @@ class Config:
         if self.actors is not None:
             low, high = self.actors
             _check(1 <= low <= high, "actors", "be MIN:MAX with 1 <= MIN <= MAX", f"{low}:{high}")
+        resource = self.actor_resource
+        _check(
+            resource is None or (bool(resource.strip()) and resource not in ("CPU", "GPU", "memory")),
+            "actor_resource",
+            "name a resource of nodes other than CPU, GPU and memory, such as accelerator_type:H100",
+            resource,
+        )
+        wait_s = self.node_wait_s
+        _check(wait_s is None or wait_s >= 0, "node_wait_s", "be at least 0", wait_s)
         if self.image_size is not None:
             _check(
                 all(8 <= side <= 4096 for side in self.image_size),

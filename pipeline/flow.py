@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,15 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from pipeline.config import Config
 from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, Source
 from pipeline.engine import choose_engine
-from pipeline.errors import InputError, ShardError
+from pipeline.errors import ClusterError, InputError, ShardError
 from pipeline.fingerprint import write_fingerprint
 from pipeline.isolated import IsolatedDecoder
 from pipeline.ledger import Counts, Plan, count, make_plan
+from pipeline.nodes import FlowCallback, NodeWatch
 from pipeline.parts import PartWriter
 from pipeline.prepare import Job
 from pipeline.redact import redact
@@ -36,6 +39,8 @@ _MAX_TASKS = 20_000
 # Parts below this travel many to a block; a larger part is a block of its own.
 _BLOCK_BYTES = 32 * 2**20
 _RETRIES = 3
+# Spot machines may stay away for many minutes.
+_NODE_WAIT_S = 1800
 _CAUSED = "The above exception was the direct cause of the following exception:"
 # How an error says that there is no space, and will be none in the next pass either.
 _FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
@@ -81,11 +86,13 @@ def make_flow(
             "batch_size": resources.batch_size,
             "num_threads": resources.num_threads,
         },
-        batch_size=None,
+        # One part a call: with GPUs Ray Data refuses None, which would be a block.
+        batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=resources.num_actors[0], max_size=resources.num_actors[1]),
         num_cpus=resources.actor_cpus,
         num_gpus=resources.actor_gpus or None,
+        resources=resources.requests[0].named or None,
         ray_remote_args_fn=_actor_retries,
     )
     return embedded.map_batches(
@@ -99,11 +106,12 @@ def make_flow(
 
 @dataclass(frozen=True)
 class Watcher:
-    """What a caller wants to hear of while a run goes on."""
+    """What a caller wants to hear of while a run goes on; `on_wait` from another thread, too."""
 
     on_resources: Callable[[Job, Resources], None]
     on_pass: Callable[[int, list[Pending]], None]
     on_part: Callable[[Tally], None]
+    on_wait: Callable[[str], object] = lambda why: None
 
 
 def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     if not plan.pending:
         _begin(job)
         return _finish(job, plan, None, tally, Counts(), problems)
-    resources = plan_resources(config)
+    resources = plan_resources(config, watcher.on_wait)
     engine = choose_engine(job, plan.pending[0], resources.device, resources.fast_precisions())
     if engine.note is not None:
         problems.append(f"slower than it could be: {engine.note}")
@@ -135,7 +143,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     _begin(job)
     names = {shard.name for shard in plan.pending[: config.limit]}
     source = engine.source.share()
-    failed = False
+    failed = no_nodes = False
     # Passes in a row that stored nothing new, the first aside: a cluster that goes on losing machines may take many
     # passes, and one that cannot do the work few.
     num_idle = -1
@@ -148,16 +156,20 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
-            for receipt in _receipts(make_flow(pending, job, source, resources, isolated=failed)):
-                tally.add(receipt)
-                watcher.on_part(tally)
+            with _watch_nodes(resources, config, watcher):
+                for receipt in _receipts(make_flow(pending, job, source, resources, isolated=failed)):
+                    tally.add(receipt)
+                    watcher.on_part(tally)
         except ray.exceptions.RayError as error:
             failed = True
             problems.append(f"pass {number}: {_brief(error)}")
+        except ClusterError as error:
+            no_nodes = True
+            problems.append(f"pass {number}: {error}")
         shards = _listed_again(job, shards, problems)
         plan = make_plan(shards, config.output)
-        if any(text in problem for problem in problems for text in _FULL):
-            # Another pass would pay for the same embeddings, and have no place for them either.
+        if no_nodes or any(text in problem for problem in problems for text in _FULL):
+            # Another pass would find no node, or pay for the same embeddings and have no place for them either.
             break
         num_idle = 0 if tally.num_whole_parts > num_parts else num_idle + 1
         if num_idle >= config.max_passes - 1:
@@ -189,8 +201,20 @@ def _actor_retries() -> dict[str, Any]:
     return {"max_restarts": -1, "max_task_retries": _RETRIES, "scheduling_strategy": "SPREAD"}
 
 
+@contextmanager
+def _watch_nodes(resources: Resources, config: Config, watcher: Watcher) -> Iterator[None]:
+    """Let the flow end with a `ClusterError` where a stage has had no node for too long."""
+    wait_s = _NODE_WAIT_S if config.node_wait_s is None else config.node_wait_s
+    FlowCallback.watch = NodeWatch(resources.requests, wait_s, watcher.on_wait)
+    try:
+        yield
+    finally:
+        FlowCallback.watch = None
+
+
 def _set_up_engine() -> None:
     context = DataContext.get_current()
+    context.custom_execution_callback_classes = [FlowCallback]
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-import ray
+from ray.util import placement_group, remove_placement_group
 
 from pipeline.config import Config
 from pipeline.errors import ClusterError
+from pipeline.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
 from pipeline.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
 from pipeline.torch_runner import cpu_has_bf16
 
@@ -18,6 +22,7 @@ _CORES_PER_ACTOR = 16
 _ACTOR_CPUS = 0.3
 # GPUs older than these compute fp16 fast and bf16 slowly or not at all.
 _FP16_GPUS = ("P4", "P100", "V100", "T4", "K80")
+_LOOK_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Resources:
     num_actors: tuple[int, int]
     actor_cpus: float
     actor_gpus: float
+    actor_resource: str | None
     num_threads: int | None
     batch_size: int | None  # None: the engine's own
     total_cpus: float
@@ -46,6 +52,16 @@ class Resources:
             STAGE_WRITE: self.total_cpus / self.write_cpus,
         }
 
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What each stage asks of a node; of the embed stage as many as it has at least."""
+        return (
+            Request(STAGE_EMBED, self.actor_cpus, self.actor_gpus, self.actor_resource, count=self.num_actors[0]),
+            Request(STAGE_READ, self.read_cpus),
+            Request(STAGE_DECODE, self.decode_cpus),
+            Request(STAGE_WRITE, self.write_cpus),
+        )
+
     def fast_precisions(self) -> tuple[str, ...]:
         """The reduced precisions that the device computes faster than fp32, the fastest first."""
         if self.device == "cuda":
@@ -53,52 +69,80 @@ class Resources:
         return ("bf16",) if cpu_has_bf16() else ()
 
 
-def plan_resources(config: Config) -> Resources:
+def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why: None) -> Resources:
     """Divide the cluster that Ray is connected to.
 
+    Where it lacks a node that a stage needs, wait `node_wait_s` for it, if that is set, and ask the cluster's
+    autoscaler, if it has one, for it. `on_wait` is told what is waited for, at once and every minute.
+
     Raises:
-        ClusterError: `device` is cuda and the cluster has no GPU.
+        ClusterError: the cluster lacks what a stage needs.
     """
-    cluster = ray.cluster_resources()
-    cpus, gpus = cluster.get("CPU", 1.0), int(cluster.get("GPU", 0))
+    deadline = time.monotonic() + (config.node_wait_s or 0)
+    resources, lacking = divide(config, alive_nodes())
+    if lacking is None:
+        return resources
+    said = -SAY_EVERY_S
+    with _demand(resources):
+        while lacking is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                waited = f"waited {config.node_wait_s} s for it" if config.node_wait_s else _HINT
+                raise ClusterError(f"{lacking}; {waited}")
+            if time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                on_wait(f"for nodes, {left:.0f} s more: {lacking}")
+            time.sleep(min(_LOOK_EVERY_S, left))
+            resources, lacking = divide(config, alive_nodes())
+    return resources
+
+
+_HINT = "with --node-wait-s the job waits for nodes that are still to come"
+
+
+@contextmanager
+def _demand(resources: Resources) -> Iterator[None]:
+    """Ask for what the stages need, so that an autoscaler sees it; nothing runs there."""
+    bundles = [request.each for request in resources.requests for _ in range(request.count)]
+    group = placement_group(bundles, name="embed-nodes")
+    try:
+        yield
+    finally:
+        remove_placement_group(group)
+
+
+def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
+    """What the stages take of `nodes`, and what these lack for it."""
+    cpus = [node["CPU"] for node in nodes if node.get("CPU")]
     # On a small machine one decoder more than cores keeps them busy while another waits for its input.
-    decode_cpus = 0.4 if min(_node_cpus(), default=cpus) < 4 else 0.99
+    decode_cpus = 0.4 if min(cpus, default=1.0) < 4 else 0.99
+    # Where actors may be.
+    places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
+    gpus = sum(int(node.get("GPU", 0)) for node in places)
     device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
-    accelerators = tuple(
-        key.removeprefix("accelerator_type:") for key in cluster if key.startswith("accelerator_type:")
-    )
-    if device == "cuda":
-        if not gpus:
-            raise ClusterError(f"device is cuda, and the Ray cluster has no GPU: it has {int(cpus)} CPUs")
-        num_actors = config.actors or (gpus, gpus)
-        return Resources(
-            device,
-            accelerators,
-            num_actors,
-            _ACTOR_CPUS,
-            1.0,
-            None,
-            config.batch_size,
-            cpus,
-            decode_cpus,
-        )
-    default = sum(max(1, round(node / _CORES_PER_ACTOR)) for node in _node_cpus()) or 1
-    num_actors = config.actors or (default, default)
-    num_threads = max(1, int(cpus // num_actors[1]))
-    return Resources(
+    place_cpus = [node["CPU"] for node in places if node.get("CPU")]
+    default = gpus if device == "cuda" else sum(max(1, round(cpu / _CORES_PER_ACTOR)) for cpu in place_cpus)
+    num_actors = config.actors or (max(1, default), max(1, default))
+    accelerators = {key for node in places for key in node if key.startswith("accelerator_type:")}
+    resources = Resources(
         device=device,
-        accelerators=accelerators,
+        accelerators=tuple(sorted(key.removeprefix("accelerator_type:") for key in accelerators)),
         num_actors=num_actors,
         actor_cpus=_ACTOR_CPUS,
-        actor_gpus=0.0,
-        num_threads=num_threads,
+        actor_gpus=1.0 if device == "cuda" else 0.0,
+        actor_resource=config.actor_resource,
+        num_threads=None if device == "cuda" else max(1, int(sum(place_cpus) // num_actors[1])),
         batch_size=config.batch_size,
-        total_cpus=cpus,
+        total_cpus=sum(cpus) or 1.0,
         decode_cpus=decode_cpus,
     )
-
-
-def _node_cpus() -> list[float]:
-    """CPUs of each node that has any."""
-    nodes = (node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
-    return [cpus for cpus in nodes if cpus]
+    lacking = missing(resources.requests, nodes)
+    if lacking is None:
+        actor, _, decode, _ = resources.requests
+        most = crowded(actor, decode, nodes)
+        if most is not None:
+            lacking = (
+                f"{actor.count} actors of {actor.cpus:g} CPU may fill every node, which leaves none for {decode}: "
+                + (f"at most {most} actors fit" if most else "the nodes need more CPUs")
+            )
+    return resources, lacking

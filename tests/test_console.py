@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import sample_members, write_shards, write_tar
 
-from jobs import console
+from jobs import console, embed
 from jobs.console import Console, human_bytes, human_s
+from jobs.console_json import JsonConsole
+from pipeline.report import Tally
 
 
 def test_sizes_and_times_are_shown_as_people_say_them() -> None:
@@ -30,3 +38,69 @@ def test_without_a_terminal_a_line_comes_even_when_nothing_moves(
 def test_a_run_with_nothing_to_do_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     Console().nothing_to_do(4)
     assert capsys.readouterr().out == "nothing to do: all 4 shards are done\n"
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    """Every line of a log as an object; one that is none raises."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "in", num_shards=2, samples_each=3)
+    write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
+    settings = ["--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", 64, "--precision", "fp32"]
+    options = ["--input", tmp_path / "in", "--output", tmp_path / "out", *settings]
+    done = run_job("embed.py", *options, EMBED_LOG_FORMAT="json")
+    assert done.returncode == 0, done.stderr
+    lines = lines_of(done.stdout)
+    events = [line["event"] for line in lines]
+    assert events == ["plan", "resources", "problem", "pass", *["progress"] * (len(lines) - 6), "summary", "end"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {line["run"] for line in lines} == {report["run"]}
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert times == sorted(times)
+    assert all(time.utcoffset() == timedelta(0) for time in times)
+    plan, resources, summary, end = lines[0], lines[1], lines[-2], lines[-1]
+    assert (plan["num_shards"], plan["num_pending"], plan["shape"]) == (3, 3, [512])
+    assert resources["device"] == "cpu"
+    assert {name: summary[name] for name in ("samples", "embedded", "errors", "balanced", "wall_s")} == {
+        name: report[name] for name in ("samples", "embedded", "errors", "balanced", "wall_s")
+    }
+    assert (end["level"], end["exit_code"]) == ("info", 0)
+
+
+def test_a_log_for_machines_tells_what_was_wrong_and_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    assert embed.main(["--log-format", "json", "--output", "s3://key:hunter2@bkt/out", "--input", "in"]) == 2
+    assert embed.main(["--log-format", "json", "--dry-run", "--output", "out", "--input", "/no/such/*.tar"]) == 2
+    said = capsys.readouterr()
+    assert said.err == ""
+    lines = lines_of(said.out)
+    assert [(line["event"], line["level"]) for line in lines] == [("error", "error"), ("end", "error")] * 2
+    assert "output must not carry credentials" in lines[0]["message"]
+    assert "/no/such/*.tar" in lines[2]["message"]
+    assert all(line["run"] for line in lines)
+    assert lines[3]["exit_code"] == 2
+    shown = JsonConsole()
+    shown.waiting("for s3://key:hunter2@bkt/out?X-Amz-Signature=hunter3")
+    shown.error("s3://key:hunter2@bkt/in")
+    said = capsys.readouterr()
+    assert "hunter" not in said.out + said.err
+    assert [line["event"] for line in lines_of(said.out)] == ["waiting", "error"]
+
+
+def test_progress_for_machines_comes_even_when_nothing_moves_and_has_its_numbers_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.05)
+    shown = JsonConsole()
+    with shown.progress():
+        time.sleep(0.2)
+        shown.begin_pass(1, [])
+        shown.part(Tally(num_embedded=30, num_errors=2, num_shards=1))
+        time.sleep(0.3)
+    lines = [line for line in lines_of(capsys.readouterr().out) if line["event"] == "progress"]
+    assert (lines[0]["embedded"], lines[0]["images_per_s"]) == (0, 0.0)
+    assert (lines[-1]["embedded"], lines[-1]["errors"], lines[-1]["num_shards_done"]) == (30, 2, 1)
+    assert lines[-1]["images_per_s"] > 0

@@ -1,0 +1,53 @@
+"""Ray for a run: joined, or started on this machine."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+import warnings
+from contextlib import suppress
+from typing import Any
+
+import ray
+
+from pipeline.errors import ClusterError
+from pipeline.storage import describe
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
+
+    Raises:
+        ClusterError: neither is possible.
+    """
+    # The actor pool takes its restart bounds in no other way until Ray 2.64, which pyproject.toml excludes.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
+    # Ray logs an error that is none on starting any actor that may restart.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Its usage statistics take a process of their own, which is seconds on a small machine.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Without "local", Ray would join whatever other Ray runs on this machine.
+    local = {"address": "local", "include_dashboard": False}
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, TimeoutError) as error:
+        where = f"the cluster at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
+        raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
+    # The flow tells what fails in a pass, in a line.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def import_beside(module: str) -> None:
+    """Begin to import `module` in a thread: torch takes seconds of it, and Ray's start mostly waits for processes.
+
+    Whoever imports it next waits for that, and gets the error if there was one.
+    """
+
+    def load() -> None:
+        with suppress(Exception):
+            importlib.import_module(module)
+
+    threading.Thread(target=load, name=f"import {module}", daemon=True).start()
