@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
-import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,6 +18,7 @@ from pipeline.lease import Lease, hold
 from pipeline.ledger import Plan, make_plan
 from pipeline.prepare import Job, follow_output, prepare
 from pipeline.report import Tally, estimate
+from pipeline.report_page import write_page
 from pipeline.resources import Resources
 from pipeline.samples import Pending
 from pipeline.storage import describe
@@ -44,38 +43,14 @@ def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
     return EXIT_OK
 
 
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
-
-    Raises:
-        ClusterError: neither is possible.
-    """
-    # The actor pool takes its restart bounds in no other way until Ray 2.64, which pyproject.toml excludes.
-    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
-    # Ray logs an error that is none on starting any actor that may restart.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Its usage statistics take a process of their own, which is seconds on a small machine.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Without "local", Ray would join whatever other Ray runs on this machine.
-    local = {"address": "local", "include_dashboard": False}
-    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (OSError, RuntimeError, TimeoutError) as error:
-        where = f"the cluster at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
-        raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
-    # The flow tells what fails in a pass, in a line.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
 def _terminate(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
 def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
-    """Run the job, and return its exit code."""
+    """Run the job on the Ray that is up, which only a dry run does without, and return its exit code."""
     try:
-        job = prepare(config)
+        job = replace(prepare(config), run=console.run)
         if dry_run:
             _say_plan(job, make_plan(job.shards, job.config.output), console)
             return EXIT_OK
@@ -123,12 +98,8 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
         metrics.part(tally)
 
     try:
-        if plan.pending:
-            connect()
-            # ray.init has set handlers of its own.
-            signal.signal(signal.SIGTERM, _terminate)
         with console.progress():
-            report = run(job, plan, Watcher(on_resources, on_pass, on_part))
+            report = run(job, plan, Watcher(on_resources, on_pass, on_part, console.waiting))
     except OutputError as error:
         # The run had begun: it is the store that failed, and not the settings.
         console.error(f"{error}; what is stored stays: run the same command again to go on")
@@ -141,4 +112,18 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
     else:
         console.nothing_to_do(len(job.shards))
         console.report_fault(report)
+    _draw(report, job, lease, console)
     return exit_code(report, job.config.max_error_fraction)
+
+
+def _draw(report: Mapping[str, Any], job: Job, lease: Lease, console: Console) -> None:
+    """Draw the run's page: Ray is down by now, and whatever goes wrong here changes nothing of a run that is over."""
+    if report["report_fault"] is not None:
+        return
+    try:
+        lease.check()
+        write_page(report, job.shards, job.config.image_member)
+    except (PipelineError, OSError) as error:
+        console.error(f"report.html cannot be written: {describe(error)}; the run itself is over and stored")
+    except (KeyboardInterrupt, SystemExit):
+        console.error("interrupted while report.html was drawn: the run itself is over and stored")

@@ -1,4 +1,4 @@
-"""A page of pictures that needs nothing but itself: rows of one image and those near it."""
+"""Pages that need nothing but themselves: what they have in common, and one of rows of an image and those near it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,31 @@ from pipeline.previews import SIDE, Place, Preview
 
 # Nothing is fetched and nothing runs, whatever a name or an image holds.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# A key may have thousands of characters, and a page many of them.
+MAX_TEXT = 300
+_LOOK = """
+:root { color-scheme: light dark;
+  --bg: #f6f6f3; --card: #fff; --ink: #1d2126; --soft: #5b626b; --line: #dfdfd9; --empty: #ecece7;
+  --data: #2a6d9e; --accent: #a84a05; --good: #1b7340; --bad: #b3261e; --warn: #855600; }
+@media (prefers-color-scheme: dark) { :root {
+  --bg: #14161a; --card: #1c1f24; --ink: #e9e7e3; --soft: #a5abb3; --line: #343941; --empty: #282c33;
+  --data: #6fb3e3; --accent: #f2a24d; --good: #6fc896; --bad: #f48b82; --warn: #e3b352; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; margin: 0 auto; padding: 2rem 1rem;
+  max-width: 80rem; color: var(--ink); background: var(--bg); overflow-wrap: anywhere;
+  -webkit-text-size-adjust: 100%; }
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.01em; }
+figure { margin: 0; min-width: 0; }
+img, .none { display: block; width: 100%; aspect-ratio: 1; border-radius: 6px; background: var(--empty); }
+.none { font-size: 12px; line-height: 1.35; padding: .5rem; overflow: hidden; color: var(--soft); }
+figcaption { font-size: 13px; line-height: 1.35; padding-top: .3rem; overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums; }
+small { font-size: 12px; color: var(--soft); }
+"""
 _STYLE = f"""
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }}
-section {{ display: flex; flex-wrap: wrap; gap: .8rem; padding: 1rem 0; border-top: 1px solid #8884; }}
-figure {{ margin: 0; width: {SIDE}px; }}
+section {{ display: flex; flex-wrap: wrap; gap: .8rem; padding: 1rem 0; border-top: 1px solid var(--line); }}
+figure {{ width: {SIDE}px; }}
 figure.head {{ margin-right: 1.6rem; }}
-img, .none {{ display: block; width: {SIDE}px; height: {SIDE}px; border-radius: 4px; }}
-.none {{ background: #8882; font-size: 12px; padding: .6rem; box-sizing: border-box; overflow: hidden; }}
-figcaption {{ font-size: 13px; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }}
-small {{ opacity: .7; }}
 """
 
 
@@ -56,27 +71,43 @@ def shown(place: Place) -> str:
     return f"{place[0]} [{place[1]}]"
 
 
-def page(title: str, lines: Iterable[str], rows: Iterable[Row]) -> str:
-    """The page as HTML. Every text is shown as it is."""
-    said = "".join(f"<p>{escape(line)}</p>" for line in lines)
-    body = "".join(
-        f"<section>{_figure(row.head, 'head')}{''.join(_figure(tile, 'near') for tile in row.near)}</section>"
-        for row in rows
-    )
+def safe(text: object, most: int = MAX_TEXT) -> str:
+    """Any text as HTML that shows it: no markup, nothing that a browser acts on, at most `most` characters."""
+    whole = str(text)
+    cut = whole if len(whole) <= most else f"{whole[: most - 1]}…"
+    # What cannot be seen is escaped as Python would write it: controls, marks that turn the direction of writing.
+    visible = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
+    return escape("".join(visible))
+
+
+def document(title: str, style: str, body: str) -> str:
+    """A whole page of `body`, which is HTML, in light and dark."""
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(_POLICY)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style><h1>{escape(title)}</h1>{said}{body}</html>\n"
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{safe(title)}</title><style>{_LOOK}{style}</style></head><body>\n{body}\n</body></html>\n"
     )
 
 
-def _figure(tile: Tile, kind: str) -> str:
+def page(title: str, lines: Iterable[str], rows: Iterable[Row]) -> str:
+    """The page as HTML. Every text is shown as it is."""
+    said = "".join(f"<p>{safe(line)}</p>" for line in lines)
+    body = "".join(
+        f"<section>{figure(row.head, 'head')}{''.join(figure(tile, 'near') for tile in row.near)}</section>"
+        for row in rows
+    )
+    return document(title, _STYLE, f"<h1>{safe(title)}</h1>{said}{body}")
+
+
+def figure(tile: Tile, kind: str) -> str:
+    """A tile as HTML, of a class of its own."""
     url, reason = tile.preview
     picture = (
-        f'<div class="none">no preview: {escape(reason)}</div>'
+        f'<div class="none">no preview: {safe(reason)}</div>'
         if url is None
-        else f'<img src="{escape(url)}" alt="{escape(tile.name)}">'
+        else f'<img src="{escape(url)}" alt="{safe(tile.name)}">'
     )
-    caption = f"{escape(tile.name)}<br><small>{escape(tile.detail)}</small>"
+    caption = f"{safe(tile.name)}<br><small>{safe(tile.detail)}</small>"
     return f'<figure class="{kind}">{picture}<figcaption>{caption}</figcaption></figure>'

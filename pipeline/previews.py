@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 from PIL import Image
@@ -13,15 +14,13 @@ from PIL import Image
 from pipeline.decode import Decoder, Preprocess
 from pipeline.errors import SampleError, ShardError
 from pipeline.parts import version_tag
-from pipeline.shards import find_shards
-from pipeline.storage import describe
+from pipeline.shards import Shard, find_shards
+from pipeline.storage import describe, locate, stat
 from pipeline.verify_tars import images
 
 SIDE = 160
 MAX_PIXELS = 178_956_970
 _QUALITY = 80
-# Mean and standard deviation are for the backbone, and not used here.
-_SMALL = Preprocess(SIDE, (SIDE, SIDE), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 Place = tuple[str, int]  # shard and sample_index
 
@@ -33,10 +32,12 @@ class Preview(NamedTuple):
     reason: str = ""
 
 
-def preview(image: bytes) -> Preview:
-    """The middle square of an encoded image, as the job decodes it."""
+def preview(image: bytes, side: int = SIDE) -> Preview:
+    """The middle square of an encoded image, as the job decodes it, `side` pixels wide."""
+    # Mean and standard deviation are for the backbone, and not used here.
+    small = Preprocess(side, (side, side), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     try:
-        pixels = Decoder(_SMALL, max_pixels=MAX_PIXELS, ignore_orientation=False).decode(image)
+        pixels = Decoder(small, max_pixels=MAX_PIXELS, ignore_orientation=False).decode(image)
     except SampleError as error:
         return Preview(None, str(error))
     buffer = io.BytesIO()
@@ -77,4 +78,55 @@ def previews(
                 reason = f"its shard cannot be read: {describe(error)}"
         for index in indices:
             found[name, index] = preview(read[index]) if index in read else Preview(None, reason)
+    return found
+
+
+class Fronts(NamedTuple):
+    """Encoded images from the fronts of shards, and by shard why there are none."""
+
+    images: dict[Place, bytes]
+    reasons: dict[str, str]
+
+
+def read_fronts(
+    shards: Mapping[str, Shard],
+    image_member: str | None,
+    wanted: Mapping[str, set[int]],
+    max_bytes: int,
+    max_s: float,
+) -> Fronts:
+    """The `wanted` samples of `shards` that lie at their fronts: `max_bytes` are read in all, for `max_s` seconds.
+
+    What a shard that is not read in time, or cannot be, leaves out is told, and never raised.
+    """
+    fronts = Fronts({}, {})
+    if not wanted:
+        return fronts
+    share = max_bytes // len(wanted)
+    pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="read-fronts")
+    reading = {
+        pool.submit(_front, shards[name], image_member, indices, share): name for name, indices in wanted.items()
+    }
+    done, late = wait(reading, timeout=max_s)
+    # A store that hangs is waited for no longer; its calls end by themselves.
+    pool.shutdown(wait=False, cancel_futures=True)
+    for future in late:
+        fronts.reasons[reading[future]] = f"not read within {max_s:.0f} s"
+    for future in done:
+        try:
+            found = future.result()
+        except (OSError, ShardError) as error:
+            fronts.reasons[reading[future]] = describe(error)
+            continue
+        if not found:
+            fronts.reasons[reading[future]] = f"none of the sample's images in its first {share / 2**20:.0f} MiB"
+        fronts.images.update({(reading[future], index): image for index, image in found.items()})
+    return fronts
+
+
+def _front(shard: Shard, image_member: str | None, indices: set[int], max_bytes: int) -> dict[int, bytes]:
+    found = images(shard, image_member, indices, max_bytes)
+    now = stat(*locate(shard.url))
+    if (now.num_bytes, now.version) != (shard.num_bytes, shard.version):
+        raise ShardError("it has changed since it was embedded")
     return found

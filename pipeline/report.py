@@ -1,17 +1,18 @@
-"""What a run did: counts by stage and reason while it runs, and `report.json` and `report.html` at its end."""
+"""What a run did: counts by stage and reason while it runs, and `report.json` at its end."""
 
 from __future__ import annotations
 
-import html
 import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from pipeline.errors import ShardError
 from pipeline.ledger import Counts, Plan
 from pipeline.prepare import Job
+from pipeline.report_timeline import Timeline
 from pipeline.resources import Resources
 from pipeline.schema import END_BROKEN, END_LAST, STAGES
 from pipeline.storage import join, read_bytes, write_bytes
@@ -41,7 +42,9 @@ class Tally:
     # Shards that reading again cannot mend, with their fault.
     damaged: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
+    timeline: Timeline = field(default_factory=Timeline)
     started: float = field(default_factory=time.monotonic)
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     first_part_s: float | None = None
 
     def add(self, receipt: dict[str, Any]) -> None:
@@ -57,8 +60,10 @@ class Tally:
         self.num_errors += receipt["num_samples"] - receipt["num_embedded"]
         for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members"):
             setattr(self, name, getattr(self, name) + receipt[name])
+        busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}
         for stage in STAGES:
-            self.stage_s[stage] += receipt[f"{stage}_s"]
+            self.stage_s[stage] += busy_s[stage]
+        self.timeline.add(self.wall_s, receipt["num_embedded"], busy_s)
         for reason in receipt["reasons"]:
             kind = reason.partition(":")[0]
             self.reasons[kind] += 1
@@ -94,7 +99,9 @@ def make_report(
     """The report of a run, as it is stored in `report.json`.
 
     Counts are of the shards that this run took on, read back from what is stored. `problems` is what went
-    wrong with the engine on the way.
+    wrong with the engine on the way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
+    images of the parts stored in it, and the seconds that each stage worked on them; `stage_workers` is how many
+    workers of a stage can be busy at once.
     """
     wall_s = tally.wall_s
     num_devices = resources.num_actors[1] if resources else 0
@@ -105,11 +112,16 @@ def make_report(
     per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
     return {
         "run": job.run,
+        "started_at": tally.started_at.isoformat(timespec="seconds"),
         "output": job.config.output,
         "input": list(job.config.input),
         "fingerprint": job.fingerprint.digest,
         "backbone": job.backbone,
         "weights": job.weights.name,
+        "weights_sha256": job.weights.sha256,
+        "features": job.config.features,
+        "embedding_shape": list(job.shape),
+        "dtype": job.config.dtype,
         "precision": job.precision,
         "engine": job.engine,
         "device": resources.device if resources else None,
@@ -147,11 +159,14 @@ def make_report(
         "slowest_stage": slowest if tally.num_parts else None,
         "stage_busy": {stage: round(share, 4) for stage, share in busy.items()},
         "stage_s": {stage: round(seconds, 3) for stage, seconds in tally.stage_s.items()},
+        "stage_workers": {stage: round(number, 2) for stage, number in resources.slots.items()} if resources else {},
         "device_hours": round(device_hours, 6),
         "device_hours_per_million_images": None if per_million is None else round(per_million, 4),
         "price_per_hour": price,
         "price": None if price is None else round(device_hours * price, 6),
         "price_per_million_images": None if price is None or per_million is None else round(per_million * price, 4),
+        # Last, since it is long.
+        "timeline": tally.timeline.as_dict(),
     }
 
 
@@ -175,38 +190,5 @@ def estimate(output: str, pending_bytes: int) -> Estimate | None:
 
 
 def write_report(output: str, report: dict[str, Any]) -> None:
-    """Write `report.json` and `report.html`."""
+    """Write `report.json`."""
     write_bytes(output, REPORT_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
-    write_bytes(output, "report.html", _page(report).encode())
-
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; margin: 0 0 2rem; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
-th { width: 18rem; font-weight: 500; } td { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-"""
-
-
-def _page(report: dict[str, Any]) -> str:
-    verdict = "Every sample is one stored row." if report["balanced"] else "The counts do not balance."
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Embedding run</title><style>{_STYLE}</style><h1>Embedding run</h1>"
-        f"<p>{html.escape(verdict)}</p>{_table(report)}</html>\n"
-    )
-
-
-def _table(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(str(key))}<td>{_cell(value)}" for key, value in values.items())
-    return f"<table>{rows}</table>"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return _table(value) if value else "none"
-    if isinstance(value, list):
-        return "<br>".join(_cell(item) for item in value) if value else "none"
-    return html.escape("none" if value is None else str(value))

@@ -64,11 +64,20 @@ def walk(shard: Shard, id_field: Field | None) -> Tar:
     return found
 
 
-def images(shard: Shard, image_member: str | None, wanted: set[int]) -> dict[int, bytes]:
-    """The encoded images of the `wanted` samples of a shard. Raises `OSError` and `ShardError`."""
+def images(
+    shard: Shard, image_member: str | None, wanted: set[int], max_bytes: int | None = None
+) -> dict[int, bytes]:
+    """The encoded images of the `wanted` samples of a shard. Raises `OSError` and `ShardError`.
+
+    With `max_bytes`, no more than the first so many bytes of the shard are read, and images beyond are not found.
+    """
     found: dict[int, bytes] = {}
-    with _opened(shard) as tar:
+    num_bytes = shard.num_bytes if max_bytes is None else min(shard.num_bytes, max_bytes)
+    with _opened(shard._replace(num_bytes=num_bytes)) as tar:
         for index, (_, members) in enumerate(itertools.islice(tar.samples(), max(wanted) + 1)):
+            # A local file is not cut by its number of bytes.
+            if max_bytes is not None and any(m.offset_data + m.size > max_bytes for _, m in members):
+                break
             data = _image(tar, members, image_member) if index in wanted else None
             if data is not None:
                 found[index] = data

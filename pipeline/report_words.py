@@ -1,0 +1,38 @@
+"""Numbers in words for a person, each with its unit."""
+
+from __future__ import annotations
+
+
+def count(number: int, noun: str) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def share(part: float) -> str:
+    """0.932 as `93 %`."""
+    if 0 < part < 0.01:
+        return "under 1 %"
+    return f"{100 * part:.0f} %"
+
+
+def seconds(length_s: float) -> str:
+    """A length of time by its two largest units."""
+    if length_s < 9.95:
+        return f"{length_s:.1f} s"
+    whole = round(length_s)
+    if whole < 120:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 120:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} TiB"

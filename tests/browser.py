@@ -1,0 +1,121 @@
+"""A headless Chromium to look at pages with, spoken to in its own protocol (CDP) over a websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+_START_S = 60.0
+_ANSWER_S = 60.0
+
+
+class Browser:
+    """One page at a time, of any width, in light or dark."""
+
+    def __init__(self, executable: str, folder: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._number = 0
+        self._tab: str | None = None
+        # What the page asked for beside itself, and what its console said.
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        # Without its sandbox, which needs what containers do not give: the pages are the tests' own.
+        self._process = subprocess.Popen(
+            [
+                executable, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                "--hide-scrollbars", "--no-first-run", "--disable-background-networking", "--remote-debugging-port=0",
+                f"--user-data-dir={folder}", "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._loop.run_until_complete(self._connect(folder / "DevToolsActivePort"))
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._tab = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    async def _connect(self, port_file: Path) -> None:
+        deadline = time.monotonic() + _START_S
+        while not (port_file.is_file() and port_file.read_text().count("\n")):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Chromium did not start: exit code {self._process.poll()}")
+            await asyncio.sleep(0.05)
+        port, path = port_file.read_text().split("\n")[:2]
+        self._http = aiohttp.ClientSession()
+        self._socket = await self._http.ws_connect(f"ws://127.0.0.1:{port}{path}", max_msg_size=0)
+
+    def call(self, method: str, **parameters: Any) -> Any:
+        """One command, and its answer."""
+        return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), _ANSWER_S))
+
+    async def _call(self, method: str, parameters: dict[str, Any]) -> Any:
+        self._number += 1
+        tab = {"sessionId": self._tab} if self._tab else {}
+        await self._socket.send_json({"id": self._number, "method": method, "params": parameters, **tab})
+        while True:
+            message = await self._socket.receive_json()
+            if message.get("id") == self._number:
+                if "error" in message:
+                    raise RuntimeError(f"{method}: {message['error']}")
+                return message["result"]
+            self._heard(message)
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        if message.get("method") == "Network.requestWillBeSent":
+            self.requests.append(message["params"]["request"]["url"])
+        if message.get("method") == "Log.entryAdded":
+            self.complaints.append(message["params"]["entry"]["text"])
+
+    def open(self, page: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """Show a page, and wait until all of it is there."""
+        phone = width < 600
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone,
+        )  # fmt: skip
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.requests.clear()
+        self.complaints.clear()
+        self.call("Page.navigate", url=page.as_uri())
+        deadline = time.monotonic() + _ANSWER_S
+        while self.value("document.readyState") != "complete" or self.value("location.href") != page.as_uri():
+            assert time.monotonic() < deadline, "the page did not load"
+            time.sleep(0.05)
+
+    def value(self, expression: str) -> Any:
+        """What an expression of the debugger has in the page: its own scripts need not be allowed."""
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def screenshot(self, path: Path, *, whole: bool = True) -> Path:
+        """The page as a PNG."""
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        path.write_bytes(base64.b64decode(data))
+        return path
+
+    def move_to(self, x: float, y: float) -> None:
+        """Point at a place in the window."""
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def press(self, key: str) -> None:
+        """Press a key and let it go."""
+        code = {"Tab": 9, "ArrowDown": 40, "ArrowRight": 39}[key]
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def close(self) -> None:
+        """End it."""
+        with suppress(Exception):
+            self._loop.run_until_complete(self._http.close())
+        self._loop.close()
+        self._process.kill()
+        self._process.wait()
