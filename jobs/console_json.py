@@ -47,7 +47,7 @@ class JsonConsole(Console):
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         line = {"time": now, "level": level, "run": self.run, "event": event, **_clean(values)}
         with self._lock:
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(json.dumps(line), flush=True)
 
     def plan(self, job: Job, plan: Plan, estimated: Estimate | None) -> None:
         """What will be done."""

@@ -21,7 +21,7 @@ from pipeline.errors import ClusterError, InputError, ShardError
 from pipeline.fingerprint import write_fingerprint
 from pipeline.isolated import IsolatedDecoder
 from pipeline.ledger import Counts, Plan, count, make_plan
-from pipeline.nodes import FlowCallback, NodeWatch
+from pipeline.nodes import DeviceTime, FlowCallback, NodeWatch, alive_nodes
 from pipeline.parts import PartWriter
 from pipeline.prepare import Job
 from pipeline.redact import redact
@@ -133,8 +133,9 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     delete(config.output, [file for name, files in plan.stale.items() if name not in not_done for file in files])
     if not plan.pending:
         _begin(job)
-        return _finish(job, plan, None, tally, Counts(), problems)
+        return _finish(job, plan, None, None, tally, Counts(), problems)
     resources = plan_resources(config, watcher.on_wait)
+    devices = DeviceTime(resources.requests[0], resources.num_actors[1], tally.started, alive_nodes())
     engine = choose_engine(job, plan.pending[0], resources.device, resources.fast_precisions())
     if engine.note is not None:
         problems.append(f"slower than it could be: {engine.note}")
@@ -156,7 +157,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
-            with _watch_nodes(resources, config, watcher):
+            with _watch_nodes(resources, config, watcher, devices):
                 for receipt in _receipts(make_flow(pending, job, source, resources, isolated=failed)):
                     tally.add(receipt)
                     watcher.on_part(tally)
@@ -175,13 +176,14 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         if num_idle >= config.max_passes - 1:
             break
     counts = count([shard for shard in shards if shard.name in names], config.output)
-    return _finish(job, first_plan, resources, tally, counts, problems)
+    return _finish(job, first_plan, resources, devices, tally, counts, problems)
 
 
 def _finish(
-    job: Job, plan: Plan, resources: Resources | None, tally: Tally, counts: Counts, problems: list[str]
-) -> dict[str, Any]:
-    report = make_report(tally, counts, job, plan, resources, problems)
+    job: Job, plan: Plan, resources: Resources | None, devices: DeviceTime | None, tally: Tally, counts: Counts,
+    problems: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    report = make_report(tally, counts, job, plan, resources, devices, problems)
     try:
         write_report(job.config.output, report)
     except (OSError, ShardError) as error:
@@ -202,10 +204,10 @@ def _actor_retries() -> dict[str, Any]:
 
 
 @contextmanager
-def _watch_nodes(resources: Resources, config: Config, watcher: Watcher) -> Iterator[None]:
+def _watch_nodes(resources: Resources, config: Config, watcher: Watcher, devices: DeviceTime) -> Iterator[None]:
     """Let the flow end with a `ClusterError` where a stage has had no node for too long."""
     wait_s = _NODE_WAIT_S if config.node_wait_s is None else config.node_wait_s
-    FlowCallback.watch = NodeWatch(resources.requests, wait_s, watcher.on_wait)
+    FlowCallback.watch = NodeWatch(resources.requests, wait_s, watcher.on_wait, devices)
     try:
         yield
     finally:

@@ -97,19 +97,50 @@ def crowded(actor: Request, task: Request, nodes: list[Node]) -> int | None:
     return to_fill - 1 if actor.count >= to_fill else None
 
 
+class DeviceTime:
+    """How many devices a run holds over time: as many as the nodes have room for, `most` at most.
+
+    Spot machines come and go, and `most` may be more than the cluster ever has. Times are `time.monotonic`'s.
+    """
+
+    def __init__(self, actor: Request, most: int, since: float, nodes: list[Node]) -> None:
+        self._actor = actor
+        self._most = most
+        self._seconds = 0.0
+        self._since = since
+        self._now = self.peak = self._room(nodes)
+
+    def _room(self, nodes: list[Node]) -> int:
+        return min(self._most, sum(self._actor.room(node) for node in nodes))
+
+    def look(self, nodes: list[Node], now: float) -> None:
+        """Count with these nodes from `now` on."""
+        self._seconds = self.seconds(now)
+        self._since = now
+        self._now = self._room(nodes)
+        self.peak = max(self.peak, self._now)
+
+    def seconds(self, until: float) -> float:
+        """Device-seconds from the begin (`since`) to `until`."""
+        return self._seconds + self._now * (until - self._since)
+
+
 class NodeWatch:
     """Ends a flow of which a stage has had no node for `wait_s` seconds: Ray itself would wait for ever.
 
-    `say` is told, at once and every minute, what is waited for.
+    `say` is told, at once and every minute, what is waited for, and `devices` which nodes there are.
     """
 
-    def __init__(self, requests: Iterable[Request], wait_s: float, say: Callable[[str], object]) -> None:
+    def __init__(
+        self, requests: Iterable[Request], wait_s: float, say: Callable[[str], object], devices: DeviceTime
+    ) -> None:
         # One worker of each stage is enough to go on.
         self._requests = [
             Request(request.stage, request.cpus, request.gpus, request.resource) for request in requests
         ]
         self._wait_s = wait_s
         self._say = say
+        self._devices = devices
         self._looked = self._said = -math.inf
         self._since: float | None = None
 
@@ -123,7 +154,9 @@ class NodeWatch:
         if now - self._looked < min(_LOOK_EVERY_S, self._wait_s / 4):
             return
         self._looked = now
-        lacking = missing(self._requests, alive_nodes())
+        nodes = alive_nodes()
+        self._devices.look(nodes, now)
+        lacking = missing(self._requests, nodes)
         if lacking is None:
             if self._since is not None:
                 self._say("no longer: the nodes are there")

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import ShardError
 from pipeline.ledger import Counts, Plan
+from pipeline.nodes import DeviceTime
 from pipeline.prepare import Job
 from pipeline.report_timeline import Timeline
 from pipeline.resources import Resources
-from pipeline.schema import END_BROKEN, END_LAST, STAGES
+from pipeline.schema import END_BROKEN, END_LAST, STAGE_EMBED, STAGES
 from pipeline.storage import join, read_bytes, write_bytes
 
 REPORT_FILE = "report.json"
@@ -94,21 +95,25 @@ def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: fl
 
 
 def make_report(
-    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources | None, problems: list[str]
-) -> dict[str, Any]:
+    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources | None, devices: DeviceTime | None,
+    problems: list[str],
+) -> dict[str, Any]:  # fmt: skip
     """The report of a run, as it is stored in `report.json`.
 
     Counts are of the shards that this run took on, read back from what is stored. `problems` is what went
     wrong with the engine on the way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
     images of the parts stored in it, and the seconds that each stage worked on them; `stage_workers` is how many
-    workers of a stage can be busy at once.
+    workers of a stage can be busy at once, on average. `num_devices` is the most that there were at once;
+    `device_hours` counts each for as long as it was there.
     """
     wall_s = tally.wall_s
-    num_devices = resources.num_actors[1] if resources else 0
+    device_s = devices.seconds(tally.started + wall_s) if devices else 0.0
     slots = resources.slots if resources else dict.fromkeys(STAGES, 1.0)
+    if devices:
+        slots[STAGE_EMBED] = device_s / wall_s
     slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
     price = job.config.price_per_hour
-    device_hours = num_devices * wall_s / 3600
+    device_hours = device_s / 3600
     per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
     return {
         "run": job.run,
@@ -125,7 +130,7 @@ def make_report(
         "precision": job.precision,
         "engine": job.engine,
         "device": resources.device if resources else None,
-        "num_devices": num_devices,
+        "num_devices": devices.peak if devices else 0,
         "balanced": counts.balanced,
         "samples": counts.num_samples,
         "embedded": counts.num_embedded,
@@ -159,7 +164,7 @@ def make_report(
         "slowest_stage": slowest if tally.num_parts else None,
         "stage_busy": {stage: round(share, 4) for stage, share in busy.items()},
         "stage_s": {stage: round(seconds, 3) for stage, seconds in tally.stage_s.items()},
-        "stage_workers": {stage: round(number, 2) for stage, number in resources.slots.items()} if resources else {},
+        "stage_workers": {stage: round(number, 2) for stage, number in slots.items()} if resources else {},
         "device_hours": round(device_hours, 6),
         "device_hours_per_million_images": None if per_million is None else round(per_million, 4),
         "price_per_hour": price,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import parse
-from pipeline.nodes import Node, Request, crowded, missing
+from pipeline.nodes import DeviceTime, Node, Request, crowded, missing
 from pipeline.resources import Resources, divide
 
 HEAD: Node = {"memory": 8e9, "object_store_memory": 1e9}
@@ -111,3 +111,13 @@ def test_a_node_is_full_when_no_task_fits_beside_its_actors() -> None:
 
 def test_a_request_that_some_node_can_hold_is_not_missing() -> None:
     assert missing([Request("embed", 0.3, 1.0), Request("decode", 0.99)], [HEAD, DECODE, L4]) is None
+
+
+def test_devices_count_for_as_long_as_the_nodes_are_there() -> None:
+    actor, gpu = Request("embed", 0.3, 1.0), {"CPU": 8.0, "GPU": 1.0}
+    devices = DeviceTime(actor, 3, 100.0, [gpu])
+    assert devices.seconds(110.0) == 10.0
+    devices.look([gpu, {"CPU": 8.0, "GPU": 4.0}], 110.0)
+    devices.look([{"CPU": 8.0}], 120.0)
+    # 10 s of one, 10 s of three, which is the most that were asked for, and then none.
+    assert (devices.seconds(150.0), devices.peak) == (40.0, 3)
