@@ -112,17 +112,18 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
     else:
         console.nothing_to_do(len(job.shards))
         console.report_fault(report)
-    _draw(report, job, lease, console)
+    opened = {shard.name for shard in plan.pending[: job.config.limit]}
+    _draw(report, job, opened, lease, console)
     return exit_code(report, job.config.max_error_fraction)
 
 
-def _draw(report: Mapping[str, Any], job: Job, lease: Lease, console: Console) -> None:
+def _draw(report: Mapping[str, Any], job: Job, opened: set[str], lease: Lease, console: Console) -> None:
     """Draw the run's page: Ray is down by now, and whatever goes wrong here changes nothing of a run that is over."""
     if report["report_fault"] is not None:
         return
     try:
         lease.check()
-        write_page(report, job.shards, job.config.image_member)
+        write_page(report, job.shards, opened, job.config.image_member)
     except (PipelineError, OSError) as error:
         console.error(f"report.html cannot be written: {describe(error)}; the run itself is over and stored")
     except (KeyboardInterrupt, SystemExit):

@@ -151,7 +151,7 @@ def map_of(sample: Sample, pictures: Pictures) -> str:
     hint = (
         '<label class="hide"><input type="radio" name="map" checked> no picture</label>'
         if pictured
-        else "<p>No pictures could be had.</p>"
+        else "<p>No pictures.</p>"
     )
     ask = f" Point at, tap or focus one of the {len(pictured)} larger dots to see its image." if pictured else ""
     return f'<p>{safe(said)}.{ask}</p><div class="map">{chart}{hint}</div>'

@@ -6,7 +6,7 @@ and nothing that goes wrong here changes the run or its report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from pipeline import report_look as look
@@ -63,17 +63,24 @@ footer { color: var(--soft); font-size: 13px; margin-top: 1.4rem; } a { color: v
 """
 
 
-def write_page(report: Mapping[str, Any], shards: Iterable[Shard], image_member: str | None) -> None:
-    """Draw the page of a run and store it beside its report. `shards` are those of its input, as it found them.
+def write_page(
+    report: Mapping[str, Any], shards: Iterable[Shard], opened: Collection[str], image_member: str | None
+) -> None:
+    """Draw the page of a run and store it beside its report.
+
+    `shards` are those of its input, as it found them. Pictures are read from those that it `opened`, by their names:
+    a shard that was done before is not opened, not even for a picture.
 
     Raises:
         OSError, ShardError: it cannot be stored.
     """
-    html = draw_page(report, {shard.name: shard for shard in shards}, image_member)
+    html = draw_page(report, {shard.name: shard for shard in shards}, opened, image_member)
     write_bytes(str(report["output"]), PAGE_FILE, html.encode())
 
 
-def draw_page(report: Mapping[str, Any], shards: Mapping[str, Shard], image_member: str | None) -> str:
+def draw_page(
+    report: Mapping[str, Any], shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None
+) -> str:
     """The page as HTML."""
     body = "".join(
         (
@@ -81,7 +88,7 @@ def draw_page(report: Mapping[str, Any], shards: Mapping[str, Shard], image_memb
             _section("What ran", lambda: _facts(report)),
             "" if _was_idle(report) else _section("Speed", lambda: report_time.section(report)),
             _section("Errors and shards", lambda: _errors(report) + _lists(report)),
-            _embeddings(str(report["output"]), shards, image_member),
+            _embeddings(str(report["output"]), shards, opened, image_member),
             '<footer>Every number of this page that is of the run itself stands in <a href="report.json">report.json'
             "</a>, beside it.</footer>",
         )
@@ -246,20 +253,26 @@ def _list(title: str, texts: list[str], total: int) -> str:
     return f"<h3>{title} ({total:,})</h3><ul>{''.join(shown)}</ul>{more}{cut}"
 
 
-def _embeddings(output: str, shards: Mapping[str, Shard], image_member: str | None) -> str:
+def _embeddings(output: str, shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None) -> str:
     """What is stored, whether or not this run stored it."""
 
     def make() -> str:
-        sample = take_sample(output, shards)
+        sample = take_sample(output, shards, opened)
         said = f"<p>{safe(look.told(sample))}</p>{look.faults(sample.faults)}"
         if not sample.ids:
             return said
-        pictures = look.take_pictures(sample, shards, image_member)
+        shown = {name: shard for name, shard in shards.items() if name in opened}
+        pictures = look.take_pictures(sample, shown, image_member)
+        near = (
+            _or_reason(lambda: look.gallery(sample, pictures))
+            if opened
+            else "<p>Pictures are of the shards that a run opens, and this one opened none.</p>"
+        )
         return (
             f"{said}{look.faults(pictures.faults)}"
             f'<div class="look"><div><h3>Map</h3>{_or_reason(lambda: look.map_of(sample, pictures))}</div>'
             f"<div><h3>Norms</h3>{_or_reason(lambda: look.lengths(sample))}</div></div>"
-            f"<h3>Neighbours</h3>{_or_reason(lambda: look.gallery(sample, pictures))}"
+            f"<h3>Neighbours</h3>{near}"
         )
 
     return _section("The embeddings", make)

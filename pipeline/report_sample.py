@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -62,11 +62,11 @@ class Sample:
     faults: list[str] = field(default_factory=list)
 
 
-def take_sample(output: str, shards: Mapping[str, Shard]) -> Sample:
+def take_sample(output: str, shards: Mapping[str, Shard], opened: Collection[str]) -> Sample:
     """At most `MAX_ROWS` rows from the fronts of at most `MAX_PARTS` parts, in about `MAX_S` seconds.
 
-    Parts of another version than that of `shards` are left out. Of those there are, the first parts of shards come
-    first, spread evenly over the names.
+    Parts of another version than that of `shards` are left out. Of those there are, half and more are of the `opened`
+    shards, as far as they have so many; the first parts of shards come first, spread evenly over the names.
 
     Raises:
         OutputError: the output cannot be listed.
@@ -81,7 +81,10 @@ def take_sample(output: str, shards: Mapping[str, Shard]) -> Sample:
         shard = shards.get(part.shard)
         if shard is None or version_tag(shard.num_bytes, shard.version) == part.tag:
             parts.append(part)
-    chosen = spread(parts, MAX_PARTS)
+    of_opened = [part for part in parts if part.shard in opened]
+    others = [part for part in parts if part.shard not in opened]
+    chosen = spread(of_opened, MAX_PARTS - min(len(others), MAX_PARTS // 2))
+    chosen += spread(others, MAX_PARTS - len(chosen))
     ids: list[str] = []
     places: list[Place] = []
     pieces: list[Vectors] = []

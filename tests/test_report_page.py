@@ -43,7 +43,7 @@ class Ran(NamedTuple):
 
     @property
     def page(self) -> str:
-        return draw_page(self.report, self.shards, None)
+        return draw_page(self.report, self.shards, set(self.shards), None)
 
 
 def ran(folder: Path | str, output: Path | str, **settings: Any) -> Ran:
@@ -104,7 +104,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[
     cut = shards / "photos-00003.tar"
     cut.write_bytes(cut.read_bytes()[:30_000])
     found = ran(shards, folder / "out", price_per_hour=2.5)
-    write_page(found.report, found.shards.values(), None)
+    write_page(found.report, found.shards.values(), set(found.shards), None)
     return folder, found
 
 
@@ -222,7 +222,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, whole: tuple[Pat
         "input": [_HOSTILE] * 1000,
         "balanced": False,
     }
-    page = draw_page(report, whole[1].shards, None)
+    page = draw_page(report, whole[1].shards, set(whole[1].shards), None)
     text = read(page)
     assert page.encode()
     assert "Not balanced" in text
@@ -256,16 +256,29 @@ def test_a_store_that_fails_costs_one_section_with_its_reason(tmp_path: Path) ->
     text = read(found.page)
     assert "0 embeddings from the fronts of 0 parts" in text
     assert "What ran" in text
-    lost = draw_page({**found.report, "output": "nowhere://none/out"}, found.shards, None)
+    lost = draw_page({**found.report, "output": "nowhere://none/out"}, found.shards, set(found.shards), None)
     assert "This could not be drawn: " in lost
     assert "Nothing to do" in lost
+
+
+def test_shards_that_the_run_did_not_open_are_not_opened_for_pictures(tmp_path: Path) -> None:
+    found = done(write_shards(tmp_path / "in", num_shards=3, samples_each=7), tmp_path / "out")
+    for name in ("photos-00000", "photos-00002"):
+        (tmp_path / "in" / f"{name}.tar").unlink()
+    page = draw_page(found.report, found.shards, {"photos-00001"}, None)
+    read(page)
+    assert "no pictures of shard" not in page
+    assert page.count('<figure class="head"><img') == 6
+    nothing = draw_page(found.report, found.shards, set(), None)
+    assert "this one opened none" in nothing
+    assert "data:image/jpeg" not in nothing
 
 
 def test_pictures_are_read_from_object_storage_too(tmp_path: Path, s3_url: str, s3_server: Any) -> None:
     write_shards(tmp_path / "in", num_shards=2, samples_each=6)
     s3_server.filesystem().put(str(tmp_path / "in"), f"{s3_url}/in", recursive=True)
     found = done(f"{s3_url}/in", f"{s3_url}/out")
-    write_page(found.report, found.shards.values(), None)
+    write_page(found.report, found.shards.values(), set(found.shards), None)
     page = s3_server.filesystem().cat(f"{s3_url}/out/report.html").decode()
     read(page)
     assert page.count('<figure class="other"><img') == 6 * 5
@@ -341,7 +354,7 @@ def test_hostile_text_makes_no_page_wider(whole: tuple[Path, Ran], browser: Brow
     wide = "W" * 5000
     changes = {"backbone": wide, "weights": wide, "output": wide, "problems": [wide], "errors_by_reason": {wide: 9}}
     (tmp_path / "wide.html").write_text(
-        draw_page({**whole[1].report, **changes, "error_examples": {wide: wide}}, {}, None)
+        draw_page({**whole[1].report, **changes, "error_examples": {wide: wide}}, {}, set(), None)
     )
     browser.open(tmp_path / "wide.html", width=390)
     assert browser.call("Page.getLayoutMetrics")["cssContentSize"]["width"] == 390

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ def shards_of(folder: Path) -> dict[str, Shard]:
     return {shard.name: shard for shard in find_shards([str(folder)]).shards}
 
 
-def taken(folder: Path, output: Path) -> Sample:
-    return take_sample(str(output), shards_of(folder))
+def taken(folder: Path, output: Path, opened: Collection[str] = ()) -> Sample:
+    return take_sample(str(output), shards_of(folder), opened)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,9 @@ def test_of_a_large_output_a_bounded_part_is_taken(made: Path, monkeypatch: pyte
     sample = taken(made / "in", made / "out")
     assert (len(sample.ids), sample.num_read, sample.num_stored) == (4, 2, 9)
     assert [index for _, index in sample.places] == [0, 1, 0, 1]
+    # Half of it and more are of shards that the run opened.
+    last = taken(made / "in", made / "out", {"photos-00002"})
+    assert [name for name, _ in last.places] == ["photos-00002"] * 2 + ["photos-00000"] * 2
     monkeypatch.setattr(report_sample, "MAX_BYTES", 2 * 512 * 4)
     assert len(taken(made / "in", made / "out").ids) == 2
     monkeypatch.setattr(report_sample, "MAX_LISTED", 5)
