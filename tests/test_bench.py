@@ -151,7 +151,7 @@ def test_a_small_run_measures_every_case(run_job: RunJob, tmp_path: Path) -> Non
     assert set(result) == set(fields.split())
     assert result["hardware"]["cores"] >= 1
     assert set(result["versions"]) >= {"python", "torch", "torchvision", "ray", "pillow", "pyarrow"}
-    assert [one["text"] for one in result["goals"]] == [goal.text for goal in bench.GOALS]
+    assert [one["text"] for one in result["goals"]] == [goal.text for goal in bench.GOALS if goal.case != "scaling"]
     for one in result["goals"]:
         # The overhead is a difference, which noise may turn.
         assert one["median"] > 0 or one["case"] == "tiny", one
