@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-import threading
 import warnings
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -38,16 +35,3 @@ def connect() -> None:
         raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
     # The flow tells what fails in a pass, in a line.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
-def import_beside(module: str) -> None:
-    """Begin to import `module` in a thread: torch takes seconds of it, and Ray's start mostly waits for processes.
-
-    Whoever imports it next waits for that, and gets the error if there was one.
-    """
-
-    def load() -> None:
-        with suppress(Exception):
-            importlib.import_module(module)
-
-    threading.Thread(target=load, name=f"import {module}", daemon=True).start()

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jobs.console import Console
 from jobs.console_json import make_console
 from pipeline import config as settings
 from pipeline.config import Config
-from pipeline.errors import ClusterError, SettingsError
+from pipeline.errors import SettingsError
 from pipeline.redact import redact
 from pipeline.schema import KEEP_TYPES
 
@@ -178,25 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
         console.end(EXIT_USAGE)
         return EXIT_USAGE
     console = make_console(config.log_format)
-    code = _run(config, console, dry_run=flags["dry_run"])
-    console.end(code)
-    return code
-
-
-def _run(config: Config, console: Console, *, dry_run: bool) -> int:
-    # torch and Ray take seconds: who asks for help, or mistypes, shall not wait for them.
-    if not dry_run:
-        from jobs.connection import connect, import_beside  # noqa: PLC0415
-
-        import_beside("jobs.session")
-        try:
-            connect()
-        except ClusterError as error:
-            console.error(str(error))
-            return EXIT_USAGE
+    # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.
     from jobs.session import run_job  # noqa: PLC0415
 
-    return run_job(config, console, dry_run=dry_run)
+    code = run_job(config, console, dry_run=flags["dry_run"])
+    console.end(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from jobs.connection import connect
 from jobs.console import Console
 from jobs.metrics import Metrics
 from pipeline.config import Config
@@ -48,7 +49,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
-    """Run the job on the Ray that is up, which only a dry run does without, and return its exit code."""
+    """Run the job, and return its exit code."""
     try:
         job = replace(prepare(config), run=console.run)
         if dry_run:
@@ -98,6 +99,10 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
         metrics.part(tally)
 
     try:
+        if plan.pending:
+            connect()
+            # ray.init has set handlers of its own.
+            signal.signal(signal.SIGTERM, _terminate)
         with console.progress():
             report = run(job, plan, Watcher(on_resources, on_pass, on_part, console.waiting))
     except OutputError as error:
