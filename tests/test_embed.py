@@ -219,7 +219,8 @@ def test_a_submitted_job_reads_and_writes_s3(s3_server: Any, s3_url: str, tmp_pa
     write_shards(tmp_path / "in", num_shards=3, samples_each=6)
     fs = s3_server.filesystem()
     fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
-    port, dashboard, client = free_ports(3)
+    # Another Ray on this machine has the default ones.
+    port, dashboard, agent, agent_grpc, client = free_ports(5)
     environment = {**os.environ, **s3_server.environment, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     # As in an activated environment: the shebang finds the Python that has Ray.
@@ -231,6 +232,7 @@ def test_a_submitted_job_reads_and_writes_s3(s3_server: Any, s3_url: str, tmp_pa
         [
             binaries / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+            f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
             f"--ray-client-server-port={client}", f"--temp-dir={temporary}",
         ],
         env=environment,
