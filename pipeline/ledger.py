@@ -12,7 +12,7 @@ from pipeline.parts import EMBEDDINGS, ERRORS, PartName, read_facts, version_tag
 from pipeline.samples import Pending
 from pipeline.schema import END_BROKEN, END_LAST, END_NONE
 from pipeline.shards import Shard
-from pipeline.storage import FileInfo, describe, join, list_files, locate
+from pipeline.storage import FileInfo, describe, join, list_files, locate, without_gc
 
 _COUNTERS = 32
 # A part's number and end as one integer: number * 3 + position of the end here.
@@ -59,6 +59,7 @@ def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, FileInfo]]:
         raise OutputError(f"cannot list {join(output, folder)}: {describe(error)}") from error
 
 
+@without_gc()
 def make_plan(shards: list[Shard], output: str) -> Plan:
     """Compare the shards with what is stored.
 
@@ -152,6 +153,7 @@ class Counts:
         return not self.missing and not self.faults
 
 
+@without_gc()
 def count(shards: list[Shard], output: str) -> Counts:
     """Count the samples of `shards` from the footers of their stored parts.
 

@@ -17,7 +17,17 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError, SettingsError
 from pipeline.redact import has_secret
-from pipeline.storage import FileInfo, describe, list_files, locate, read_bytes, stat, to_url, with_retries
+from pipeline.storage import (
+    FileInfo,
+    describe,
+    list_files,
+    locate,
+    read_bytes,
+    stat,
+    to_url,
+    with_retries,
+    without_gc,
+)
 
 SUFFIX = ".tar"
 # Up to so many named shards of one folder are asked for one by one, more by listing the folder.
@@ -28,6 +38,8 @@ _MAX_NAMED = 10_000_000
 _MAX_BASENAME_BYTES = 200
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
 _WILDCARD = re.compile(r"[*?\[]")
+# A path with a piece that is empty, `.` or `..`.
+_NO_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|$)")
 
 
 class Shard(NamedTuple):
@@ -46,6 +58,7 @@ class ShardSet(NamedTuple):
     shards: list[Shard]
 
 
+@without_gc()
 def find_shards(inputs: Iterable[str]) -> ShardSet:
     """Expand the input to shards with size and version.
 
@@ -86,11 +99,14 @@ def find_shards(inputs: Iterable[str]) -> ShardSet:
     found.update(_named(fs, named))
     # One at a time, since a million infos beside a million shards would be twice the memory.
     paths = sorted(found)
-    return ShardSet(to_url(fs, root), [_shard(fs, root, found.pop(path)) for path in paths])
+    return ShardSet(to_url(fs, root), list(_shards(fs, root, (found.pop(path) for path in paths))))
 
 
-def _shard(fs: fsspec.AbstractFileSystem, root: str, info: FileInfo) -> Shard:
-    return Shard(_name(root, info.path), to_url(fs, info.path), info.num_bytes, info.version)
+def _shards(fs: fsspec.AbstractFileSystem, root: str, infos: Iterable[FileInfo]) -> Iterator[Shard]:
+    inside = f"{root.rstrip('/')}/" if root else ""
+    url = to_url(fs, inside)
+    for path, num_bytes, version in infos:
+        yield Shard(_name(inside, path), f"{url}{path[len(inside) :]}", num_bytes, version)
 
 
 def _expand_list(spec: str) -> Iterator[str]:
@@ -229,16 +245,16 @@ def _look(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo | None:
         raise InputError(f"cannot look at {url}: {describe(error)}") from error
 
 
-def _name(root: str, path: str) -> str:
-    inside = f"{root.rstrip('/')}/" if root else ""
+def _name(inside: str, path: str) -> str:
+    """A shard's path below the folder `inside`, without the suffix; checked, as it names files."""
     name = path[len(inside) :].removesuffix(SUFFIX)
     base = name.rpartition("/")[2]
     try:
         size = len(base.encode())
     except UnicodeEncodeError as error:
         raise InputError(f"shard {path!a} cannot name its output: its name must be UTF-8") from error
-    if not path.startswith(inside) or any(part in ("", ".", "..") for part in name.split("/")):
-        raise InputError(f"shard {path} cannot name its output: it must lie below {root}, and no `..` in its path")
+    if not path.startswith(inside) or _NO_NAME.search(name):
+        raise InputError(f"shard {path} cannot name its output: it must lie below {inside}, and no `..` in its path")
     if size > _MAX_BASENAME_BYTES:
         raise InputError(
             f"shard {path} cannot name its output: its name must have at most {_MAX_BASENAME_BYTES} bytes"
