@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ class SleepRunner:
 @dataclass(frozen=True)
 class SleepSource:
     """Makes runners that sleep; it needs no weights."""
+
+    has_own_batch_size: ClassVar[bool] = True
 
     images_per_s: float
     epoch: float

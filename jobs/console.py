@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline.config import AUTO
 from pipeline.redact import redact
 
 if TYPE_CHECKING:
@@ -102,12 +103,23 @@ class Console:
         actors = f"{high}" if low == high else f"{low} to {high}"
         by = f"{job.engine} in {job.precision}"
         self._out.print(f"compute   {resources.total_cpus:g} CPUs, {actors} x {resources.device}, by {by}")
+        if job.config.batch_size == AUTO:
+            self._out.print(f"batches   {self._batches(resources)}")
         if job.config.device == "auto" and resources.device == "cpu":
             self._out.print(
                 "WARNING   Ray has no GPU here: the backbone runs on CPU, which is slow. "
                 "Say --device cpu if that is meant, --device cuda to refuse it.",
                 style="bold yellow",
             )
+
+    @staticmethod
+    def _batches(resources: Resources) -> str:
+        if resources.batch_size is None:
+            return "of the size that is the engine's own"
+        if not resources.batch_rates:
+            return f"of {resources.batch_size} images, as the output was begun"
+        rates = ", ".join(f"{size} {rate:.0f}/s" for size, rate in resources.batch_rates)
+        return f"of {resources.batch_size} images, by measuring: {rates}"
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:

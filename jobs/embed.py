@@ -114,7 +114,19 @@ def parser() -> argparse.ArgumentParser:
     compute = top.add_argument_group("compute")
     add(compute, "device", "where the backbone runs", choices=settings.DEVICES)
     add(compute, "precision", "auto is bf16 or fp16 where the device has it, else fp32", choices=settings.PRECISIONS)
-    add(compute, "batch_size", "images a batch (default: by device)", metavar="N")
+    add(
+        compute,
+        "batch_size",
+        "images a batch, or auto: measured at the start of a new output, at most 20 s, and kept in its run.json "
+        "(default: by device)",
+        metavar="N",
+    )
+    add(
+        compute,
+        "decode",
+        "gpu decodes plain JPEGs on the backbone's GPU, for machines with few CPU cores a GPU; all else stays on CPU",
+        choices=settings.DECODES,
+    )
     add(compute, "price_per_hour", "money a device-hour: the report then says what the run cost", metavar="PRICE")
     add(compute, "actors", "backbones at once, at least and at most (default: one a GPU)", metavar="MIN:MAX")
     add(
@@ -129,6 +141,14 @@ def parser() -> argparse.ArgumentParser:
         "node_wait_s",
         "how long to wait for nodes that are missing, at the start and later (default: 0 at the start, 1800 later)",
         metavar="S",
+    )
+
+    add(
+        compute,
+        "cache",
+        "folder of this machine where the backbone is kept as converted for its CPU, so that the next run starts "
+        "sooner; none keeps nothing (default: $XDG_CACHE_HOME/shard-embedder, or that in ~/.cache)",
+        metavar="FOLDER",
     )
 
     shown = top.add_argument_group("what is shown")

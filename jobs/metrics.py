@@ -6,7 +6,7 @@ from collections import Counter as Counts
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.report import Tally, slowest_stage
+from pipeline.report import Tally
 from pipeline.resources import Resources
 
 
@@ -15,7 +15,8 @@ class Metrics:
 
     Counters: `embed_images_total`, `embed_errors_total` (by `reason`), `embed_read_bytes_total`,
     `embed_written_bytes_total`. Gauges: `embed_pending_shards`, and `embed_stage_busy_ratio` (by `stage`), the
-    share of the run in which the workers of a stage were busy: of the stage `embed`, in which the device was.
+    share of the run in which the workers of a stage were busy: of the stage `embed`, in which the devices that
+    there were, were.
     """
 
     def __init__(self, run: str) -> None:
@@ -26,14 +27,14 @@ class Metrics:
         self._written = Counter("embed_written_bytes", "Bytes of parts written.", ("run",))
         self._pending = Gauge("embed_pending_shards", "Shards that are not complete.", ("run",))
         self._busy = Gauge("embed_stage_busy_ratio", "Share of the run in which a stage was busy.", ("run", "stage"))
-        self._slots: dict[str, float] = {}
+        self._resources: Resources | None = None
         self._num_pending = self._num_done = 0
         self._told: Counts[str] = Counts()
         self._told_reasons: Counts[str] = Counts()
 
     def resources(self, resources: Resources) -> None:
         """What the shares are of."""
-        self._slots = resources.slots
+        self._resources = resources
 
     def begin_pass(self, num_pending: int) -> None:
         """A pass begins with so many shards to do."""
@@ -56,5 +57,6 @@ class Metrics:
         self._told_reasons = Counts(tally.reasons)
         self._num_done = tally.num_shards
         self._pending.set(self._num_pending - self._num_done, self._run)
-        for stage, share in slowest_stage(tally.stage_s, self._slots, tally.wall_s)[1].items():
+        busy = tally.busy(self._resources) if self._resources else {}
+        for stage, share in busy.items():
             self._busy.set(share, {**self._run, "stage": stage})

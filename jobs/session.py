@@ -1,7 +1,8 @@
-"""One run of the job, from its config to its exit code; importing this imports torch and Ray."""
+"""One run of the job, from its config to its exit code; importing this imports Ray."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 
 import ray
 
+from jobs.cache_folder import find_cache
 from jobs.connection import connect
 from jobs.console import Console
 from jobs.metrics import Metrics
 from pipeline.config import Config
+from pipeline.engine import foreseen_engine
 from pipeline.errors import ClusterError, OutputBusyError, OutputError, PipelineError, SettingsError
 from pipeline.flow import Watcher, run
 from pipeline.lease import Lease, hold
@@ -51,7 +54,7 @@ def _terminate(number: int, frame: object) -> None:
 def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     """Run the job, and return its exit code."""
     try:
-        job = replace(prepare(config), run=console.run)
+        job = replace(prepare(config, find_cache(config.cache, os.environ)), run=console.run)
         if dry_run:
             _say_plan(job, make_plan(job.shards, job.config.output), console)
             return EXIT_OK
@@ -98,13 +101,15 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
         console.part(tally)
         metrics.part(tally)
 
+    watcher = Watcher(on_resources, on_pass, on_part, console.waiting)
     try:
-        if plan.pending:
-            connect()
-            # ray.init has set handlers of its own.
-            signal.signal(signal.SIGTERM, _terminate)
-        with console.progress():
-            report = run(job, plan, Watcher(on_resources, on_pass, on_part, console.waiting))
+        with foreseen_engine(job, plan.pending) as choose:
+            if plan.pending:
+                connect()
+                # ray.init has set handlers of its own.
+                signal.signal(signal.SIGTERM, _terminate)
+            with console.progress():
+                report = run(job, plan, watcher, choose)
     except OutputError as error:
         # The run had begun: it is the store that failed, and not the settings.
         console.error(f"{error}; what is stored stays: run the same command again to go on")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import BackboneError
-from pipeline.weights import Weights
+from pipeline.weights_spec import Weights
 
 FEATURES = ("pooled", "map")
 

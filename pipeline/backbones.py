@@ -12,7 +12,7 @@ from pipeline import torchvision_backbones
 from pipeline.backbone_base import Backbone
 from pipeline.decode import Preprocess
 from pipeline.errors import BackboneError
-from pipeline.weights import Weights
+from pipeline.weights_spec import Weights
 
 _TIMM = "timm/"
 

@@ -15,6 +15,8 @@ from pipeline.schema import KEEP_TYPES, RESERVED_COLUMNS
 FEATURES = ("pooled", "map")
 DTYPES = ("float32", "float16")
 DEVICES = ("auto", "cuda", "cpu")
+DECODES = ("cpu", "gpu")
+AUTO = "auto"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LOG_FORMATS = ("text", "json")
 # The type of a kept field where the user names none, by the member's extension.
@@ -66,7 +68,8 @@ class Config:
     dtype: str = "float32"
     precision: str = "auto"
     device: str = "auto"
-    batch_size: int | None = None  # images; None: by device
+    batch_size: int | str | None = None  # images; auto: by measuring; None: by device
+    decode: str = "cpu"  # gpu: plain JPEGs on the backbone's device
     actors: tuple[int, int] | None = None  # (min, max); None: all the devices there are
     actor_resource: str | None = None  # Ray resource of the nodes that backbones may run on; None: any node
     node_wait_s: int | None = None  # for nodes that are missing; None: 0 at the start, 1800 once it runs
@@ -82,6 +85,7 @@ class Config:
     max_error_fraction: float = 1.0
     price_per_hour: float | None = None  # money a device-hour, for the report
     log_format: str = "text"
+    cache: str | None = None  # folder on this machine; none: nothing is kept there; None: the user's own
 
     def __post_init__(self) -> None:
         _check(bool(self.input), "input", "name at least one shard, folder, glob or list", self.input)
@@ -97,6 +101,9 @@ class Config:
         _check(self.features in FEATURES, "features", f"be one of {', '.join(FEATURES)}", self.features)
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
         _check(self.device in DEVICES, "device", f"be one of {', '.join(DEVICES)}", self.device)
+        _check(self.decode in DECODES, "decode", f"be one of {', '.join(DECODES)}", self.decode)
+        if self.decode == "gpu" and self.device == "cpu":
+            raise SettingsError("decode gpu needs device cuda: device must be auto or cuda with it, got 'cpu'")
         _check(self.precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", self.precision)
         _check(
             not (self.normalize and self.features == "map"),
@@ -105,7 +112,12 @@ class Config:
             self.normalize,
         )
         _check(self.log_format in LOG_FORMATS, "log_format", f"be one of {', '.join(LOG_FORMATS)}", self.log_format)
-        for name in ("batch_size", "part_rows", "limit", "max_passes", "max_pixels", "max_image_bytes"):
+        _check(self.cache is None or bool(self.cache.strip()), "cache", "be a folder, or none", self.cache)
+        if isinstance(self.batch_size, str):
+            _check(self.batch_size == AUTO, "batch_size", "be a number or auto", self.batch_size)
+        else:
+            _check(self.batch_size is None or self.batch_size >= 1, "batch_size", "be at least 1", self.batch_size)
+        for name in ("part_rows", "limit", "max_passes", "max_pixels", "max_image_bytes"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "be at least 1", value)
         _check(self.part_rows <= 1_000_000, "part_rows", "be at most 1000000", self.part_rows)
@@ -206,6 +218,8 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
         return parse_pair(name, str(value), ":")
     if name == "image_size":
         return parse_pair(name, str(value), "x")
+    if name == "batch_size" and value == AUTO:
+        return value
     if kind.startswith("bool"):
         return _bool(name, value)
     if kind.startswith("int") or kind.startswith("float"):

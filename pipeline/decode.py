@@ -13,8 +13,10 @@ import math
 import struct
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -80,12 +82,28 @@ class Preprocess:
             del values["mode"]
         return values
 
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Preprocess:
+        """The inverse of `settings`, also after JSON, which has lists where it has tuples."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+        }
+        return cls(**values)
+
+
+class Header(NamedTuple):
+    """What Pillow reads of a JPEG before it is decoded; `orientation` (1 to 8) is what it has to be turned by."""
+
+    height: int
+    width: int
+    orientation: int
+
 
 class Decoder:
     """Decodes by the rules of one job."""
 
     def __init__(self, preprocess: Preprocess, *, max_pixels: int, ignore_orientation: bool) -> None:
-        self._preprocess = preprocess
+        self.preprocess = preprocess
         self._max_pixels = max_pixels
         self._ignore_orientation = ignore_orientation
 
@@ -98,7 +116,7 @@ class Decoder:
 
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         start = time.perf_counter()
-        height, width = self._preprocess.crop
+        height, width = self.preprocess.crop
         pixels = np.zeros((len(samples), height, width, 3), np.uint8)
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
         for row, image in enumerate(samples.field(IMAGE)):
@@ -131,26 +149,44 @@ class Decoder:
         pixels, orientation = self._load(bytes(memoryview(data)))
         if orientation != 1:
             pixels = _upright(pixels, orientation)
-        return resize_crop(pixels, self._preprocess)
+        return resize_crop(pixels, self.preprocess)
+
+    def jpeg_header(self, data: bytes) -> Header | None:
+        """The header of a JPEG, RGB or grey, that is not refused by it; None for everything else."""
+        try:
+            with self._bounded():
+                image = _open(data)
+                self._check_work(image, data)
+        except (SampleError, Image.DecompressionBombError, *_PILLOW_ERRORS):
+            return None
+        if not _is_jpeg(image):
+            return None
+        return Header(image.height, image.width, 1 if self._ignore_orientation else _orientation(image))
 
     def _load(self, data: bytes) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], int]:
         """The image as RGB [H, W, 3], and the orientation that it has yet to be turned by."""
-        # Pillow refuses by the header alone what has over twice as many pixels as this; the process keeps its own.
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, self._max_pixels
         try:
-            image = _open(data)
-            self._check_work(image, data)
-            pixels = _plain_jpeg(image, data)
-            if pixels is not None:
-                return pixels, 1 if self._ignore_orientation else _orientation(image)
-            orientation = _orientation_after_load(image, self._ignore_orientation)
-            return np.asarray(to_rgb(image)), orientation
+            with self._bounded():
+                image = _open(data)
+                self._check_work(image, data)
+                pixels = _plain_jpeg(image, data)
+                if pixels is not None:
+                    return pixels, 1 if self._ignore_orientation else _orientation(image)
+                orientation = _orientation_after_load(image, self._ignore_orientation)
+                return np.asarray(to_rgb(image)), orientation
         except UnidentifiedImageError as error:
             raise SampleError("not an image of a known format") from error
         except Image.DecompressionBombError as error:
             raise SampleError(f"too many pixels: {error}") from error
         except _PILLOW_ERRORS as error:
             raise SampleError(f"broken image: {type(error).__name__}: {str(error)[:200]}") from error
+
+    @contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Pillow refuses by the header alone what has over twice `max_pixels`; the process keeps its own limit."""
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, self._max_pixels
+        try:
+            yield
         finally:
             Image.MAX_IMAGE_PIXELS = before
 
@@ -175,9 +211,13 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data.replace(b"Exif", b"none")), formats=FORMATS)
 
 
+def _is_jpeg(image: Image.Image) -> bool:
+    return image.format == "JPEG" and image.mode in ("RGB", "L")
+
+
 def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
     """Pixels of a JPEG without a fault, [H, W, 3]; None for everything else."""
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+    if not _is_jpeg(image):
         return None
     try:
         # Strict: what libjpeg only warns of, such as data that ends too early, is refused.
@@ -188,7 +228,7 @@ def _plain_jpeg(image: Image.Image, data: bytes) -> np.ndarray[Any, np.dtype[np.
 
 
 def _upright(pixels: np.ndarray[Any, np.dtype[np.uint8]], orientation: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    turned, mirrored = _TURNS[orientation]
+    turned, mirrored = TURNS[orientation]
     return np.rot90(pixels[:, ::-1] if mirrored else pixels, turned)
 
 
@@ -213,7 +253,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 # Quarter turns against the clock, after mirroring left to right.
-_TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
+TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
 
 
 # The orientations that undo each other; every other undoes itself.
@@ -243,7 +283,7 @@ def resize_crop(
     """
     height, width = pixels.shape[:2]
     crop_height, crop_width = preprocess.crop
-    new_height, new_width = _resized(height, width, preprocess)
+    new_height, new_width = resized_size(height, width, preprocess)
     # Where the crop is larger than the resized image, all of that is seen, on black.
     seen_height, seen_width = min(crop_height, new_height), min(crop_width, new_width)
     top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
@@ -258,7 +298,7 @@ def resize_crop(
     return padded
 
 
-def _resized(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
+def resized_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:
     """Height and width of an image before it is cropped."""
     if preprocess.mode == SQUASH:
         longer = max(preprocess.crop)

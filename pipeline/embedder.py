@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.decode import Preprocess
+from pipeline.decode import Decoder, Preprocess
 from pipeline.schema import (
     EMBEDDING,
     PIXELS,
     REASON,
     STAGE,
+    STAGE_DECODE,
     STAGE_EMBED,
     embedding_field,
     part_row,
@@ -25,11 +26,11 @@ from pipeline.schema import (
 class Runner(Protocol):
     """What computes embeddings."""
 
-    def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`.
 
         Args:
-            pixels: uint8 of shape [N, H, W, 3].
+            pixels: uint8 of shape [N, H, W, 3], as numpy has it; or as its device has it, where it is torch's.
             rows: which of the N to embed, in order.
 
         Returns:
@@ -38,8 +39,28 @@ class Runner(Protocol):
         ...
 
 
+class Intake(Protocol):
+    """Where a runner's pixels come from."""
+
+    def __call__(
+        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
+    ) -> tuple[Any, np.ndarray[Any, Any], dict[int, str]]:
+        """Pixels of the rows of `samples` that have no reason yet.
+
+        Returns:
+            pixels for `Runner.embed`; which of them are those rows, in order and without the faults; and the rows
+            that cannot be decoded, each with its reason.
+        """
+        ...
+
+
 class Source(Protocol):
-    """What a runner is made of, in whatever process it is to run."""
+    """What a runner is made of, in whatever process it is to run.
+
+    `has_own_batch_size` says that its runner's own batch size is the best, so that none need be looked for.
+    """
+
+    has_own_batch_size: ClassVar[bool]
 
     def runner(
         self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
@@ -56,14 +77,18 @@ class Source(Protocol):
 class Embedder:
     """Embeds parts: `__call__` takes and gives the tables between the stages.
 
-    Batches never cross parts, so that a sample's embedding does not depend on what else runs.
+    Batches never cross parts, so that a sample's embedding does not depend on what else runs. With a `decoder`
+    the samples come as `pipeline.plain_jpeg.JpegForwarder` gives them, are decoded on the device, and what that
+    refuses by `decoder`; the time that takes is this stage's.
     """
 
     def __init__(
         self, *, source: Source, backbone: str, features: str, preprocess: Preprocess, shape: tuple[int, ...],
         dtype: str, precision: str, normalize: bool, device: str, batch_size: int | None, num_threads: int | None,
+        decoder: Decoder | None = None,
     ) -> None:  # fmt: skip
         self._crop = preprocess.crop
+        self._intake = self._pixels if decoder is None else _device_intake(decoder, device)
         self._field = embedding_field(shape, dtype)
         self._stored = np.dtype(dtype)
         self._runner = source.runner(
@@ -71,12 +96,12 @@ class Embedder:
             device=device, batch_size=batch_size, num_threads=num_threads,
         )  # fmt: skip
 
-    def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `Runner.embed` does."""
         return self._runner.embed(pixels, rows)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Parts with pixels in, the same parts with embeddings out."""
+        """Parts with pixels in, or with what a device is to decode; the same parts with embeddings out."""
         return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
 
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
@@ -85,11 +110,13 @@ class Embedder:
         rows = np.flatnonzero([reason is None for reason in reasons])
         shape = self._storage_shape()
         stored = np.zeros((len(samples), *shape), self._stored)
+        pixels, places, faults = self._intake(samples, rows)
+        for row, reason in faults.items():
+            stages[row], reasons[row] = STAGE_DECODE, reason
+        rows = np.array([row for row in rows if int(row) not in faults], np.int64)
         if len(rows):
-            pixels = samples.field(PIXELS).values.to_numpy().reshape(-1, *self._crop, 3)
-            offset = samples.field(PIXELS).offset
             with np.errstate(over="ignore"):
-                embedded = self.embed(pixels, rows + offset).astype(self._stored).reshape(len(rows), *shape)
+                embedded = self.embed(pixels, places).astype(self._stored).reshape(len(rows), *shape)
             stored[rows] = embedded
             for row in rows[~np.isfinite(embedded).all(axis=1)]:
                 stages[row] = STAGE_EMBED
@@ -106,6 +133,13 @@ class Embedder:
         )
         return part_row({**values, "embed_s": time.perf_counter() - start}, result)
 
+    def _pixels(
+        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
+    ) -> tuple[Any, np.ndarray[Any, Any], dict[int, str]]:
+        """What the decode stage has made, where it is."""
+        column = samples.field(PIXELS)
+        return column.values.to_numpy().reshape(-1, *self._crop, 3), rows + column.offset, {}
+
     def _storage_shape(self) -> tuple[int]:
         kind = self._field.type
         return (getattr(kind, "storage_type", kind).list_size,)
@@ -114,3 +148,9 @@ class Embedder:
         kind = getattr(self._field.type, "storage_type", self._field.type)
         mask = pa.array(failed, pa.bool_()) if failed else None
         return pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), type=kind, mask=mask)
+
+
+def _device_intake(decoder: Decoder, device: str) -> Intake:
+    from pipeline.device_decode import DeviceDecoder  # noqa: PLC0415  whoever computes without torch shall not load it
+
+    return DeviceDecoder(decoder, device)

@@ -8,21 +8,25 @@ OpenVINO, and taken only where it then gives what eager torch gives in fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from pipeline.cpu import cpu_has_bf16
 from pipeline.embedder import Runner, Source
 from pipeline.isolated import IsolatedDecoder
-from pipeline.prepare import Job
+from pipeline.known import Known
+from pipeline.prepare import Job, loaded
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import PIXELS, REASON, part_rows
-from pipeline.torch_runner import Network, SharedWeights, TorchRunner, make_network
 
 openvino_runner: ModuleType | None
 try:
@@ -37,8 +41,7 @@ MIN_COSINE = 0.9995
 # is 0.014.
 MAX_DISTANCE = 0.002
 
-_TORCH = f"torch {torch.__version__}"
-
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
@@ -52,46 +55,81 @@ class Engine:
     note: str | None = None
 
 
+Choose = Callable[[Job, Pending, str, tuple[str, ...]], Engine]
+
+
 def choose_engine(job: Job, shard: Pending, device: str, candidates: tuple[str, ...]) -> Engine:
     """The engine for `device` with its precision: the job's own, else the first of `candidates` close to fp32.
 
     Close is a cosine of at least `MIN_COSINE` on each of the first images of `shard`. Where none of these can
-    be decoded the precision is fp32, which needs no trial.
+    be decoded the precision is fp32, which needs no trial. A graph that the job's cache has needs none against eager
+    torch either, and its own fp32 is what a reduced precision is held against, whether it was kept or made just now.
+
+    Raises:
+        WeightsError: the weights changed since the job was prepared.
     """
-    asked = job.precision
-    plain = SharedWeights.local(job.weights)
-    if device == "cuda" and (asked != "auto" or not candidates):
-        return Engine(_TORCH, "fp32" if asked == "auto" else asked, plain)
     trial = _Trial(job, shard)
-    network = make_network(job.backbone, job.weights, job.config.features, job.preprocess, job.config.normalize)
-    eager = TorchRunner(
+    note = None
+    if device != "cuda":
+        kept = _kept_graph(job)
+        graph, fp32, note = (kept, None, None) if kept is not None else _converted(loaded(job), trial)
+        if graph is not None:
+            return Engine(f"openvino {version('openvino')}", trial.precision(graph, candidates, fp32), graph)
+    # torch takes seconds to import, and a graph that was kept needs it not.
+    from pipeline.torch_runner import SharedWeights  # noqa: PLC0415
+
+    weights = SharedWeights.local(loaded(job).weights)
+    return Engine(f"torch {job.fingerprint.versions['torch']}", trial.precision(weights, candidates), weights, note)
+
+
+@contextmanager
+def foreseen_engine(job: Job, pending: list[Pending]) -> Iterator[Choose]:
+    """`choose_engine`, begun in a thread for this machine's CPU while Ray starts, if an earlier run kept the graph.
+
+    Otherwise, and where the cluster turns out to have GPUs, the engine is chosen when it is asked for.
+    """
+    if not pending or job.kept is None or job.kept.entry is None:
+        yield choose_engine
+        return
+    foreseen = (job, pending[0], "cpu", ("bf16",) if cpu_has_bf16() else ())
+    with ThreadPoolExecutor(1) as pool:
+        engine = pool.submit(choose_engine, *foreseen)
+        yield lambda *asked: engine.result() if asked == foreseen else choose_engine(*asked)
+
+
+def _kept_graph(job: Job) -> Source | None:
+    """The graph that an earlier run kept; its facts and the weights were compared when the job was prepared."""
+    parts = job.kept.graph() if job.kept is not None and openvino_runner is not None else None
+    return None if parts is None or openvino_runner is None else openvino_runner.SharedGraph(*parts)
+
+
+def _converted(job: Job, trial: _Trial) -> tuple[Source | None, Vectors | None, str | None]:
+    """The job's network for OpenVINO and what it gives in fp32, or None and why not."""
+    if openvino_runner is None:
+        return None, None, "OpenVINO is not installed"
+    from pipeline import backbones, torch_runner  # noqa: PLC0415  as above
+
+    network = torch_runner.make_network(
+        job.backbone, job.weights, job.config.features, job.preprocess, job.config.normalize
+    )
+    eager = torch_runner.TorchRunner(
         network, precision="fp32", crop=job.preprocess.crop, device="cpu", batch_size=None, num_threads=None
     )
     expected = trial.run(eager)
-    graph, note = (None, None) if device == "cuda" else _converted(job, trial, network, expected)
-    source = graph or plain
-    precision = asked
-    if asked == "auto":
-        close = (name for name in candidates if trial.is_real and _is_close(expected, trial.embed(source, name)))
-        precision = next(close, "fp32")
-    if graph is not None:
-        return Engine(f"openvino {version('openvino')}", precision, graph)
-    return Engine(_TORCH, precision, plain, note)
-
-
-def _converted(job: Job, trial: _Trial, network: Network, expected: Vectors) -> tuple[Source | None, str | None]:
-    """The job's network for OpenVINO, or None and why not."""
-    if openvino_runner is None:
-        return None, "OpenVINO is not installed"
     try:
-        graph = openvino_runner.convert(network, job.preprocess.crop)
+        from pipeline.openvino_graph import convert  # noqa: PLC0415  as above
+
+        graph = convert(network, job.preprocess.crop)
         found = trial.embed(graph, "fp32")
     except Exception as error:
-        return None, f"OpenVINO cannot take {job.backbone}: {type(error).__name__}: {str(error).strip()[:200]}"
+        return None, None, f"OpenVINO cannot take {job.backbone}: {type(error).__name__}: {str(error).strip()[:200]}"
     distance = _distance(expected, found)
     if not distance <= MAX_DISTANCE:
-        return None, f"OpenVINO is {distance:.2g} of the length from eager torch for {job.backbone}"
-    return graph, None
+        return None, None, f"OpenVINO is {distance:.2g} of the length from eager torch for {job.backbone}"
+    if job.kept is not None and trial.is_real:
+        known = Known(job.backbone, job.weights, job.preprocess, job.shape, backbones.versions(job.backbone))
+        job.kept.keep(known, graph.graph, graph.constants)
+    return graph, found, None
 
 
 class _Trial:
@@ -99,18 +137,33 @@ class _Trial:
 
     def __init__(self, job: Job, shard: Pending) -> None:
         self._job = job
-        config = job.config
+        self._shard = shard
+
+    @cached_property
+    def _images(self) -> Pixels:
+        config = self._job.config
         reader = SampleReader(replace(config, part_rows=NUM_IMAGES))
         # No image shall kill the driver.
         decoder = IsolatedDecoder(
-            job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation
+            self._job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation
         )
-        part = decoder(next(iter(reader.parts(shard._replace(stored_parts=())))))
-        self._pixels = _pixels(part, job.preprocess.crop)
-        self.is_real = len(self._pixels) > 0
-        if not self.is_real:
-            noise = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, *job.preprocess.crop, 3), np.uint8)
-            self._pixels = noise
+        part = decoder(next(iter(reader.parts(self._shard._replace(stored_parts=())))))
+        return _pixels(part, self._job.preprocess.crop)
+
+    @property
+    def is_real(self) -> bool:
+        """Whether there is an image."""
+        return len(self._images) > 0
+
+    def precision(self, source: Source, candidates: tuple[str, ...], fp32: Vectors | None = None) -> str:
+        """The job's precision; for `auto` the first of `candidates` that is close to what `source` gives in fp32."""
+        if self._job.precision != "auto":
+            return self._job.precision
+        if not candidates or not self.is_real:
+            return "fp32"
+        expected = self.embed(source, "fp32") if fp32 is None else fp32
+        close = (name for name in candidates if _is_close(expected, self.embed(source, name)))
+        return next(close, "fp32")
 
     def embed(self, source: Source, precision: str) -> Vectors:
         """Embeddings [N, C] on this process's CPU (feature maps flattened)."""
@@ -129,15 +182,18 @@ class _Trial:
 
     def run(self, runner: Runner) -> Vectors:
         """The same by a runner that is loaded."""
-        rows = np.arange(len(self._pixels))
-        embedded: Vectors = runner.embed(self._pixels, rows).reshape(len(rows), -1)
+        pixels = self._images
+        if not len(pixels):
+            pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, *self._job.preprocess.crop, 3), np.uint8)
+        rows = np.arange(len(pixels))
+        embedded: Vectors = runner.embed(pixels, rows).reshape(len(rows), -1)
         return embedded
 
 
-def _pixels(part: pa.Table, crop: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _pixels(part: pa.Table, crop: tuple[int, int]) -> Pixels:
     ((_, samples),) = part_rows(part)
     good = samples.filter(samples.field(REASON).is_null())
-    flat: np.ndarray[Any, np.dtype[np.uint8]] = good.field(PIXELS).flatten().to_numpy()
+    flat: Pixels = good.field(PIXELS).flatten().to_numpy()
     return flat.reshape(-1, *crop, 3)
 
 

@@ -12,13 +12,15 @@ import numpy
 import PIL
 import pyarrow
 
-from pipeline.config import Config, Field
+from pipeline.config import DECODES, Config, Field
 from pipeline.decode import Preprocess
 from pipeline.errors import OutputError, ShardError
 from pipeline.storage import describe, join, read_bytes, write_bytes
 
 RUN_FILE = "run.json"
 FORMAT = 1
+# Before the kind of device, among the versions: in batches of how many images it computed, where that was chosen.
+BATCH_SIZE = "batch_size_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,9 @@ def make_fingerprint(
         "part_rows": config.part_rows,
         "input_prefix": input_prefix,
     }
+    if config.decode != DECODES[0]:
+        # As before there was another: outputs of that time go on.
+        settings["decode"] = config.decode
     base = {
         "weights": weights_name,
         "python": platform.python_version(),
@@ -109,7 +114,7 @@ def read_fingerprint(output: str) -> Fingerprint | None:
 
 
 def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
-    """`asked`, with a precision of `auto` as the output was `made`.
+    """`asked`, with a precision of `auto` and the chosen batch sizes as the output was `made`.
 
     Raises:
         OutputError: the output was made with another setting; each difference is named.
@@ -129,7 +134,8 @@ def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
             "the output was made with other settings; choose another --output, or run with the same:\n  "
             + "\n  ".join(differences)
         )
-    return Fingerprint(settings, asked.versions)
+    chosen = {name: told for name, told in made.versions.items() if name.startswith(BATCH_SIZE)}
+    return Fingerprint(settings, chosen | asked.versions)
 
 
 def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:

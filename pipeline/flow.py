@@ -13,16 +13,18 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from pipeline.batch_size import settle
 from pipeline.config import Config
 from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, Source
-from pipeline.engine import choose_engine
+from pipeline.engine import Choose, choose_engine
 from pipeline.errors import ClusterError, InputError, ShardError
 from pipeline.fingerprint import write_fingerprint
 from pipeline.isolated import IsolatedDecoder
 from pipeline.ledger import Counts, Plan, count, make_plan
 from pipeline.nodes import DeviceTime, FlowCallback, NodeWatch, alive_nodes
 from pipeline.parts import PartWriter
+from pipeline.plain_jpeg import JpegForwarder
 from pipeline.prepare import Job
 from pipeline.redact import redact
 from pipeline.report import Tally, make_report, write_report
@@ -55,7 +57,8 @@ def make_flow(
     """
     config = job.config
     _set_up_engine()
-    shards = ray.data.from_arrow(_task_tables(pending))
+    # Unlike `from_arrow` it runs no task to look at each table, and waits for none.
+    shards = ray.data.from_blocks(_task_tables(pending))
     samples = shards.map_batches(
         SampleReader(config),
         batch_size=None,
@@ -63,9 +66,12 @@ def make_flow(
         num_cpus=resources.read_cpus,
         ray_remote_args_fn=_task_retries,
     )
-    decoder = IsolatedDecoder if isolated else Decoder
+    decoder = (IsolatedDecoder if isolated else Decoder)(
+        job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation
+    )
+    on_device = config.decode == "gpu"
     decoded = samples.map_batches(
-        decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation),
+        JpegForwarder(decoder) if on_device else decoder,
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.decode_cpus,
@@ -85,6 +91,7 @@ def make_flow(
             "device": resources.device,
             "batch_size": resources.batch_size,
             "num_threads": resources.num_threads,
+            "decoder": decoder if on_device else None,
         },
         # One part a call: with GPUs Ray Data refuses None, which would be a block.
         batch_size=1,
@@ -114,7 +121,7 @@ class Watcher:
     on_wait: Callable[[str], object] = lambda why: None
 
 
-def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
+def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_engine) -> dict[str, Any]:
     """Embed what is pending until all of it is stored, and return the report.
 
     Ray must be up, unless the plan has nothing pending. Ray Data may fail, or lose a part, in any way:
@@ -133,17 +140,19 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
     delete(config.output, [file for name, files in plan.stale.items() if name not in not_done for file in files])
     if not plan.pending:
         _begin(job)
-        return _finish(job, plan, None, None, tally, Counts(), problems)
+        return _finish(job, plan, None, tally, Counts(), problems)
     resources = plan_resources(config, watcher.on_wait)
-    devices = DeviceTime(resources.requests[0], resources.num_actors[1], tally.started, alive_nodes())
-    engine = choose_engine(job, plan.pending[0], resources.device, resources.fast_precisions())
+    tally.devices = devices = DeviceTime(resources.requests[0], resources.num_actors[1], tally.started, alive_nodes())
+    engine = choose(job, plan.pending[0], resources.device, resources.fast_precisions())
     if engine.note is not None:
         problems.append(f"slower than it could be: {engine.note}")
-    job = job.with_engine(engine.name, engine.precision)
+    source = engine.source.share()
+    job, resources, note = settle(job.with_engine(engine.name, engine.precision), source, resources, watcher.on_wait)
+    if note is not None:
+        problems.append(note)
     watcher.on_resources(job, resources)
     _begin(job)
     names = {shard.name for shard in plan.pending[: config.limit]}
-    source = engine.source.share()
     failed = no_nodes = False
     # Passes in a row that stored nothing new, the first aside: a cluster that goes on losing machines may take many
     # passes, and one that cannot do the work few.
@@ -176,14 +185,13 @@ def run(job: Job, first_plan: Plan, watcher: Watcher) -> dict[str, Any]:
         if num_idle >= config.max_passes - 1:
             break
     counts = count([shard for shard in shards if shard.name in names], config.output)
-    return _finish(job, first_plan, resources, devices, tally, counts, problems)
+    return _finish(job, first_plan, resources, tally, counts, problems)
 
 
 def _finish(
-    job: Job, plan: Plan, resources: Resources | None, devices: DeviceTime | None, tally: Tally, counts: Counts,
-    problems: list[str],
-) -> dict[str, Any]:  # fmt: skip
-    report = make_report(tally, counts, job, plan, resources, devices, problems)
+    job: Job, plan: Plan, resources: Resources | None, tally: Tally, counts: Counts, problems: list[str]
+) -> dict[str, Any]:
+    report = make_report(tally, counts, job, plan, resources, problems)
     try:
         write_report(job.config.output, report)
     except (OSError, ShardError) as error:

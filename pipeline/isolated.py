@@ -63,7 +63,7 @@ class IsolatedDecoder(Decoder):
                 time.sleep(_PAUSE_S)
         if reply[:1] == _REASON:
             raise SampleError(reply[1:].decode())
-        return np.frombuffer(reply, np.uint8, offset=1).reshape(*self._preprocess.crop, 3)
+        return np.frombuffer(reply, np.uint8, offset=1).reshape(*self.preprocess.crop, 3)
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         pipe, end = Pipe()

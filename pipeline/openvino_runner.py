@@ -1,22 +1,17 @@
 """The backbone on OpenVINO, which computes it on CPUs two to three times as fast as eager torch.
 
-The network is traced and converted once, by the driver. Actors get the converted graph from the object store,
-compile it in a second, and never import torch.
+The network is traced and converted once, by the driver (`pipeline.openvino_graph`). Actors get the converted graph
+from the object store, compile it in a second, and never import torch.
 """
 
 from __future__ import annotations
 
-import tempfile
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import openvino as ov
 import ray
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from pipeline.decode import Preprocess
 
@@ -28,6 +23,8 @@ _PRECISIONS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 @dataclass(frozen=True)
 class SharedGraph:
     """A converted network as it travels to the actors: its graph, and its constants in the object store."""
+
+    has_own_batch_size: ClassVar[bool] = True
 
     graph: bytes
     constants: Any  # uint8 array, or ObjectRef of one
@@ -46,33 +43,6 @@ class SharedGraph:
             self.graph, constants, precision=precision, crop=preprocess.crop, batch_size=batch_size,
             num_threads=num_threads,
         )  # fmt: skip
-
-
-def convert(network: Any, crop: tuple[int, int]) -> SharedGraph:
-    """Convert a network (`pipeline.torch_runner.Network`) for inputs of `crop` (height, width).
-
-    Raises:
-        Exception: of any kind, where tracing or converting does not work for this architecture.
-    """
-    import torch  # noqa: PLC0415  actors import this module and shall not wait for torch
-
-    with torch.no_grad(), warnings.catch_warnings():
-        # Of checks of the input's size, which is fixed here, and of the tracer's age.
-        warnings.simplefilter("ignore")
-        example = torch.zeros((1, *crop, 3), dtype=torch.uint8)
-        traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))  # type: ignore[no-untyped-call]
-    # Not by ov.convert_model, which traces twice and takes ten times as long.
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced)
-    model = frontend.convert(frontend.load(decoder))
-    pixels = model.inputs[0].get_node()
-    pixels.set_element_type(ov.Type.u8)
-    pixels.set_partial_shape(ov.PartialShape([-1, *crop, 3]))
-    model.validate_nodes_and_infer_types()
-    with tempfile.TemporaryDirectory(prefix="graph-") as folder:
-        ov.serialize(model, f"{folder}/graph.xml", f"{folder}/graph.bin")
-        constants = np.fromfile(f"{folder}/graph.bin", np.uint8)
-        return SharedGraph(Path(folder, "graph.xml").read_bytes(), constants)
 
 
 class OpenVinoRunner:

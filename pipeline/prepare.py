@@ -6,16 +6,18 @@ import itertools
 import uuid
 from dataclasses import dataclass, field, replace
 
-from pipeline import backbones
+from pipeline.cache import Cache
 from pipeline.config import Config
 from pipeline.decode import Preprocess
-from pipeline.errors import OutputError
+from pipeline.errors import OutputError, WeightsError
 from pipeline.fingerprint import RUN_FILE, Fingerprint, follow, make_fingerprint, read_fingerprint
+from pipeline.known import Kept, Known, look_up
 from pipeline.ledger import list_parts
 from pipeline.parts import EMBEDDINGS, read_facts
+from pipeline.plain_jpeg import require_device_resize
 from pipeline.shards import Shard, find_shards
 from pipeline.storage import locate, to_url
-from pipeline.weights import Weights
+from pipeline.weights_spec import Weights
 
 # Of an output without run.json, so many parts at most are asked for what made them.
 _MAX_PARTS_ASKED = 100
@@ -26,7 +28,8 @@ class Job:
     """A config with all that it names at hand.
 
     `shape` is that of one embedding, (C,) or (C, H, W). `precision` is still `auto` where nothing has
-    decided it: the device is known only when Ray is up.
+    decided it: the device is known only when Ray is up. `weights` may be known and not loaded (`loaded`): then
+    `kept` has a graph.
     """
 
     config: Config
@@ -37,6 +40,7 @@ class Job:
     fingerprint: Fingerprint
     is_new: bool
     shards: list[Shard]
+    kept: Kept | None = None
     # Names this run in its lease, its report, its metrics and what it prints.
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
@@ -57,33 +61,75 @@ class Job:
         return replace(self, fingerprint=replace(self.fingerprint, settings=settings, versions=versions))
 
 
-def prepare(config: Config) -> Job:
+def prepare(config: Config, cache: Cache | None = None) -> Job:
     """Look up backbone, weights, preprocessing, shards, and what the output was made with.
+
+    Of backbone and weights an earlier run may have left in `cache` all that there is to know.
 
     Raises:
         SettingsError: one of these does not allow the run.
     """
     # Workers have other working directories than the caller.
     config = replace(config, output=to_url(*locate(config.output)))
-    backbone = backbones.find(config.backbone)
-    preprocess = backbones.preprocess_for(backbone, config.weights, config.preprocess)
-    if config.image_size is not None:
-        preprocess = preprocess.with_size(config.image_size)
+    known, kept = look_up(config, cache)
+    named = None if known else _named(config)
     found = find_shards(config.input)
-    weights = backbones.load_weights(backbone, config.weights)
-    shape = backbones.output_shape(backbone, config.features, preprocess.crop, weights)
+    if named is not None:
+        known = _known(config, *named)
+    assert known is not None
+    if config.decode == "gpu":
+        require_device_resize(known.preprocess)
     asked = make_fingerprint(
         config,
-        backbone=backbone,
-        weights_name=weights.name,
-        weights_sha256=weights.sha256,
-        preprocess=preprocess,
-        embedding_shape=shape,
+        backbone=known.backbone,
+        weights_name=known.weights.name,
+        weights_sha256=known.weights.sha256,
+        preprocess=known.preprocess,
+        embedding_shape=known.shape,
         precision=config.precision,
         input_prefix=found.prefix,
-        versions=backbones.versions(backbone),
+        versions=known.versions,
     )
-    return follow_output(Job(config, backbone, weights, preprocess, shape, asked, True, found.shards))
+    return follow_output(
+        Job(config, known.backbone, known.weights, known.preprocess, known.shape, asked, True, found.shards, kept)
+    )
+
+
+def _named(config: Config) -> tuple[str, Preprocess]:
+    """The backbone's own name and the preprocessing, from its library: what is soon told, and first mistyped."""
+    from pipeline import backbones  # noqa: PLC0415  imports torch, which takes seconds; who knows needs it not
+
+    backbone = backbones.find(config.backbone)
+    preprocess = backbones.preprocess_for(backbone, config.weights, config.preprocess)
+    return backbone, preprocess if config.image_size is None else preprocess.with_size(config.image_size)
+
+
+def _known(config: Config, backbone: str, preprocess: Preprocess) -> Known:
+    """What is to be known of a backbone, with its weights loaded."""
+    from pipeline import backbones  # noqa: PLC0415  as above
+
+    weights = backbones.load_weights(backbone, config.weights)
+    shape = backbones.output_shape(backbone, config.features, preprocess.crop, weights)
+    return Known(backbone, weights, preprocess, shape, backbones.versions(backbone))
+
+
+def loaded(job: Job) -> Job:
+    """The job with its weights loaded, if an earlier run knew them and this one has not had to load them.
+
+    Raises:
+        WeightsError: they are no longer those that the job began with.
+    """
+    if job.weights.is_loaded:
+        return job
+    from pipeline import backbones  # noqa: PLC0415  as above
+
+    weights = backbones.load_weights(job.backbone, job.config.weights)
+    if weights.sha256 != job.weights.sha256:
+        raise WeightsError(
+            f"weights {weights.name} changed while the run began: their sha256 was {job.weights.sha256[:12]}, and is "
+            f"{weights.sha256[:12]} now"
+        )
+    return replace(job, weights=weights)
 
 
 def follow_output(job: Job) -> Job:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.backbones import load_weights
+from pipeline.config import DECODES
 from pipeline.decode import Decoder, Preprocess
 from pipeline.errors import OutputError, WeightsError
 from pipeline.fingerprint import Fingerprint
-from pipeline.weights import Weights
+from pipeline.weights_spec import Weights
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,11 @@ class Recipe:
     normalize: bool
     max_pixels: int
     ignore_orientation: bool
+    # What decoded: of a device's decoder the CPU has the like, not the same.
+    decode: str
 
     def decoder(self) -> Decoder:
-        """The decoder of the run."""
+        """The decoder of the run; of one that decoded on its devices, what those have in common with the CPU."""
         return Decoder(self.preprocess, max_pixels=self.max_pixels, ignore_orientation=self.ignore_orientation)
 
 
@@ -44,7 +46,7 @@ def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
         return Recipe(
             backbone=settings["backbone"],
             weights=_weights(settings["backbone"], settings["weights_sha256"], made.versions["weights"], spec),
-            preprocess=_preprocess(settings["preprocess"]),
+            preprocess=Preprocess.from_settings(settings["preprocess"]),
             features=settings["features"],
             shape=tuple(settings["embedding_shape"]),
             dtype=settings["dtype"],
@@ -52,6 +54,7 @@ def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
             normalize=settings["normalize"],
             max_pixels=settings["max_pixels"],
             ignore_orientation=settings["ignore_orientation"],
+            decode=settings.get("decode", DECODES[0]),
         )
     except (KeyError, TypeError) as error:
         raise OutputError(f"the fingerprint is not of this version: {error!r}") from error
@@ -71,11 +74,3 @@ def _weights(backbone: str, sha256: str, name: str, spec: str | None) -> Weights
             f"of sha256 {sha256[:12]}"
         )
     return weights
-
-
-def _preprocess(settings: dict[str, Any]) -> Preprocess:
-    # JSON has lists where it has tuples.
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
-    }
-    return Preprocess(**values)

@@ -47,6 +47,8 @@ class Tally:
     started: float = field(default_factory=time.monotonic)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     first_part_s: float | None = None
+    # None until the run has looked at the cluster.
+    devices: DeviceTime | None = None
 
     def add(self, receipt: dict[str, Any]) -> None:
         """Count one stored part."""
@@ -81,6 +83,19 @@ class Tally:
         """Seconds since the run began."""
         return time.monotonic() - self.started
 
+    @property
+    def device_s(self) -> float:
+        """Device-seconds that the run has held until now."""
+        return self.devices.seconds(time.monotonic()) if self.devices else 0.0
+
+    def busy(self, resources: Resources) -> dict[str, float]:
+        """The share of the run until now in which the workers of a stage were busy: those that there were."""
+        return slowest_stage(self.stage_s, self.slots(resources), self.wall_s)[1]
+
+    def slots(self, resources: Resources) -> dict[str, float]:
+        """How many workers of a stage could be busy at once, on average until now."""
+        return {**resources.slots, **({STAGE_EMBED: self.device_s / self.wall_s} if self.devices else {})}
+
 
 def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: float) -> tuple[str, dict[str, float]]:
     """The stage whose workers were busy for the largest share of the run, and that share of each.
@@ -95,9 +110,8 @@ def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: fl
 
 
 def make_report(
-    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources | None, devices: DeviceTime | None,
-    problems: list[str],
-) -> dict[str, Any]:  # fmt: skip
+    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources | None, problems: list[str]
+) -> dict[str, Any]:
     """The report of a run, as it is stored in `report.json`.
 
     Counts are of the shards that this run took on, read back from what is stored. `problems` is what went
@@ -106,11 +120,8 @@ def make_report(
     workers of a stage can be busy at once, on average. `num_devices` is the most that there were at once;
     `device_hours` counts each for as long as it was there.
     """
-    wall_s = tally.wall_s
-    device_s = devices.seconds(tally.started + wall_s) if devices else 0.0
-    slots = resources.slots if resources else dict.fromkeys(STAGES, 1.0)
-    if devices:
-        slots[STAGE_EMBED] = device_s / wall_s
+    wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
+    slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
     slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
     price = job.config.price_per_hour
     device_hours = device_s / 3600
@@ -130,6 +141,9 @@ def make_report(
         "precision": job.precision,
         "engine": job.engine,
         "device": resources.device if resources else None,
+        "batch_size": resources.batch_size if resources else None,
+        "batch_rates": {str(size): round(rate, 2) for size, rate in resources.batch_rates} if resources else {},
+        "decode": job.config.decode,
         "num_devices": devices.peak if devices else 0,
         "balanced": counts.balanced,
         "samples": counts.num_samples,

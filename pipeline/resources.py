@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from ray.util import placement_group, remove_placement_group
 
 from pipeline.config import Config
+from pipeline.cpu import cpu_has_bf16
 from pipeline.errors import ClusterError
 from pipeline.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
 from pipeline.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
-from pipeline.torch_runner import cpu_has_bf16
 
 # Cores that one CPU actor uses; more actors scale better than more threads.
 _CORES_PER_ACTOR = 16
@@ -39,6 +39,7 @@ class Resources:
     batch_size: int | None  # None: the engine's own
     total_cpus: float
     decode_cpus: float
+    batch_rates: tuple[tuple[int, float], ...] = ()  # images/s by batch size, where it was measured
     read_cpus: float = 0.1
     write_cpus: float = 0.2
 
@@ -119,7 +120,8 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     # Where actors may be.
     places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
     gpus = sum(int(node.get("GPU", 0)) for node in places)
-    device = config.device if config.device != "auto" else "cuda" if gpus else "cpu"
+    to_decode = config.decode == "gpu"
+    device = config.device if config.device != "auto" else "cuda" if gpus or to_decode else "cpu"
     place_cpus = [node["CPU"] for node in places if node.get("CPU")]
     default = gpus if device == "cuda" else sum(max(1, round(cpu / _CORES_PER_ACTOR)) for cpu in place_cpus)
     num_actors = config.actors or (max(1, default), max(1, default))
@@ -132,11 +134,13 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
         actor_gpus=1.0 if device == "cuda" else 0.0,
         actor_resource=config.actor_resource,
         num_threads=None if device == "cuda" else max(1, int(sum(place_cpus) // num_actors[1])),
-        batch_size=config.batch_size,
+        batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         total_cpus=sum(cpus) or 1.0,
         decode_cpus=decode_cpus,
     )
     lacking = missing(resources.requests, nodes)
+    if lacking is not None and to_decode and not gpus:
+        lacking = f"decode gpu needs device cuda, and {lacking}"
     if lacking is None:
         actor, _, decode, _ = resources.requests
         most = crowded(actor, decode, nodes)

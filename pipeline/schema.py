@@ -25,6 +25,7 @@ RESERVED_COLUMNS = frozenset({IMAGE_ID, SHARD, SAMPLE_INDEX, EMBEDDING, MEMBER, 
 SAMPLES = "samples"
 IMAGE = "image"
 PIXELS = "pixels"
+ENCODED = "encoded"
 KEPT_PREFIX = "keep:"
 
 # How a part ends its shard.
@@ -111,6 +112,25 @@ def image_field() -> pa.Field:
 def pixels_field(height: int, width: int) -> pa.Field:
     """uint8 RGB of shape [H, W, 3] as one flat list, null where the sample has a reason."""
     return pa.field(PIXELS, pa.list_(pa.field("element", pa.uint8(), nullable=False), height * width * 3))
+
+
+def encoded_field() -> pa.Field:
+    """What an actor that decodes on its device gets, null where the sample has a reason.
+
+    A plain JPEG in `data`, with its height and width as stored and the `orientation` (1 to 8) that it has to be
+    turned by; or uint8 RGB [height, width, 3], decoded, turned and cropped already, where `orientation` is 0.
+    """
+    return pa.field(
+        ENCODED,
+        pa.struct(
+            [
+                pa.field("data", pa.large_binary(), nullable=False),
+                pa.field("height", pa.int32(), nullable=False),
+                pa.field("width", pa.int32(), nullable=False),
+                pa.field("orientation", pa.int8(), nullable=False),
+            ]
+        ),
+    )
 
 
 def embedding_field(shape: tuple[int, ...], dtype: str) -> pa.Field:

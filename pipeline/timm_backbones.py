@@ -36,15 +36,13 @@ from pipeline.decode import CENTER, SQUASH, Preprocess
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.weights import (
     StateDict,
-    Weights,
     check_fit,
-    is_file,
     load_file,
     parse,
     published,
-    random_seed,
     state_sha256,
 )
+from pipeline.weights_spec import Weights, is_file, random_seed
 
 PREFIX = "timm/"
 DEFAULT = "DEFAULT"
@@ -95,12 +93,11 @@ def load_weights(backbone: str, spec: str) -> Weights:
         state = _with_values(architecture, _config_of(backbone, None), None, seed).state_dict()
         return Weights(f"random:{seed}", state_sha256(state), seed=seed)
     if is_file(spec):
-        state, name, sha256 = load_file(spec)
-        weights = Weights(name, sha256, state)
+        weights = load_file(spec)
     else:
         config = _named(backbone, spec)
-        data, file = _published(backbone, config)
-        weights = Weights(config.tag or DEFAULT, hashlib.sha256(data).hexdigest(), parse(data, file))
+        data, file, path = _published(backbone, config)
+        weights = Weights(config.tag or DEFAULT, hashlib.sha256(data).hexdigest(), parse(data, file), path=path)
     skeleton = _without_values(architecture, _config_of(backbone, weights), None)
     _fitted(skeleton, architecture, weights)
     return weights
@@ -229,17 +226,20 @@ def _preprocess(config: PretrainedCfg) -> Preprocess:
     )
 
 
-def _published(backbone: str, config: PretrainedCfg) -> tuple[bytes, str]:
+def _published(backbone: str, config: PretrainedCfg) -> tuple[bytes, str, Path | None]:
     """The file of timm's own weights and its name, from the caches of the hub or downloaded there.
+
+    Its path comes with it, if its name there pins what is in it: the hub's caches go to another revision in time.
 
     Raises:
         WeightsError: there are none, or no download is possible.
     """
     label = f"{PREFIX}{config.architecture}{'.' if config.tag else ''}{config.tag or ''}"
     if config.hf_hub_id:
-        return _from_hub(label, config.hf_hub_id)
+        return (*_from_hub(label, config.hf_hub_id), None)
     if config.url and not config.custom_load:
-        return published(config.url, label, "timm"), config.url
+        data, path = published(config.url, label, "timm")
+        return data, config.url, path
     raise WeightsError(
         f"timm has no weights of {backbone} to download: give --weights a path, an s3:// URL or random:SEED"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -16,7 +16,7 @@ from torch.fx.proxy import TraceError
 from pipeline.backbone_base import Backbone
 from pipeline.backbones import build_backbone
 from pipeline.decode import Preprocess
-from pipeline.weights import Weights
+from pipeline.weights_spec import Weights
 
 BATCH_SIZES = {"cuda": 128, "cpu": 16}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +27,8 @@ _IN_FLIGHT = 3
 @dataclass(frozen=True)
 class SharedWeights:
     """Weights as they travel to the actors: random ones by their seed, others in the object store."""
+
+    has_own_batch_size: ClassVar[bool] = False
 
     name: str
     sha256: str
@@ -138,14 +140,15 @@ class TorchRunner:
         self._device = torch.device(device)
         self._crop = crop
         self._network = network.as_precision(_DTYPES[precision]).eval().to(self._device)
-        self._use_batches_of(batch_size or BATCH_SIZES[self._device.type])
+        self.use_batches_of(batch_size or BATCH_SIZES[self._device.type])
 
     @property
     def batch_size(self) -> int:
         """Images a batch, now."""
         return self._batch_size
 
-    def _use_batches_of(self, batch_size: int) -> None:
+    def use_batches_of(self, batch_size: int) -> None:
+        """Compute in batches of so many images from now on."""
         self._batch_size = batch_size
         # One buffer more than batches in flight, so that none is filled while it is still copied from.
         self._buffers = [
@@ -154,7 +157,14 @@ class TorchRunner:
         ]
         self._next_buffer = 0
 
-    def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def memory_share(self) -> float:
+        """Of the device's memory, what torch has held at most; 0 on CPUs, whose memory is for others, too."""
+        if self._device.type != "cuda":
+            return 0.0
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        return float(torch.cuda.max_memory_reserved(self._device)) / float(total)
+
+    def embed(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `pipeline.embedder.Runner.embed` does.
 
         Raises:
@@ -167,11 +177,11 @@ class TorchRunner:
                 if self._batch_size == 1:
                     raise
             # Outside of the handler, whose traceback holds what fills the memory.
-            self._use_batches_of(self._batch_size // 2)
+            self.use_batches_of(self._batch_size // 2)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _embed(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         in_flight: deque[tuple[Tensor, Any, int]] = deque()
         done: list[np.ndarray[Any, Any]] = []
 
@@ -191,14 +201,11 @@ class TorchRunner:
                 finish()
         return np.concatenate(done)
 
-    def _launch(self, pixels: np.ndarray[Any, Any], batch: np.ndarray[Any, Any]) -> tuple[Tensor, Any]:
+    def _launch(self, pixels: np.ndarray[Any, Any] | Tensor, batch: np.ndarray[Any, Any]) -> tuple[Tensor, Any]:
         """Start one batch on the device; the result is there when the event is, or at once without one."""
-        buffer = self._buffers[self._next_buffer]
-        self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
-        staged = buffer.numpy()
-        np.take(pixels, batch, axis=0, out=staged[: len(batch)], mode="clip")
-        staged[len(batch) :] = 0
-        features = self._network(buffer.to(self._device, non_blocking=True))
+        features = self._network(
+            self._gathered(pixels, batch) if isinstance(pixels, Tensor) else self._copied(pixels, batch)
+        )
         if self._device.type != "cuda":
             return features, None
         host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
@@ -207,8 +214,17 @@ class TorchRunner:
         copied.record()
         return host, copied
 
+    def _copied(self, pixels: np.ndarray[Any, Any], batch: np.ndarray[Any, Any]) -> Tensor:
+        """A batch on its way to the device, padded."""
+        buffer = self._buffers[self._next_buffer]
+        self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
+        staged = buffer.numpy()
+        np.take(pixels, batch, axis=0, out=staged[: len(batch)], mode="clip")
+        staged[len(batch) :] = 0
+        return buffer.to(self._device, non_blocking=True)
 
-def cpu_has_bf16() -> bool:
-    """Whether this machine's processor computes bf16 natively (AVX512-BF16 or AMX)."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    def _gathered(self, pixels: Tensor, batch: np.ndarray[Any, Any]) -> Tensor:
+        """A batch of what is on the device already, padded."""
+        gathered = pixels.new_zeros((self._batch_size, *self._crop, 3))
+        gathered[: len(batch)] = pixels[torch.from_numpy(batch).to(pixels.device)]
+        return gathered

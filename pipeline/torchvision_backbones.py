@@ -43,14 +43,13 @@ from pipeline.decode import Preprocess
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.weights import (
     StateDict,
-    Weights,
     check_fit,
     load_state,
     named_weights,
     preprocess_of,
-    random_seed,
     state_sha256,
 )
+from pipeline.weights_spec import Weights, random_seed
 
 
 @dataclass(frozen=True)
@@ -228,8 +227,7 @@ def load_weights(backbone: str, spec: str) -> Weights:
     if seed is not None:
         state = _classifier(architecture, Weights(spec, "", seed=seed)).state_dict()
         return Weights(f"random:{seed}", state_sha256(state), seed=seed)
-    state, name, sha256 = load_state(architecture, spec)
-    weights = Weights(name, sha256, state)
+    weights = load_state(architecture, spec)
     _classifier(architecture, shapes_of(weights))
     return weights
 

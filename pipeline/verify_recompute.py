@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.backbones import build_backbone
+from pipeline.config import DECODES
 from pipeline.errors import SampleError, SettingsError, ShardError
 from pipeline.fingerprint import Fingerprint
 from pipeline.parts import EMBEDDINGS, PartName, vectors
@@ -29,7 +30,7 @@ from pipeline.verify_tars import images
 
 RECOMPUTE_IMAGES = 8
 # Least cosine of a stored embedding with the same computed again in fp32; where the run computed or stored
-# it in fewer bits.
+# it in fewer bits, or decoded on its devices.
 _COSINE = 0.9999
 _COSINE_REDUCED = 0.999
 # Another row this many times nearer than a row's own: the two are swapped, not merely alike.
@@ -69,8 +70,10 @@ class Model:
         self._mean = torch.tensor(recipe.preprocess.mean)[:, None, None]
         self._std = torch.tensor(recipe.preprocess.std)[:, None, None]
         self._normalize = recipe.normalize
-        is_full = (recipe.precision, recipe.dtype) == ("fp32", "float32")
+        is_full = (recipe.precision, recipe.dtype, recipe.decode) == ("fp32", "float32", "cpu")
         self.least_cosine = _COSINE if is_full else _COSINE_REDUCED
+        # Rows of the same picture, one decoded by a device and one not, are as far apart as the decoders are.
+        self.apart = 0.0 if recipe.decode == DECODES[0] else math.sqrt(2 * (1 - self.least_cosine))
 
     def embed(self, image: bytes) -> np.ndarray[Any, Any]:
         """float32 features [C] of an encoded image, a feature map's as [C * H * W]. Raises `SampleError`."""
@@ -147,7 +150,8 @@ def _disagreement(
     """How a row of a part's `values` [N, C] differs from the embedding of its image, and their cosine.
 
     Cosine alone does not tell images apart where all embeddings are nearly alike, as those of random
-    weights are; so no other row of the part may be much nearer either.
+    weights are; so no other row of the part may be much nearer either. Of an output that was decoded by devices,
+    what is nearer than `Model.apart` may be the decoder's.
     """
     if image is None:
         return "its sample has no image in the tar", None
@@ -160,7 +164,7 @@ def _disagreement(
     cosine = float(own @ embedded) / lengths if 0.0 < lengths < math.inf else 0.0
     distances = _distances(values, embedded)
     nearest = int(distances.argmin())
-    if distances[row] > _NEARER * distances[nearest]:
+    if distances[row] > max(_NEARER * distances[nearest], model.apart * float(np.linalg.norm(embedded))):
         return f"its image's embedding is that of {ids[nearest]!a}", cosine
     if not cosine >= model.least_cosine:
         return f"cosine {cosine:.6f} with its image's, not {model.least_cosine} or more", cosine

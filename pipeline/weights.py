@@ -1,4 +1,4 @@
-"""Weights by name, path or URL: a state dict in its library's layout, and the sha256 that names it."""
+"""Weights by name, path or URL, loaded: a state dict in its library's layout, and the sha256 that names it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -22,50 +21,17 @@ from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.transforms._presets import ImageClassification
 
 from pipeline.decode import Preprocess
-from pipeline.errors import SettingsError, WeightsError
-from pipeline.storage import read_bytes
+from pipeline.errors import WeightsError
+from pipeline.weights_spec import Weights, is_file, read_file, shown
 
 StateDict = dict[str, Tensor]
 # A download that shows no byte for this long is given up.
 DOWNLOAD_TIMEOUT_S = 20
-_RANDOM = re.compile(r"random(?::([0-9]+))?")
-_MAX_SEED = 2**64 - 1  # torch.manual_seed takes no larger one
 # torchvision names its files `<name>-<first digits of the file's sha256>.pth`.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 _COUNTER = "num_batches_tracked"  # files older than torch 0.4.1 lack it; only training uses it
-# The query of a presigned URL is a credential.
-_QUERY = re.compile(r"\?[^\s'\")\]]+")
 # torch wraps what it refused in paragraphs of advice to load it all the same.
 _REFUSED = re.compile(r"GLOBAL \S+|Unsupported (?:operand|class|type)[^.\n]*")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A pinned parameter set.
-
-    `name` is how the user named it, without the folders of a path. `sha256` is that of the file, as
-    `sha256sum` prints it, or for `random` that of the parameters (`state_sha256`). `seed` is set for
-    random weights, `state` for all others.
-    """
-
-    name: str
-    sha256: str
-    state: StateDict | None = field(default=None, repr=False)
-    seed: int | None = None
-
-
-def random_seed(spec: str) -> int | None:
-    """The seed of `random` or `random:SEED`, None for any other weights. Without a seed it is 0.
-
-    Raises:
-        WeightsError: a seed that is not a whole number from 0 to 2**64 - 1.
-    """
-    if spec != "random" and not spec.startswith("random:"):
-        return None
-    match = _RANDOM.fullmatch(spec)
-    if match is None or int(match.group(1) or 0) > _MAX_SEED:
-        raise WeightsError(f"the seed of random weights must be a whole number from 0 to 2**64 - 1, got {spec!r}")
-    return int(match.group(1) or 0)
 
 
 def named_weights(architecture: str, name: str) -> WeightsEnum:
@@ -85,8 +51,8 @@ def named_weights(architecture: str, name: str) -> WeightsEnum:
         ) from error
 
 
-def load_state(architecture: str, spec: str) -> tuple[StateDict, str, str]:
-    """State dict, name and sha256 of weights that are a file or one of torchvision's.
+def load_state(architecture: str, spec: str) -> Weights:
+    """Weights that are a file or one of torchvision's.
 
     torchvision's own are downloaded once to torch's hub folder. A file is loaded with
     `weights_only=True`: nothing in it is executed.
@@ -98,41 +64,20 @@ def load_state(architecture: str, spec: str) -> tuple[StateDict, str, str]:
     if is_file(spec):
         return load_file(spec)
     weights = named_weights(architecture, spec)
-    data = published(weights.url, str(weights), "torchvision")
-    return parse(data, str(weights)), str(weights), hashlib.sha256(data).hexdigest()
+    data, path = published(weights.url, str(weights), "torchvision")
+    return Weights(str(weights), hashlib.sha256(data).hexdigest(), parse(data, str(weights)), path=path)
 
 
-def load_file(spec: str) -> tuple[StateDict, str, str]:
-    """State dict, name and sha256 of a file: a path or a URL. Raises `WeightsError` as `load_state` does."""
-    shown = _without_query(spec)
-    data = _read(spec)
-    return parse(data, shown), shown.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest()
+def load_file(spec: str) -> Weights:
+    """Weights of a file: a path or a URL. Raises `WeightsError` as `load_state` does."""
+    data, label = read_file(spec), shown(spec)
+    return Weights(label.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest(), parse(data, label))
 
 
-def is_file(spec: str) -> bool:
-    """Whether weights are told by a path or a URL."""
-    return "/" in spec or spec.lower().endswith((".pth", ".pt", ".safetensors"))
-
-
-def _without_query(spec: str) -> str:
-    return spec.partition("?")[0] if "://" in spec else spec
-
-
-def _read(spec: str) -> bytes:
-    shown = _without_query(spec)
-    try:
-        return read_bytes(spec)
-    except FileNotFoundError as error:
-        raise WeightsError(f"weights {shown} not found") from error
-    except SettingsError:
-        raise
-    except Exception as error:
-        reason = _QUERY.sub("?...", f"{type(error).__name__}: {error}")
-        raise WeightsError(f"weights {shown} cannot be read: {reason}") from error
-
-
-def published(url: str, weights: str, library: str) -> bytes:
+def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]:
     """The file of a library's own `weights`, from torch's hub folder or downloaded there.
+
+    With it comes its path, if its name there pins what is in it.
 
     Unlike `WeightsEnum.get_state_dict`, it checks a file that was there before as well, and leaves it to the
     caller to load it without executing anything.
@@ -160,7 +105,7 @@ def published(url: str, weights: str, library: str) -> bytes:
             f"{path} is not the file that {library} published: by its name its sha256 starts with {prefix}, "
             f"but it is {sha256}; remove it to download it again, or give --weights the path of your own file"
         )
-    return data
+    return data, path if prefix else None
 
 
 @contextmanager

@@ -34,6 +34,12 @@ def test_data() -> Path:
     return _DATA
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Commands that tests run keep nothing in the user's own cache, nor find anything there."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def photo(seed: int, size: tuple[int, int] = (96, 80), mode: str = "RGB") -> Image.Image:
     """A smooth, colourful image of `size` (width, height) that differs for each seed."""
     rng = np.random.default_rng(seed)

@@ -38,6 +38,7 @@ def test_what_is_not_given_has_its_default() -> None:
         ("device", "tpu", "device must be one of auto, cuda, cpu, got 'tpu'"),
         ("precision", "int8", "precision must be one of auto, fp32, bf16, fp16, got 'int8'"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("decode", "tpu", "decode must be one of cpu, gpu, got 'tpu'"),
         ("batch_size", "many", "batch_size must be a number, got 'many'"),
         ("batch_size", 1.5, "batch_size must be a whole number, got 1.5"),
         ("batch_size", float("inf"), "batch_size must be a whole number, got inf"),
@@ -148,3 +149,15 @@ def test_a_pair_is_one_or_two_integers() -> None:
     for text in ("", ":", "3:", "a:b", "1.5"):
         with pytest.raises(SettingsError, match="x must be N or N:M"):
             parse_pair("x", text, ":")
+
+
+def test_a_batch_size_is_a_number_or_auto() -> None:
+    assert [parse({**GIVEN, "batch_size": value}).batch_size for value in ("auto", "64", 64)] == ["auto", 64, 64]
+    with pytest.raises(SettingsError, match="batch_size must be a number or auto, got 'many'"):
+        Config(input=("in",), output="out", batch_size="many")
+
+
+def test_decoding_on_a_gpu_needs_one() -> None:
+    assert [parse({**GIVEN, "decode": "gpu", "device": device}).decode for device in ("auto", "cuda")] == ["gpu"] * 2
+    with pytest.raises(SettingsError, match="decode gpu needs device cuda: device must be auto or cuda with it"):
+        parse({**GIVEN, "decode": "gpu", "device": "cpu"})

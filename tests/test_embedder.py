@@ -73,7 +73,7 @@ def embedder(
     crop = settings["preprocess"].crop
     source: Source = SharedWeights.local(weights)
     if ENGINE["name"] == "openvino":
-        from pipeline.openvino_runner import convert
+        from pipeline.openvino_graph import convert
 
         ours = settings["features"], settings["preprocess"], settings["normalize"]
         source = convert(make_network(backbone, weights, *ours), crop)

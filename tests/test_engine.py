@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import sample_members, write_shards, write_tar
 from torchvision.models import squeezenet1_1
 
+from pipeline.cache import Cache
 from pipeline.config import parse
-from pipeline.engine import Engine, choose_engine
+from pipeline.cpu import cpu_has_bf16
+from pipeline.engine import Engine, choose_engine, foreseen_engine
+from pipeline.errors import WeightsError
 from pipeline.prepare import Job, prepare
 from pipeline.samples import Pending
 
 
-def job_for(input: Path, **settings: Any) -> Job:
-    return prepare(parse({"input": [str(input)], "output": str(input / "out"), **settings}))
+def job_for(input: Path, cache: Cache | None = None, **settings: Any) -> Job:
+    return prepare(parse({"input": [str(input)], "output": str(input / "out"), **settings}), cache)
 
 
 def chosen(job: Job, candidates: tuple[str, ...], device: str = "cpu", **changes: Any) -> Engine:
@@ -75,7 +80,64 @@ def test_a_graph_that_gives_other_vectors_is_not_taken(tmp_path: Path) -> None:
     assert engine.note == "OpenVINO is 1 of the length from eager torch for squeezenet1_1"
 
 
-def scaled_job(folder: Path, factors: dict[str, float]) -> Job:
+def test_a_kept_graph_is_the_one_that_was_made_and_decides_alike(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    shards, cache = write_shards(tmp_path / "in", num_shards=1), Cache(tmp_path / "cache")
+    settings = {"backbone": "resnet_18", "weights": "random:1", "image_size": "64"}
+    cold = job_for(shards, cache, **settings)
+    made = chosen(cold, ("bf16",))
+    assert len(list(cache.folder.iterdir())) == 1
+    warm = job_for(shards, cache, **settings)
+    assert warm.kept != cold.kept
+    assert replace(warm, kept=None, run="") == replace(cold, kept=None, run="")
+    kept = chosen(warm, ("bf16",))
+    assert (kept.name, kept.precision, kept.source.graph) == (made.name, made.precision, made.source.graph)
+    assert np.array_equal(kept.source.constants, made.source.constants)
+    pending = Pending(*warm.shards[0])
+    with foreseen_engine(warm, [pending]) as choose:
+        foreseen = choose(warm, pending, "cpu", ("bf16",) if cpu_has_bf16() else ())
+        assert foreseen.source.graph == made.source.graph
+        on_gpu = choose(warm, pending, "cuda", ())
+        assert on_gpu.name == f"torch {torch.__version__}"
+
+
+def test_a_graph_that_is_damaged_after_the_job_was_prepared_is_made_anew(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    cache, weights = Cache(tmp_path / "cache"), tmp_path / "same" / "scaled.pth"
+    made = chosen(scaled_job(tmp_path / "same", {"features.0.weight": 1.0}, cache), ())
+    warm = scaled_job(tmp_path / "same", {"features.0.weight": 1.0}, cache)
+    assert not warm.weights.is_loaded
+    # On a GPU it is the weights that are needed: they are loaded now.
+    assert chosen(warm, (), device="cuda").source.get().state is not None
+    (entry,) = cache.folder.iterdir()
+    entry.write_bytes(entry.read_bytes()[:-1] + b"?")
+    anew = chosen(warm, ())
+    # Names of nodes are numbered on in a process; what they compute with is the same.
+    assert anew.name == made.name
+    assert np.array_equal(anew.source.constants, made.source.constants)
+    entry.unlink()
+    torch.save({**torch.load(weights), "features.0.bias": torch.ones(64)}, weights)
+    with pytest.raises(
+        WeightsError, match=r"scaled.pth changed while the run began: their sha256 was \w{12}, and is"
+    ):
+        chosen(warm, ())
+
+
+def test_a_graph_that_was_tried_on_noise_is_not_kept(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "s.tar", [("a.jpg", b"no image")])
+    cache = Cache(tmp_path / "cache")
+    chosen(job_for(tmp_path / "in", cache, backbone="resnet18", weights="random:1", image_size="64"), ())
+    assert not cache.folder.exists()
+
+
+def test_a_graph_that_gives_other_vectors_is_not_kept(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    small = {"features.0.weight": 1e-39, "features.0.bias": 1e-39, "features.3.squeeze.weight": 1e39}
+    assert chosen(scaled_job(tmp_path / "small", small, cache), ()).name == f"torch {torch.__version__}"
+    assert not cache.folder.exists()
+
+
+def scaled_job(folder: Path, factors: dict[str, float], cache: Cache | None = None) -> Job:
     """A job of a small backbone, some of whose weights are multiplied."""
     shards = write_shards(folder / "in", num_shards=1)
     with torch.random.fork_rng(devices=[]):
@@ -84,4 +146,4 @@ def scaled_job(folder: Path, factors: dict[str, float]) -> Job:
     for name, factor in factors.items():
         state[name] = (state[name].double() * factor).float()
     torch.save(state, folder / "scaled.pth")
-    return job_for(shards, backbone="squeezenet1_1", weights=str(folder / "scaled.pth"), image_size="64")
+    return job_for(shards, cache, backbone="squeezenet1_1", weights=str(folder / "scaled.pth"), image_size="64")

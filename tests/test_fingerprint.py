@@ -107,6 +107,21 @@ def test_other_versions_may_go_on_and_are_told_as_their_own() -> None:
     assert follow(made(versions="3.0"), made()).versions["torch"] == "3.0"
 
 
+def test_the_batch_size_of_an_output_is_told_to_who_goes_on() -> None:
+    begun = Fingerprint(made().settings, {"torch": "2.15", "batch_size_cuda": "512"})
+    assert follow(made(versions="3.0", batch_size="auto"), begun).versions["batch_size_cuda"] == "512"
+    assert follow(made(versions="3.0"), begun).versions["torch"] == "3.0"
+
+
+def test_decoding_on_the_cpu_is_not_said_and_on_a_device_is_another_setting() -> None:
+    assert "decode" not in made(decode="cpu").settings
+    # As outputs of before there was a choice have it.
+    assert made().digest == "b6e8ba73d5a0039258a7173e7e977bbd89a5639affc6504a58fded4ce47629cd"
+    with pytest.raises(OutputError, match='decode: output null, this run "gpu"'):
+        follow(made(decode="gpu"), made())
+    assert follow(made(decode="gpu"), made(decode="gpu")).settings["decode"] == "gpu"
+
+
 def test_an_automatic_precision_follows_the_output() -> None:
     assert follow(made("auto"), None).settings["precision"] == "auto"
     assert follow(made("auto"), made("bf16")) == made("bf16")

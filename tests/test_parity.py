@@ -103,7 +103,7 @@ def source(engine: str, backbone: str, weights: Weights) -> Source:
     if engine == "torch":
         return SharedWeights.local(weights)
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
-    from pipeline.openvino_runner import convert
+    from pipeline.openvino_graph import convert
 
     preprocess = preprocess_for(backbone, "random")
     return convert(make_network(backbone, weights, "pooled", preprocess, False), preprocess.crop)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config import parse
+from pipeline.nodes import DeviceTime
 from pipeline.report import Tally
 from pipeline.report_timeline import MAX_STEPS, Timeline
+from pipeline.resources import divide
 from pipeline.schema import END_LAST, END_NONE, STAGES
 
 
@@ -67,3 +71,13 @@ def test_the_timeline_has_what_the_sums_have() -> None:
     assert {stage: sum(steps) for stage, steps in told["busy_s"].items()} == tally.stage_s
     assert tally.reasons == {"broken image": 2, "empty": 1}
     assert tally.examples["broken image"] == "a: broken image: a"
+
+
+def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were_asked_for() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 1.0}]
+    resources, _ = divide(parse({"input": ["in"], "output": "out", "device": "cuda", "actors": "1:4"}), nodes)
+    tally = Tally(started=time.monotonic() - 100)
+    tally.add(receipt(embed_s=50.0))
+    assert tally.busy(resources)["embed"] == pytest.approx(50 / 400, rel=0.05)
+    tally.devices = DeviceTime(resources.requests[0], 4, tally.started, nodes)
+    assert tally.busy(resources)["embed"] == pytest.approx(50 / 100, rel=0.05)

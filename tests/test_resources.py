@@ -57,6 +57,11 @@ def test_a_resource_keeps_the_actors_to_the_nodes_that_have_it() -> None:
             "no node for embed, 4 times 0.3 CPU and 1 GPU on one node: of 2 nodes, the nearest to it has",
         ),
         (
+            [HEAD, DECODE],
+            {"decode": "gpu"},
+            "decode gpu needs device cuda, and the cluster has no node for embed, 0.3 CPU and 1 GPU on one node",
+        ),
+        (
             [DECODE, L4],
             {"device": "cuda", "actors": "3:8"},
             "no node for embed, 3 times 0.3 CPU and 1 GPU on one node: there is room for 1",

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.schema import (
+    ENCODED,
     ERRORS_SCHEMA,
     IMAGE,
     KEEP_TYPES,
@@ -13,6 +14,7 @@ from pipeline.schema import (
     RESERVED_COLUMNS,
     embedding_field,
     embeddings_schema,
+    encoded_field,
     image_field,
     kept_fields,
     part_row,
@@ -85,3 +87,13 @@ def test_every_kept_type_has_a_field() -> None:
     fields = kept_fields(tuple((kind, kind) for kind in KEEP_TYPES), "keep:")
     assert [field.name for field in fields] == [f"keep:{kind}" for kind in KEEP_TYPES]
     assert all(field.nullable for field in fields)
+
+
+def test_what_a_device_is_to_decode_is_null_where_a_sample_has_a_reason() -> None:
+    payload = encoded_field()
+    value = {"data": b"jpeg", "height": 80, "width": 96, "orientation": 6}
+    after = with_payload(samples("a", "b"), payload, encoded=pa.array([value, None], payload.type))
+    assert after.type.field(after.type.num_fields - 1) == payload
+    assert after.field(ENCODED).to_pylist() == [value, None]
+    ((_, nested),) = part_rows(part_row(values(0), after))
+    assert nested.field(ENCODED)[0].as_py() == value

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import time
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.backbones import build_backbone, output_shape, preprocess_for
+from pipeline.batch_size import best, ladder, measure
+from pipeline.decode import Decoder
+from pipeline.device_decode import DeviceDecoder
 from pipeline.embedder import Embedder
+from pipeline.errors import SampleError
+from pipeline.plain_jpeg import JpegForwarder
+from pipeline.schema import encoded_field
 from pipeline.torch_runner import SharedWeights
 
 pytestmark = [
@@ -127,3 +136,75 @@ def test_copies_and_padding_take_little_beside_the_computing() -> None:
         torch.cuda.synchronize()
     alone_s = time.perf_counter() - started
     assert whole_s < 1.5 * alone_s
+
+
+def jpeg(seed: int, mode: str = "RGB", size: tuple[int, int] = (500, 375), **options: Any) -> bytes:
+    coarse = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def jpegs() -> list[bytes]:
+    """Every kind that is forwarded to the device."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds: list[dict[str, Any]] = [
+        {}, {"quality": 95, "subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"mode": "L"},
+        {"exif": exif}, {"restart_marker_rows": 1}, {"size": (61, 437)}, {"size": (3000, 2000)},
+    ]  # fmt: skip
+    return [jpeg(seed, **options) for seed, options in enumerate(kinds)]
+
+
+def decoded(images: list[bytes], device: str) -> tuple[Any, dict[int, str]]:
+    """Pixels on a device, and the errors of what has none."""
+    decoder = Decoder(preprocess_for("resnet18", "random"), max_pixels=10_000_000, ignore_orientation=False)
+    field = encoded_field()
+    encoded = pa.array([JpegForwarder(decoder).forward(image) for image in images], field.type)
+    samples = pa.StructArray.from_arrays([encoded], fields=[field])
+    pixels, _, faults = DeviceDecoder(decoder, device)(samples, np.arange(len(images)))
+    return pixels, faults
+
+
+def test_jpegs_decoded_on_the_device_have_the_embeddings_of_those_decoded_on_the_cpu() -> None:
+    images = jpegs()
+    wanted, _ = decoded(images, "cpu")
+    got, faults = decoded(images, "cuda")
+    assert (got.device.type, faults) == ("cuda", {})
+    # Colours at half the size may be widened in another way.
+    assert float((got.cpu().float() - wanted.float()).abs().mean()) < 3.0
+    rows = np.arange(len(images))
+    expected = embedder("resnet18", "cpu", "fp32").embed(wanted.numpy(), rows)
+    assert cosine(embedder("resnet18", "cuda", "fp32").embed(got, rows), expected).min() >= 0.999
+
+
+def test_decoding_on_the_device_gives_the_same_bits_every_time() -> None:
+    first, _ = decoded(jpegs(), "cuda")
+    for _ in range(3):
+        assert torch.equal(decoded(jpegs(), "cuda")[0], first)
+
+
+def test_a_jpeg_that_no_decoder_takes_costs_only_itself() -> None:
+    images = jpegs()
+    broken = bytearray(images[0])
+    broken[broken.index(b"\xff\xc0") + 12] = 3
+    decoder = Decoder(preprocess_for("resnet18", "random"), max_pixels=10_000_000, ignore_orientation=False)
+    with pytest.raises(SampleError) as expected:
+        decoder.decode(bytes(broken))
+    pixels, faults = decoded([*images, bytes(broken)], "cuda")
+    assert faults == {len(images): str(expected.value)}
+    alone, _ = decoded(images, "cuda")
+    assert float((pixels[:-1].float() - alone.float()).abs().mean()) < 1.0
+
+
+def test_a_batch_size_is_measured_and_fits() -> None:
+    source = SharedWeights("random:0", "", 0, None)
+    preprocess = preprocess_for("resnet50", "random")
+    runner = source.runner(
+        backbone="resnet50", features="pooled", preprocess=preprocess, normalize=False, precision="bf16",
+        device="cuda", batch_size=16, num_threads=None,
+    )  # fmt: skip
+    sizes = ladder(1024, preprocess.crop, "cuda")
+    rates = measure(runner, sizes, 1024, preprocess.crop)
+    assert best(rates) in sizes
+    assert 0.0 < runner.memory_share() <= 1.0
