@@ -37,12 +37,14 @@ MEASUREMENTS: dict[str, Callable[[Settings, Mapping[str, Any]], Metrics]] = {
     "stages": runs.stages,
     "decode": runs.decode,
     "decode_all": runs.decode_all,
+    "device_decode": runs.device_decode,
     "gpu": runs.gpu,
     "no_model": runs.no_model,
     "job": runs.job,
     "dataloader": runs.dataloader,
     "ray_data": runs.ray_data,
     "startup": runs.startup,
+    "memory": runs.memory,
     "tiny": runs.tiny,
     "plan": runs.plan,
     "scaling": runs.scaling,
@@ -55,10 +57,14 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "job": (("stages", "job"), "the whole job, at steady state and with start-up, and its ceiling"),
     "baselines": (("stages", "job", "dataloader", "ray_data"), "the whole job and plain alternatives"),
     "startup": (("startup",), "from the command to the first embedding, and ray.init() alone"),
+    "memory": (("memory",), "what a worker of each stage holds in memory at most, and what the object store spills"),
     "tiny": (("tiny",), "10,000 shards of 10 tiny images: overhead a shard, memory of the driver"),
     "plan": (("plan",), "plan a million shards of which 900,000 are done, from a simulated S3"),
     "scaling": (("scaling",), "1 to 16 actors that sleep instead of computing: what the flow itself allows"),
-    "gpu": (("gpu",), "the backbone on a GPU by precision and batch, host to device alone"),
+    "gpu": (
+        ("gpu", "decode_all", "device_decode"),
+        "the backbone on a GPU by precision and batch, host to device alone, decoding there and on all cores",
+    ),
 }
 _PACKAGES = ("torch", "torchvision", "ray", "pillow", "pyarrow", "numpy", "webdataset")
 _OUT = rich.console.Console(highlight=False, soft_wrap=True)
@@ -123,6 +129,7 @@ GOALS = (
         False,
         {},
     ),
+    Goal("memory", "spilled by the object store, MiB", "memory_spilled_mib", None, False, {"*": 0.0}),
     Goal("tiny", "overhead a tiny shard, core-ms", "tiny_overhead_core_ms_per_shard", None, False, {"*": 5.0}),
     Goal(
         "tiny",

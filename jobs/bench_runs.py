@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from jobs.bench_memory import peaks
 from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,14 +108,22 @@ def run_module(module: str, name: str, settings: Settings, **environment: str) -
     raise BenchError(f"{module} {name} gave no result:\n{text[-2000:]}")
 
 
-def _run(command: list[str], **environment: str) -> str:
+def _environment(**changes: str) -> dict[str, str]:
+    """This process's, without settings of a job or of a cluster."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("EMBED_") and key != "RAY_ADDRESS"}
     # A bare ray.init() would write a token to the home folder.
-    clean |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BenchError(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    return {**clean, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **changes}
+
+
+def _run(command: list[str], **changes: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=_environment(**changes), capture_output=True, text=True, check=False)
+    _check(command, done.returncode, done.stdout + done.stderr)
     return done.stdout
+
+
+def _check(command: list[str], code: int, printed: str) -> None:
+    if code:
+        raise BenchError(f"{' '.join(command)} ended with {code}:\n{printed[-3000:]}")
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,11 @@ def decode_all(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     return run_module("jobs.bench_stages", "decode_all", settings)[0]
 
 
+def device_decode(settings: Settings, before: Mapping[str, Any]) -> Metrics:
+    """What decodes in the actor with `--decode gpu`."""
+    return run_module("jobs.bench_stages", "device_decode", settings)[0]
+
+
 def gpu(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     """The backbone by precision and batch, and copies to the device."""
     return run_module("jobs.bench_stages", "gpu", settings)[0]
@@ -284,13 +298,28 @@ def _agreement(ours: Path, theirs: Path) -> float:
     return float((our_rows * their_rows).sum(axis=1).min())
 
 
-def startup(settings: Settings, before: Mapping[str, Any]) -> Metrics:
-    """From the command to the first stored embedding, when all is cached; and Ray alone."""
-    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--input", settings.shards, "--limit", "1"]
+def _embed_command(settings: Settings, *options: str) -> list[str]:
+    """The job on the photos as a user's command, but for its output."""
+    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--input", settings.shards]
     command += ["--backbone", settings.backbone, "--weights", "random:0", "--device", settings.device]
-    command += ["--precision", settings.precision, "--part-rows", str(_STARTUP_PART_ROWS)]
+    command += ["--precision", settings.precision, *options]
     if settings.image_size is not None:
         command += ["--image-size", str(settings.image_size)]
+    return command
+
+
+def memory(settings: Settings, before: Mapping[str, Any]) -> Metrics:
+    """What the processes of the whole job hold in memory at most, and what the object store spills."""
+    command = _embed_command(settings, "--part-rows", str(settings.part_rows))
+    command += ["--output", str(settings.fresh("memory"))]
+    found, printed, code = peaks(command, _environment(), ROOT)
+    _check(command, code, printed)
+    return {**found}
+
+
+def startup(settings: Settings, before: Mapping[str, Any]) -> Metrics:
+    """From the command to the first stored embedding, when all is cached; and Ray alone."""
+    command = _embed_command(settings, "--limit", "1", "--part-rows", str(_STARTUP_PART_ROWS))
     if "startup_first_embedding_s" not in before and "job_images_per_s" not in before:
         _run([*command, "--output", str(settings.fresh("startup"))])
     output = settings.fresh("startup")

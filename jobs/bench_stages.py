@@ -24,16 +24,18 @@ from PIL import Image
 from torchvision.models import get_model_weights
 
 from jobs.bench_runs import Settings, print_result
+from pipeline.cpu import cpu_has_bf16
 from pipeline.decode import Decoder
+from pipeline.device_decode import DeviceDecoder
 from pipeline.embedder import Embedder
 from pipeline.engine import choose_engine
 from pipeline.errors import SettingsError
 from pipeline.ledger import make_plan
 from pipeline.parts import PartWriter
+from pipeline.plain_jpeg import JpegForwarder
 from pipeline.prepare import Job, prepare
 from pipeline.samples import Pending, SampleReader
-from pipeline.schema import IMAGE, part_rows
-from pipeline.torch_runner import cpu_has_bf16
+from pipeline.schema import IMAGE, REASON, part_rows
 
 # Parts of this size go to the processes that decode at once, so that none waits long for the last one.
 _PART_ROWS = 32
@@ -195,6 +197,35 @@ def decode_all(settings: Settings) -> dict[str, float | str]:
     return {"decode_all_images_per_s": num_images / seconds}
 
 
+def device_decode(settings: Settings) -> dict[str, float | str]:
+    """What `--decode gpu` does, on the job's device: what is left for one core, and the device's own part.
+
+    The latter is from a JPEG in host memory to pixels as the backbone takes them, so it stands beside what
+    `decode_all` measures of the cores.
+    """
+    stages = Stages(settings, settings.shards)
+    forwarder = JpegForwarder(stages.decoder)
+    decoder = DeviceDecoder(stages.decoder, settings.device)
+    tables = stages.samples(settings.stage_images)
+    forwarder(tables[0])
+    forwarded: list[pa.Table] = []
+    forward_s = _timed(lambda: forwarded.extend(forwarder(table) for table in tables))
+
+    def on_device(tables: list[pa.Table]) -> None:
+        for _, samples in itertools.chain.from_iterable(map(part_rows, tables)):
+            pixels, _, _ = decoder(samples, np.flatnonzero(samples.field(REASON).is_null()))
+            # A device answers before it is done.
+            pixels.sum().item()
+
+    on_device(forwarded[:1])
+    device_s = _timed(lambda: on_device(forwarded))
+    num_images = _num_samples(tables)
+    return {
+        "device_decode_images_per_s": num_images / device_s,
+        "device_decode_forward_images_per_s": num_images / forward_s,
+    }
+
+
 def embed_and_write(settings: Settings) -> dict[str, float | str]:
     """The embed stage with all cores, or on the GPU, and the write stage on one core."""
     stages = Stages(settings, settings.shards)
@@ -263,7 +294,7 @@ def gpu(settings: Settings) -> dict[str, float | str]:
 
 
 _MEASUREMENTS = {
-    function.__name__: function for function in (stages, decode, decode_all, tiny_work, gpu)
+    function.__name__: function for function in (stages, decode, decode_all, device_decode, tiny_work, gpu)
 }  # fmt: skip
 
 
