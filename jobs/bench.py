@@ -66,7 +66,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         "the backbone on a GPU by precision and batch, host to device alone, decoding there and on all cores",
     ),
 }
-_PACKAGES = ("torch", "torchvision", "ray", "pillow", "pyarrow", "numpy", "webdataset")
+_PACKAGES = ("torch", "torchvision", "openvino", "ray", "pillow", "pyarrow", "numpy", "webdataset")
 _OUT = rich.console.Console(highlight=False, soft_wrap=True)
 
 
