@@ -115,7 +115,9 @@ def no_model(settings: Settings) -> dict[str, Any]:
         context.print_on_execution_start = False
         resources = plan_resources(config)
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-        samples = ray.data.from_blocks(tables).map_batches(SampleReader(config), num_cpus=resources.read_cpus, **whole)
+        samples = ray.data.from_blocks(tables).map_batches(
+            SampleReader(config), num_cpus=resources.read_cpus, **whole
+        )
         decoded = samples.map_batches(decoder, num_cpus=resources.decode_cpus, **whole)
         counted = decoded.map_batches(_count, num_cpus=resources.write_cpus, **whole)
         rows = [row for batch in counted.iter_batches(prefetch_batches=0, **whole) for row in batch.to_pylist()]
