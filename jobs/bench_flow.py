@@ -15,22 +15,17 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import DataContext
 
 from jobs.bench_runs import Settings, print_result
 from jobs.connection import connect
 from pipeline.config import Config
 from pipeline.decode import Decoder
-from pipeline.flow import Watcher, run
+from pipeline.flow import Watcher, read_and_decode, run
 from pipeline.ledger import make_plan
 from pipeline.prepare import prepare
 from pipeline.report import Tally
 from pipeline.resources import plan_resources
-from pipeline.samples import SampleReader
-from pipeline.schema import SHARD_SCHEMA
 
-# As in the flow.
-_BLOCK_BYTES = 32 * 2**20
 # Workers send the events of their tasks once a second.
 _EVENTS_S = 2.5
 _PAGE_MIB = resource.getpagesize() / 2**20
@@ -106,19 +101,11 @@ def no_model(settings: Settings) -> dict[str, Any]:
     config = settings.config(settings.shards, str(settings.fresh("no_model")))
     prepared = prepare(config)
     pending = make_plan(prepared.shards, prepared.config.output).pending
-    tables = [pa.Table.from_pylist([shard._asdict()], schema=SHARD_SCHEMA) for shard in pending]
     decoder = Decoder(prepared.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
     with _ray_session():
-        context = DataContext.get_current()
-        context.target_max_block_size = _BLOCK_BYTES
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
         resources = plan_resources(config)
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-        samples = ray.data.from_blocks(tables).map_batches(
-            SampleReader(config), num_cpus=resources.read_cpus, **whole
-        )
-        decoded = samples.map_batches(decoder, num_cpus=resources.decode_cpus, **whole)
+        decoded = read_and_decode(pending, config, decoder, resources)
         counted = decoded.map_batches(_count, num_cpus=resources.write_cpus, **whole)
         rows = [row for batch in counted.iter_batches(prefetch_batches=0, **whole) for row in batch.to_pylist()]
         return {"parts": [(row["time"], row["images"]) for row in rows], "decode_tasks": _decode_tasks()}

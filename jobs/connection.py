@@ -25,6 +25,9 @@ def connect() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Its usage statistics take a process of their own, which is seconds on a small machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Stages take turns, so that their workers are idle for moments; after one second of it Ray would end those
+    # above one a core, and start others in their place, which takes seconds of a core each.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "300000")
     # Without "local", Ray would join whatever other Ray runs on this machine.
     local = {"address": "local", "include_dashboard": False}
     options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local

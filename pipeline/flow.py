@@ -56,27 +56,11 @@ def make_flow(
     With `isolated`, an image that kills its decoder becomes an error; it is somewhat slower.
     """
     config = job.config
-    _set_up_engine()
-    # Unlike `from_arrow` it runs no task to look at each table, and waits for none.
-    shards = ray.data.from_blocks(_task_tables(pending))
-    samples = shards.map_batches(
-        SampleReader(config),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=resources.read_cpus,
-        ray_remote_args_fn=_task_retries,
-    )
     decoder = (IsolatedDecoder if isolated else Decoder)(
         job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation
     )
     on_device = config.decode == "gpu"
-    decoded = samples.map_batches(
-        JpegForwarder(decoder) if on_device else decoder,
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=resources.decode_cpus,
-        ray_remote_args_fn=_task_retries,
-    )
+    decoded = read_and_decode(pending, config, JpegForwarder(decoder) if on_device else decoder, resources)
     embedded = decoded.map_batches(
         Embedder,
         fn_constructor_kwargs={
@@ -107,6 +91,29 @@ def make_flow(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.write_cpus,
+        ray_remote_args_fn=_task_retries,
+    )
+
+
+def read_and_decode(
+    pending: list[Pending], config: Config, decoder: Decoder | JpegForwarder, resources: Resources
+) -> Dataset:
+    """The first half of the flow: shards to parts of samples with pixels, or with what the device is to decode."""
+    _set_up_engine()
+    # Unlike `from_arrow` it runs no task to look at each table, and waits for none.
+    shards = ray.data.from_blocks(_task_tables(pending))
+    samples = shards.map_batches(
+        SampleReader(config),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=resources.read_cpus,
+        ray_remote_args_fn=_task_retries,
+    )
+    return samples.map_batches(
+        decoder,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=resources.decode_cpus,
         ray_remote_args_fn=_task_retries,
     )
 

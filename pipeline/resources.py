@@ -40,7 +40,7 @@ class Resources:
     total_cpus: float
     decode_cpus: float
     batch_rates: tuple[tuple[int, float], ...] = ()  # images/s by batch size, where it was measured
-    read_cpus: float = 0.1
+    read_cpus: float = 0.25  # less would start many more workers than cores, each of which takes seconds of one
     write_cpus: float = 0.2
 
     @property
@@ -115,8 +115,9 @@ def _demand(resources: Resources) -> Iterator[None]:
 def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     """What the stages take of `nodes`, and what these lack for it."""
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
-    # On a small machine one decoder more than cores keeps them busy while another waits for its input.
-    decode_cpus = 0.4 if min(cpus, default=1.0) < 4 else 0.99
+    # On a small machine three decoders to a core keep it busy: a task that ended is followed by the next only when
+    # Ray Data looks again, up to ten times a second.
+    decode_cpus = 0.33 if min(cpus, default=1.0) < 4 else 0.99
     # Where actors may be.
     places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
     gpus = sum(int(node.get("GPU", 0)) for node in places)

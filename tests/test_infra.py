@@ -699,7 +699,10 @@ def test_every_variable_that_the_readme_names_exists(readme):
         for path in (ROOT / "tests").glob("*.py")
         for name in re.findall(r'os\.environ\.get\("(EMBED_TEST_\w+)"', path.read_text())
     }
-    sources = [path.read_text(errors="replace") for path in sorted(Path(ray.__file__).parent.rglob("*.py"))]
+    ray_folder = Path(ray.__file__).parent
+    sources = [path.read_bytes() for path in sorted(ray_folder.rglob("*.py"))]
+    # What is set for a node is read there alone.
+    sources.append((ray_folder / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes())
     of_aws = json.dumps([str(one) for one in botocore.configprovider.BOTOCORE_DEFAUT_SESSION_VARIABLES.values()])
     of_aws += " AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_ENDPOINT_URL"
     for name in sorted(set(re.findall(r"\b(?:EMBED|RAY|AWS)_\w+", readme))):
@@ -708,7 +711,7 @@ def test_every_variable_that_the_readme_names_exists(readme):
         elif name.startswith("AWS_"):
             assert name in of_aws, name
         else:
-            assert any(name in source for source in sources), name
+            assert any(name.encode() in source for source in sources), name
 
 
 def test_every_field_of_the_report_that_the_readme_names_exists(readme):

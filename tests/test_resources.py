@@ -73,14 +73,14 @@ def test_a_resource_keeps_the_actors_to_the_nodes_that_have_it() -> None:
             "of 2 nodes, the nearest to it has 16 CPU, 0 accelerator_type:H100",
         ),
         (
-            [{"CPU": 0.35}],
+            [{"CPU": 0.3}],
             {},
-            "no node for decode, 0.4 CPU on one node: of 1 node, the nearest to it has 0.35 CPU",
+            "no node for decode, 0.33 CPU on one node: of 1 node, the nearest to it has 0.3 CPU",
         ),
         (
             [{"CPU": 2.0}],
             {"actors": "6"},
-            "6 actors of 0.3 CPU may fill every node, which leaves none for decode, 0.4 CPU on one node: "
+            "6 actors of 0.3 CPU may fill every node, which leaves none for decode, 0.33 CPU on one node: "
             "at most 5 actors fit",
         ),
     ],
