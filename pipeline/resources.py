@@ -115,9 +115,10 @@ def _demand(resources: Resources) -> Iterator[None]:
 def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     """What the stages take of `nodes`, and what these lack for it."""
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
-    # On a small machine three decoders to a core keep it busy: a task that ended is followed by the next only when
-    # Ray Data looks again, up to ten times a second.
-    decode_cpus = 0.33 if min(cpus, default=1.0) < 4 else 0.99
+    # Decoding takes a core, and asks for less. Ray Data keeps parts of the cluster for other stages, and starts the
+    # task after one that ended only when it looks again, up to ten times a second: asking for whole cores, a node of
+    # 8 decoded on 5. This way there are at least as many tasks as cores, and half as many again on large clusters.
+    decode_cpus = 0.33 if min(cpus, default=1.0) < 8 else 0.5
     # Where actors may be.
     places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
     gpus = sum(int(node.get("GPU", 0)) for node in places)
