@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two files of tests at a time: they wait for processes and networks as long as they compute.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # For the demo: your own images instead of its photos, other weights than DEFAULT, and where all it makes goes.
 IMAGES ?=
 WEIGHTS ?=
@@ -35,10 +37,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -109,7 +109,8 @@ def ray_session(s3_server: S3Server) -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    # Never one that another test has started meanwhile.
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 
@@ -118,7 +119,8 @@ def free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that are free now, low enough for SeaweedFS to add 10000."""
     ports: list[int] = []
     sockets = []
-    candidate = 20000 + os.getpid() % 20000
+    # Far from those of the process beside this one, which looks for some at the same time.
+    candidate = 20000 + os.getpid() * 101 % 9000
     while len(ports) < count:
         candidate += 1
         pair = [socket.socket(), socket.socket()]
