@@ -7,8 +7,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Two files of tests at a time: they wait for processes and networks as long as they compute.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # For the demo: your own images instead of its photos, other weights than DEFAULT, and where all it makes goes.
 IMAGES ?=
 WEIGHTS ?=
@@ -37,10 +35,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(PYTEST) -m 'not slow'
+	$(BIN)/pytest -m 'not slow'
 
 test: lint
-	$(PYTEST)
+	$(BIN)/pytest
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
