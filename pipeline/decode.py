@@ -3,7 +3,8 @@
 Pillow is the reference, and reads every header. Plain JPEGs are then decoded by libjpeg-turbo without
 Pillow around it, to the same pixels: only those in which it finds nothing to complain of, so that what is
 broken stays Pillow's to judge. Resize and centre crop are one convolution with a box in source coordinates,
-which gives the pixels of the two steps without making those that the crop throws away.
+which gives the pixels of the two steps without making those that the crop throws away. It is done by
+fast_image_resize, which has Pillow's filters with SIMD: in less than half the time, to the same values but for a few.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import simplejpeg
+from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.errors import SampleError
@@ -50,7 +52,14 @@ _ORIENTATION_TAG = 0x0112
 # A progressive JPEG can repeat its scans, each as much work as a decode and some hundred bytes long: what
 # all of them go over is at most this many times `max_pixels`. Encoders write ten or so.
 MAX_SCANS = 100
-# Half the width of the widest of Pillow's filters (Lanczos), in pixels of the larger side of the scale.
+
+# What weights may ask for, by torchvision's names. Pillow's bicubic is Catmull and Rom's: a = -0.5.
+INTERPOLATIONS = {
+    "bilinear": FilterType.bilinear,
+    "bicubic": FilterType.catmull_rom,
+    "lanczos": FilterType.lanczos3,
+}
+# Half the width of the widest of these filters (Lanczos), in pixels of the larger side of the scale.
 _SUPPORT = 3.0
 CENTER, SQUASH = "center", "squash"
 
@@ -292,7 +301,7 @@ def resize_crop(
     top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
     x, y = width / new_width, height / new_height
     box = (left * x, top * y, min((left + seen_width) * x, width), min((top + seen_height) * y, height))
-    resized = _resize(pixels, (seen_width, seen_height), box, Image.Resampling[preprocess.interpolation.upper()])
+    resized = _resize(pixels, (seen_width, seen_height), box, INTERPOLATIONS[preprocess.interpolation])
     if (seen_height, seen_width) == preprocess.crop:
         return resized
     padded = np.zeros((crop_height, crop_width, 3), np.uint8)
@@ -315,15 +324,26 @@ def _resize(
     pixels: np.ndarray[Any, np.dtype[np.uint8]],
     size: tuple[int, int],
     box: tuple[float, float, float, float],
-    resample: Image.Resampling,
+    interpolation: FilterType,
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The box (left, top, right, bottom) at `size` (width, height)."""
-    # Only what the filter reaches is copied into Pillow's memory, which is a tenth of the work.
+    # Only what the filter reaches is copied.
     (left, right), (top, bottom) = (
         _reached(box[axis], box[axis + 2], size[axis], pixels.shape[1 - axis]) for axis in (0, 1)
     )
-    image = Image.fromarray(pixels[top:bottom, left:right])
-    return np.asarray(image.resize(size, resample, box=(box[0] - left, box[1] - top, box[2] - left, box[3] - top)))
+    height = bottom - top
+    image = ImageData(right - left, height, PixelType.U8x3, pixels[top:bottom, left:right].tobytes())
+    # Width, then height, as Pillow does it. In the other order, which is this library's own, an eighth of the values
+    # is rounded to a neighbour, and embeddings of trained backbones fall to a cosine of 0.9997.
+    resizer, method = Resizer(), ResizeAlg.convolution(interpolation)
+    for step, seen in (
+        ((size[0], height), CropBox(box[0] - left, 0, box[2] - box[0], height)),
+        (size, CropBox(0, box[1] - top, size[0], box[3] - box[1])),
+    ):
+        resized = ImageData(*step, PixelType.U8x3)
+        resizer.resize(image, resized, ResizeOptions(method, crop_box=seen))
+        image = resized
+    return np.frombuffer(image.get_buffer(), np.uint8).reshape(size[1], size[0], 3)
 
 
 def _reached(start: float, end: float, size: int, available: int) -> tuple[int, int]:

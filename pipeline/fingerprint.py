@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+from importlib.metadata import version
 from typing import Any
 
 import numpy
@@ -76,6 +77,7 @@ def make_fingerprint(
         "python": platform.python_version(),
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
+        "cykooz_resizer": version("cykooz_resizer"),
         "pyarrow": pyarrow.__version__,
     }
     return Fingerprint(json.loads(_json(settings)), base | versions)

@@ -32,7 +32,7 @@ from timm.models import (
 from torch import Tensor
 
 from pipeline.backbone_base import Backbone, by, check_features, run_without_values
-from pipeline.decode import CENTER, SQUASH, Preprocess
+from pipeline.decode import CENTER, INTERPOLATIONS, SQUASH, Preprocess
 from pipeline.errors import BackboneError, WeightsError
 from pipeline.weights import (
     StateDict,
@@ -215,6 +215,11 @@ def _preprocess(config: PretrainedCfg) -> Preprocess:
         raise WeightsError(
             f"timm/{config.architecture} has a preprocessing that is not supported: crop_mode {mode!r} of "
             f"{channels} channels at {by((height, width))}; {CENTER} (of squares) and {SQUASH} of 3 channels are"
+        )
+    if data["interpolation"] not in INTERPOLATIONS:
+        raise WeightsError(
+            f"timm/{config.architecture} has a preprocessing that is not supported: interpolation must be one of "
+            f"{', '.join(INTERPOLATIONS)}, got {data['interpolation']!r}"
         )
     return Preprocess(
         resize=math.floor(max(height, width) / data["crop_pct"]),

@@ -199,6 +199,16 @@ def test_geometry_is_torchvisions(size: tuple[int, int], interpolation: str) -> 
         assert_near(pixels(image, preprocess), torchvision_pixels(image, preprocess))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(500, 375), (40, 50)])
+def test_hardly_a_value_of_noise_is_rounded_otherwise(size: tuple[int, int], interpolation: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    preprocess = Preprocess(256, (224, 224), interpolation, (0.5,) * 3, (0.5,) * 3)
+    difference = np.abs(pixels(noise, preprocess).astype(int) - torchvision_pixels(noise, preprocess))
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.02
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 300),
