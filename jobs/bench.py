@@ -39,6 +39,7 @@ MEASUREMENTS: dict[str, Callable[[Settings, Mapping[str, Any]], Metrics]] = {
     "decode_all": runs.decode_all,
     "device_decode": runs.device_decode,
     "gpu": runs.gpu,
+    "compiled": runs.compiled,
     "no_model": runs.no_model,
     "job": runs.job,
     "dataloader": runs.dataloader,
@@ -65,8 +66,9 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         ("gpu", "decode_all", "device_decode"),
         "the backbone on a GPU by precision and batch, host to device alone, decoding there and on all cores",
     ),
+    "compiled": (("compiled",), "the backbone compiled, by batch"),
 }
-_PACKAGES = ("torch", "torchvision", "openvino", "ray", "pillow", "pyarrow", "numpy", "webdataset")
+_PACKAGES = ("torch", "torchvision", "openvino", "ray", "pillow", "cykooz-resizer", "pyarrow", "numpy", "webdataset")
 _OUT = rich.console.Console(highlight=False, soft_wrap=True)
 
 

@@ -230,6 +230,11 @@ def gpu(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     return run_module("jobs.bench_stages", "gpu", settings)[0]
 
 
+def compiled(settings: Settings, before: Mapping[str, Any]) -> Metrics:
+    """The backbone as `--compile` has it, by batch."""
+    return run_module("jobs.bench_stages", "compiled", settings)[0]
+
+
 def no_model(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     """The flow up to decode, with a sink that only counts."""
     result = run_module("jobs.bench_flow", "no_model", settings)[0]

@@ -38,7 +38,7 @@ class SleepSource:
 
     def runner(
         self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None,
+        batch_size: int | None, num_threads: int | None, compiled: bool = False,
     ) -> Runner:  # fmt: skip
         """Loads nothing, whatever the device."""
         return SleepRunner(self.images_per_s, self.epoch)

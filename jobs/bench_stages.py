@@ -58,7 +58,13 @@ class Stages:
             config, self.job.with_engine(self.engine.name, self.precision).fingerprint, self.job.shape
         )
 
-    def embedder(self, num_threads: int, batch_size: int | None = None, precision: str | None = None) -> Embedder:
+    def embedder(
+        self,
+        num_threads: int,
+        batch_size: int | None = None,
+        precision: str | None = None,
+        compiled: bool = False,
+    ) -> Embedder:
         """An embedder like those of the job."""
         job, config = self.job, self.job.config
         return Embedder(
@@ -73,6 +79,7 @@ class Stages:
             device=self.settings.device,
             batch_size=batch_size,
             num_threads=None if self.settings.device == "cuda" else num_threads,
+            compiled=compiled,
         )
 
     def samples(self, most: int) -> list[pa.Table]:
@@ -269,18 +276,9 @@ def tiny_work(settings: Settings) -> dict[str, float | str]:
 def gpu(settings: Settings) -> dict[str, float | str]:
     """The backbone on a GPU by precision and batch, from uint8 pixels in host memory; and host to device alone."""
     stages = Stages(settings, settings.shards)
-    height, width = stages.job.preprocess.crop
     results: dict[str, float | str] = {}
-    for batch in _GPU_BATCHES:
-        pixels = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
-        rows = np.tile(np.arange(batch), max(2, settings.stage_images // batch))
-        for precision in ("fp32", "bf16", "fp16"):
-            embedder = stages.embedder(settings.cores, batch, precision)
-            embedder.embed(pixels, rows[: 2 * batch])
-            seconds = _timed(lambda embedder=embedder, pixels=pixels, rows=rows: embedder.embed(pixels, rows))  # type: ignore[misc]
-            results[f"model_{precision}_batch_{batch}_images_per_s"] = len(rows) / seconds
-            del embedder
-            torch.cuda.empty_cache()
+    for precision in ("fp32", "bf16", "fp16"):
+        results |= _model_rates(stages, precision)
     host = torch.empty(256 * 2**20, dtype=torch.uint8).pin_memory()
     device = torch.empty_like(host, device="cuda")
 
@@ -293,8 +291,34 @@ def gpu(settings: Settings) -> dict[str, float | str]:
     return {**results, "host_to_device_gb_per_s": 16 * host.numel() / 1e9 / _timed(copy)}
 
 
+def compiled(settings: Settings) -> dict[str, float | str]:
+    """The same of the backbone as `--compile` has it, in bf16, and the seconds until it is ready."""
+    return {**_model_rates(Stages(settings, settings.shards), "bf16", compiled=True)}
+
+
+def _model_rates(stages: Stages, precision: str, *, compiled: bool = False) -> dict[str, float]:
+    """Images/s by batch size."""
+    settings = stages.settings
+    height, width = stages.job.preprocess.crop
+    rates: dict[str, float] = {}
+    for batch in _GPU_BATCHES:
+        name = f"model_{precision}{'_compiled' if compiled else ''}_batch_{batch}"
+        pixels = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+        rows = np.tile(np.arange(batch), max(2, settings.stage_images // batch))
+        start = time.perf_counter()
+        embedder = stages.embedder(settings.cores, batch, precision, compiled)
+        embedder.embed(pixels, rows[: 2 * batch])
+        if compiled:
+            rates[f"{name}_ready_s"] = time.perf_counter() - start
+        seconds = _timed(lambda embedder=embedder, pixels=pixels, rows=rows: embedder.embed(pixels, rows))  # type: ignore[misc]
+        rates[f"{name}_images_per_s"] = len(rows) / seconds
+        del embedder
+        torch.cuda.empty_cache()
+    return rates
+
+
 _MEASUREMENTS = {
-    function.__name__: function for function in (stages, decode, decode_all, device_decode, tiny_work, gpu)
+    function.__name__: function for function in (stages, decode, decode_all, device_decode, tiny_work, gpu, compiled)
 }  # fmt: skip
 
 

@@ -127,6 +127,12 @@ def parser() -> argparse.ArgumentParser:
         "gpu decodes plain JPEGs on the backbone's GPU, for machines with few CPU cores a GPU; all else stays on CPU",
         choices=settings.DECODES,
     )
+    add(
+        compute,
+        "compile",
+        "compile the backbone for its GPU by torch.compile, which takes a C compiler and half a minute there",
+        **flag,
+    )
     add(compute, "price_per_hour", "money a device-hour: the report then says what the run cost", metavar="PRICE")
     add(compute, "actors", "backbones at once, at least and at most (default: one a GPU)", metavar="MIN:MAX")
     add(

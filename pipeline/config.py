@@ -70,6 +70,7 @@ class Config:
     device: str = "auto"
     batch_size: int | str | None = None  # images; auto: by measuring; None: by device
     decode: str = "cpu"  # gpu: plain JPEGs on the backbone's device
+    compile: bool = False  # the backbone, for the GPU
     actors: tuple[int, int] | None = None  # (min, max); None: all the devices there are
     actor_resource: str | None = None  # Ray resource of the nodes that backbones may run on; None: any node
     node_wait_s: int | None = None  # for nodes that are missing; None: 0 at the start, 1800 once it runs
@@ -102,8 +103,8 @@ class Config:
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
         _check(self.device in DEVICES, "device", f"be one of {', '.join(DEVICES)}", self.device)
         _check(self.decode in DECODES, "decode", f"be one of {', '.join(DECODES)}", self.decode)
-        if self.decode == "gpu" and self.device == "cpu":
-            raise SettingsError("decode gpu needs device cuda: device must be auto or cuda with it, got 'cpu'")
+        if self.needs_gpu and self.device == "cpu":
+            raise SettingsError(f"{self.needs_gpu} needs device cuda: device must be auto or cuda with it, got 'cpu'")
         _check(self.precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", self.precision)
         _check(
             not (self.normalize and self.features == "map"),
@@ -154,6 +155,11 @@ class Config:
         for column in columns:
             _check(column not in RESERVED_COLUMNS, "keep", "not name a column of the output", column)
             _check(columns.count(column) == 1, "keep", "name each column once", column)
+
+    @property
+    def needs_gpu(self) -> str | None:
+        """What of these settings only a GPU does, or None."""
+        return "decode gpu" if self.decode == "gpu" else "compile" if self.compile else None
 
     @property
     def kept_columns(self) -> tuple[tuple[str, str], ...]:

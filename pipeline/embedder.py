@@ -64,9 +64,9 @@ class Source(Protocol):
 
     def runner(
         self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None,
+        batch_size: int | None, num_threads: int | None, compiled: bool = False,
     ) -> Runner:  # fmt: skip
-        """Load it. A `batch_size` or `num_threads` of None is the runner's to choose."""
+        """Load it. A `batch_size` or `num_threads` of None is the runner's to choose; `compiled` is for GPUs."""
         ...
 
     def share(self) -> Source:
@@ -85,7 +85,7 @@ class Embedder:
     def __init__(
         self, *, source: Source, backbone: str, features: str, preprocess: Preprocess, shape: tuple[int, ...],
         dtype: str, precision: str, normalize: bool, device: str, batch_size: int | None, num_threads: int | None,
-        decoder: Decoder | None = None,
+        decoder: Decoder | None = None, compiled: bool = False,
     ) -> None:  # fmt: skip
         self._crop = preprocess.crop
         self._intake = self._pixels if decoder is None else _device_intake(decoder, device)
@@ -93,7 +93,7 @@ class Embedder:
         self._stored = np.dtype(dtype)
         self._runner = source.runner(
             backbone=backbone, features=features, preprocess=preprocess, normalize=normalize, precision=precision,
-            device=device, batch_size=batch_size, num_threads=num_threads,
+            device=device, batch_size=batch_size, num_threads=num_threads, compiled=compiled,
         )  # fmt: skip
 
     def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

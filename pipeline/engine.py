@@ -79,7 +79,8 @@ def choose_engine(job: Job, shard: Pending, device: str, candidates: tuple[str, 
     from pipeline.torch_runner import SharedWeights  # noqa: PLC0415
 
     weights = SharedWeights.local(loaded(job).weights)
-    return Engine(f"torch {job.fingerprint.versions['torch']}", trial.precision(weights, candidates), weights, note)
+    name = f"torch {job.fingerprint.versions['torch']}{', compiled' if job.config.compile else ''}"
+    return Engine(name, trial.precision(weights, candidates), weights, note)
 
 
 @contextmanager

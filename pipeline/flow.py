@@ -76,6 +76,7 @@ def make_flow(
             "batch_size": resources.batch_size,
             "num_threads": resources.num_threads,
             "decoder": decoder if on_device else None,
+            "compiled": config.compile,
         },
         # One part a call: with GPUs Ray Data refuses None, which would be a block.
         batch_size=1,

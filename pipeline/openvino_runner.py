@@ -35,9 +35,9 @@ class SharedGraph:
 
     def runner(
         self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None,
+        batch_size: int | None, num_threads: int | None, compiled: bool = False,
     ) -> OpenVinoRunner:  # fmt: skip
-        """The network on the CPUs of this process. What it computes stands in the graph."""
+        """The network on the CPUs of this process. What it computes stands in the graph, which is always compiled."""
         constants = ray.get(self.constants) if isinstance(self.constants, ray.ObjectRef) else self.constants
         return OpenVinoRunner(
             self.graph, constants, precision=precision, crop=preprocess.crop, batch_size=batch_size,

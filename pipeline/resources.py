@@ -122,8 +122,7 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     # Where actors may be.
     places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
     gpus = sum(int(node.get("GPU", 0)) for node in places)
-    to_decode = config.decode == "gpu"
-    device = config.device if config.device != "auto" else "cuda" if gpus or to_decode else "cpu"
+    device = config.device if config.device != "auto" else "cuda" if gpus or config.needs_gpu else "cpu"
     place_cpus = [node["CPU"] for node in places if node.get("CPU")]
     default = gpus if device == "cuda" else sum(max(1, round(cpu / _CORES_PER_ACTOR)) for cpu in place_cpus)
     num_actors = config.actors or (max(1, default), max(1, default))
@@ -141,8 +140,8 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
         decode_cpus=decode_cpus,
     )
     lacking = missing(resources.requests, nodes)
-    if lacking is not None and to_decode and not gpus:
-        lacking = f"decode gpu needs device cuda, and {lacking}"
+    if lacking is not None and config.needs_gpu and not gpus:
+        lacking = f"{config.needs_gpu} needs device cuda, and {lacking}"
     if lacking is None:
         actor, _, decode, _ = resources.requests
         most = crowded(actor, decode, nodes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -58,13 +59,13 @@ class SharedWeights:
 
     def runner(
         self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None,
+        batch_size: int | None, num_threads: int | None, compiled: bool = False,
     ) -> TorchRunner:  # fmt: skip
         """The backbone with these weights, on a device of this process."""
         network = make_network(backbone, self.get(), features, preprocess, normalize)
         return TorchRunner(
             network, precision=precision, crop=preprocess.crop, device=device, batch_size=batch_size,
-            num_threads=num_threads,
+            num_threads=num_threads, compiled=compiled,
         )  # fmt: skip
 
 
@@ -128,19 +129,29 @@ class TorchRunner:
     Batches have one fixed shape (the last is padded), so that an embedding does not depend on what else is
     in its batch. Where the device's memory does not hold a batch they are halved, for good; kernels of another
     shape may round the last bit otherwise.
+
+    With `compiled`, torch.compile fuses what is between the convolutions, and on a GPU replays CUDA graphs. That
+    takes a C compiler and some ten seconds for each batch size; torch keeps what it made on disk, for the next actor.
     """
 
     def __init__(
         self, network: Network, *, precision: str, crop: tuple[int, int], device: str, batch_size: int | None,
-        num_threads: int | None,
+        num_threads: int | None, compiled: bool = False,
     ) -> None:  # fmt: skip
         if num_threads is not None:
             # Ray sets OMP_NUM_THREADS from the CPUs that the actor reserves; it may use more than it reserves.
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
         self._crop = crop
-        self._network = network.as_precision(_DTYPES[precision]).eval().to(self._device)
+        self._network: Callable[[Tensor], Tensor] = network.as_precision(_DTYPES[precision]).eval().to(self._device)
         self.use_batches_of(batch_size or BATCH_SIZES[self._device.type])
+        self._is_compiled = compiled
+        if compiled:
+            mode = "reduce-overhead" if self._device.type == "cuda" else "default"
+            self._network = torch.compile(self._network, mode=mode, dynamic=False)
+            # By the way that the work takes, and twice, as a graph is recorded in the second call.
+            for _ in range(2):
+                self.embed(np.zeros((1, *crop, 3), np.uint8), np.zeros(1, np.int64))
 
     @property
     def batch_size(self) -> int:
@@ -178,6 +189,9 @@ class TorchRunner:
                     raise
             # Outside of the handler, whose traceback holds what fills the memory.
             self.use_batches_of(self._batch_size // 2)
+            if self._is_compiled:
+                # Recorded graphs hold the memory that they were recorded with.
+                torch.compiler.reset()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 

@@ -157,6 +157,12 @@ def test_a_batch_size_is_a_number_or_auto() -> None:
         Config(input=("in",), output="out", batch_size="many")
 
 
+def test_compiling_for_a_gpu_needs_one() -> None:
+    assert [parse({**GIVEN, "compile": value}).compile for value in (True, "true", "0")] == [True, True, False]
+    with pytest.raises(SettingsError, match="compile needs device cuda: device must be auto or cuda with it"):
+        parse({**GIVEN, "compile": True, "device": "cpu"})
+
+
 def test_decoding_on_a_gpu_needs_one() -> None:
     assert [parse({**GIVEN, "decode": "gpu", "device": device}).decode for device in ("auto", "cuda")] == ["gpu"] * 2
     with pytest.raises(SettingsError, match="decode gpu needs device cuda: device must be auto or cuda with it"):

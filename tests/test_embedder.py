@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -361,6 +362,31 @@ def test_batches_that_do_not_fit_into_memory_are_halved_until_they_do() -> None:
     assert np.array_equal(embedded, runner(2, room=2).embed(pixels, rows))
     with pytest.raises(torch.OutOfMemoryError, match="no room for 1 images"):
         runner(4, room=0).embed(pixels, rows)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU, found no g++")
+def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one() -> None:
+    from torch._dynamo.utils import counters
+
+    pixels, rows = np.stack(pictures(11)), np.array([10, 3, 4, 5, 6, 7, 8, 9, 0])
+
+    def runner(compiled: bool) -> TorchRunner:
+        network = make_network(
+            "resnet18", load_weights("resnet18", "random:0"), "pooled", preprocess("resnet18"), False
+        )
+        return TorchRunner(
+            network, precision="fp32", crop=(SIDE, SIDE), device="cpu", batch_size=4, num_threads=None,
+            compiled=compiled,
+        )  # fmt: skip
+
+    eager = runner(False).embed(pixels, rows)
+    counters.clear()
+    fast = runner(True)
+    compiled = fast.embed(pixels, rows)
+    np.testing.assert_allclose(compiled, eager, rtol=1e-3, atol=1e-5)
+    assert np.array_equal(fast.embed(torch.from_numpy(pixels), rows), compiled)
+    assert np.array_equal(fast.embed(pixels, rows[4:]), compiled[4:])
+    assert counters["stats"]["unique_graphs"] >= 1
 
 
 def test_num_threads_is_what_torch_uses() -> None:

@@ -62,6 +62,11 @@ def test_a_resource_keeps_the_actors_to_the_nodes_that_have_it() -> None:
             "decode gpu needs device cuda, and the cluster has no node for embed, 0.3 CPU and 1 GPU on one node",
         ),
         (
+            [HEAD, DECODE],
+            {"compile": True},
+            "compile needs device cuda, and the cluster has no node for embed, 0.3 CPU and 1 GPU on one node",
+        ),
+        (
             [DECODE, L4],
             {"device": "cuda", "actors": "3:8"},
             "no node for embed, 3 times 0.3 CPU and 1 GPU on one node: there is room for 1",

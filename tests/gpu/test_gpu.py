@@ -31,7 +31,9 @@ COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
 BACKBONES = ["resnet18", "resnet50_stride1", "resnext101_32x8d", "vit_b_32"]
 
 
-def embedder(backbone: str, device: str, precision: str, batch_size: int = 16, features: str = "pooled") -> Embedder:
+def embedder(
+    backbone: str, device: str, precision: str, batch_size: int = 16, features: str = "pooled", compiled: bool = False
+) -> Embedder:
     preprocess = preprocess_for(backbone, "random")
     return Embedder(
         backbone=backbone,
@@ -45,6 +47,7 @@ def embedder(backbone: str, device: str, precision: str, batch_size: int = 16, f
         device=device,
         batch_size=batch_size,
         num_threads=None,
+        compiled=compiled,
     )
 
 
@@ -69,6 +72,18 @@ def test_the_device_gives_the_vectors_of_the_cpu(backbone: str, precision: str) 
     assert cosine(got, wanted).min() >= COSINE[precision]
     centre = wanted.mean(0)
     assert cosine(got - centre, wanted - centre).min() >= (0.999 if precision == "fp32" else 0.9)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one_on_every_call(backbone: str) -> None:
+    images, rows = pictures(50), np.arange(50)
+    wanted = embedder(backbone, "cuda", "bf16").embed(images, rows)
+    actor = embedder(backbone, "cuda", "bf16", compiled=True)
+    got = actor.embed(images, rows)
+    assert cosine(got, wanted).min() >= COSINE["bf16"]
+    for _ in range(3):
+        assert np.array_equal(actor.embed(images, rows), got)
+    assert np.array_equal(actor.embed(torch.from_numpy(images).cuda(), rows), got)
 
 
 def test_feature_maps_come_from_the_device_in_the_order_c_h_w() -> None:
