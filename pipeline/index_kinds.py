@@ -7,9 +7,13 @@ ivf   lists of embeddings around centroids, on disk. Beyond.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import math
+import os
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +100,8 @@ def merge_on_disk(trained: Any, pieces: Sequence[Any], lists_path: Path) -> Any:
     pointers = faiss.InvertedListsPtrVector()
     for piece in pieces:
         pointers.push_back(piece.invlists)
-    trained.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), False)
+    with _stdout_to_stderr():
+        trained.ntotal = lists.merge_from_multiple(pointers.data(), pointers.size(), False)
     trained.replace_invlists(lists, True)
     lists.this.disown()
     return trained
@@ -129,9 +134,27 @@ def read_index(path: Path, *, is_piece: bool = False) -> Any:
     # With this flag FAISS maps the lists in the file itself, but would not map those of another file.
     flags = faiss.IO_FLAG_MMAP if is_piece else 0
     try:
-        return faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR)
+        with _stdout_to_stderr():
+            return faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR)
     except RuntimeError as error:
         raise SettingsError(f"{path} is not a FAISS index: {_last_line(error)}") from error
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """FAISS tells of files on disk on standard output, which is for what a command gives."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            # What C's own buffer still holds, before it would go to the other place.
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+    finally:
+        os.close(kept)
 
 
 def _last_line(error: RuntimeError) -> str:

@@ -34,9 +34,12 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     """The image files that `paths` name: files as they are, folders by the extensions of their files.
 
     Raises:
-        InputError: a path is not there, or a folder has no image.
+        InputError: a path is empty or not there, or a folder has no image.
     """
     found: list[Path] = []
+    if "" in paths:
+        # To Path this would be the current folder.
+        raise InputError("a path to an image must not be empty, got ''")
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(

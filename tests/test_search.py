@@ -78,9 +78,14 @@ def test_a_query_is_embedded_as_the_run_embedded_it(
     assert np.abs(found - stored).max() <= (1e-6 if not settings else 1e-2) * np.abs(stored).max()
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_the_command_finds_each_image_itself_and_tells_scores(
-    index: Path, images: Path, run_job: Callable[..., Any]
+    kind: str, output: Path, tmp_path: Path, images: Path, run_job: Callable[..., Any]
 ) -> None:
+    index = tmp_path / "index"
+    made = run_job("index.py", output, index, "--kind", kind)
+    assert made.returncode == 0, made.stderr
+    assert [line.split()[0] for line in made.stdout.splitlines()] == ["index", "kind", "rows", "recall@10"]
     done = run_job("search.py", index, images, "--top", 3, "--json")
     assert done.returncode == 0, done.stderr
     hits = json.loads(done.stdout)
@@ -108,6 +113,11 @@ def test_neighbours_are_those_of_the_stored_embeddings(output: Path, index: Path
         query = unit[list(ids).index(hit.query.path.stem)]
         expected = np.sort(unit @ query)[::-1][:5]
         assert [near.score for near in hit.neighbours] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_an_empty_path_is_not_taken_for_the_current_folder() -> None:
+    with pytest.raises(InputError, match="must not be empty"):
+        find_images([""])
 
 
 def test_a_broken_image_is_named_and_the_others_are_answered(
