@@ -222,7 +222,7 @@ class Console:
         for text in report["problems"]:
             self._out.print(f"PROBLEM   {text}", style="yellow", markup=False)
         verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
-        self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.json", markup=False)
+        self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.html", markup=False)
         self.report_fault(report)
 
     def report_fault(self, report: dict[str, Any]) -> None:

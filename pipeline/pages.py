@@ -36,6 +36,8 @@ _STYLE = f"""
 section {{ display: flex; flex-wrap: wrap; gap: .8rem; padding: 1rem 0; border-top: 1px solid var(--line); }}
 figure {{ width: {SIDE}px; }}
 figure.head {{ margin-right: 1.6rem; }}
+figure.head img {{ outline: 3px solid var(--accent); outline-offset: -3px; }}
+@media (max-width: 560px) {{ figure {{ width: calc(50% - .4rem); }} figure.head {{ margin-right: 0; }} }}
 """
 
 

@@ -288,7 +288,7 @@ def test_pictures_are_read_from_object_storage_too(tmp_path: Path, s3_url: str, 
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     executable = shutil.which("chromium")
     if executable is None:
-        pytest.skip("no chromium on PATH: the page is not looked at")
+        pytest.skip("no chromium on PATH (apt-get install chromium): the page is not looked at")
     opened = Browser(executable, tmp_path_factory.mktemp("chromium"))
     yield opened
     opened.close()
