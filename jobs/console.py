@@ -87,9 +87,14 @@ class Console:
             + (f" ({', '.join(more)})" if more else "")
             + f", {human_bytes(plan.pending_bytes)} to read"
         )
+        if job.config.limit is not None and job.config.limit < len(plan.pending):
+            now = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
+            say(f"limit     {job.config.limit} of these in this run, {human_bytes(now)} to read")
         if estimated is not None and plan.pending:
             rate = "at the rate of the last run, start-up included"
             say(f"estimate  {estimated.num_samples} samples, {human_s(estimated.seconds)} {rate}")
+        elif plan.pending:
+            say("estimate  none, as no run of this output tells the rate")
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
 

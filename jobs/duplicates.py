@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--scratch", metavar="FOLDER", help="for the embeddings meanwhile (default: the system's)")
     top.add_argument("--html", metavar="FILE", help=f"write a page of {PAGE_ROWS} images drawn at random as well")
     top.add_argument(
-        "--input", nargs="+", default=[], metavar="URL", help="for --html: the shards, as named for embed.py"
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="for --html: the shards, as named for embed.py (default: where they lay then)",
     )
     return top
 

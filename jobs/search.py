@@ -51,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--json", action="store_true", help="print JSON: a list, one object a query")
     top.add_argument("--html", metavar="FILE", help="write a page with the images as well")
     top.add_argument(
-        "--input", nargs="+", default=[], metavar="URL", help="for --html: the shards, as named for embed.py"
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="for --html: the shards, as named for embed.py (default: where they lay then)",
     )
     return top
 

@@ -21,7 +21,7 @@ from pipeline.flow import Watcher, run
 from pipeline.lease import Lease, hold
 from pipeline.ledger import Plan, make_plan
 from pipeline.prepare import Job, follow_output, prepare
-from pipeline.report import Tally, estimate
+from pipeline.report import Tally, estimate, tells_of_work
 from pipeline.report_page import write_page
 from pipeline.resources import Resources
 from pipeline.samples import Pending
@@ -77,7 +77,8 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
 
 
 def _say_plan(job: Job, plan: Plan, console: Console) -> None:
-    console.plan(job, plan, estimate(job.config.output, plan.pending_bytes))
+    num_bytes = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
+    console.plan(job, plan, estimate(job.config.output, num_bytes))
 
 
 def _run_held(job: Job, lease: Lease, console: Console) -> int:
@@ -123,7 +124,9 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
         console.nothing_to_do(len(job.shards))
         console.report_fault(report)
     opened = {shard.name for shard in plan.pending[: job.config.limit]}
-    _draw(report, job, opened, lease, console)
+    # The page is that of the stored report.
+    if plan.pending or not tells_of_work(job.config.output):
+        _draw(report, job, opened, lease, console)
     return exit_code(report, job.config.max_error_fraction)
 
 

@@ -295,12 +295,14 @@ def duplicates_page(
 ) -> str:
     """A page of rows with their near-duplicates, whose images are read from the shards of `inputs`.
 
+    Where it names none, they are looked for where they were embedded.
+
     Raises:
         InputError: the inputs name no shard.
     """
-    member = open_output(output).made.settings["image_member"]
+    settings = open_output(output).made.settings
     places = {one.place for one in drawn} | {near.place for one in drawn for near in one.near}
-    found = previews(inputs, member, places, tag_of)
+    found = previews(inputs, settings["image_member"], places, tag_of, settings["input_prefix"])
     rows = [
         Row(Tile(one.image_id, shown(one.place), found[one.place]), near_tiles(one.near, "cosine", found))
         for one in drawn

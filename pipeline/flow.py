@@ -27,7 +27,7 @@ from pipeline.parts import PartWriter
 from pipeline.plain_jpeg import JpegForwarder
 from pipeline.prepare import Job
 from pipeline.redact import redact
-from pipeline.report import Tally, make_report, write_report
+from pipeline.report import Tally, make_report, tells_of_work, write_report
 from pipeline.resources import Resources, plan_resources
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import SHARD_SCHEMA
@@ -201,7 +201,8 @@ def _finish(
 ) -> dict[str, Any]:
     report = make_report(tally, counts, job, plan, resources, problems)
     try:
-        write_report(job.config.output, report)
+        if plan.pending or not tells_of_work(job.config.output):
+            write_report(job.config.output, report)
     except (OSError, ShardError) as error:
         # What it tells is needed the more.
         report["report_fault"] = describe(error)

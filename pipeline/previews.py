@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from pipeline.decode import Decoder, Preprocess
-from pipeline.errors import SampleError, ShardError
+from pipeline.errors import InputError, SampleError, ShardError
 from pipeline.parts import version_tag
 from pipeline.shards import Shard, find_shards
 from pipeline.storage import describe, locate, stat
@@ -50,18 +50,23 @@ def previews(
     image_member: str | None,
     places: Iterable[Place],
     tag_of: Callable[[str], str | None],
+    prefix: str,
 ) -> dict[Place, Preview]:
-    """Previews of samples in the shards that `inputs` name, a reason where one cannot be had or none is named.
+    """Previews of samples in the shards that `inputs` name, a reason where one cannot be had.
 
-    `tag_of` gives the version of a shard that was embedded: of a shard that has changed since, nothing is
-    shown. A shard is read once, to the last sample wanted of it.
+    Where `inputs` name none, the shards are those below `prefix`, where they lay when they were embedded. `tag_of`
+    gives the version of a shard that was embedded: of a shard that has changed since, nothing is shown. A shard is
+    read once, to the last sample wanted of it.
 
     Raises:
         InputError: the inputs name no shard.
     """
-    if not inputs:
-        return dict.fromkeys(places, Preview(None, "no input was named to read it from"))
-    shards = {shard.name: shard for shard in find_shards(inputs).shards}
+    try:
+        shards = {shard.name: shard for shard in find_shards(inputs or [prefix]).shards}
+    except InputError as error:
+        if inputs:
+            raise
+        return dict.fromkeys(places, Preview(None, f"no input was named, and {error}"))
     wanted: dict[str, set[int]] = defaultdict(set)
     for name, index in places:
         wanted[name].add(index)

@@ -189,6 +189,40 @@ def make_report(
     }
 
 
+class _Work(NamedTuple):
+    """What a run did, as its report tells."""
+
+    is_balanced: bool
+    num_samples: int
+    read_bytes: float
+    wall_s: float
+    first_part_s: float
+    stage_s: float  # what the slowest stage would have taken alone
+
+
+def _last_work(output: str) -> _Work | None:
+    """What the run did that `report.json` tells of; None where there is none, or it did nothing."""
+    try:
+        last = json.loads(read_bytes(join(output, REPORT_FILE)))
+        work = _Work(
+            bool(last["balanced"]),
+            int(last["samples_now"]),
+            float(last["read_bytes"]),
+            float(last["wall_s"]),
+            float(last["first_part_s"]),
+            max(float(last["stage_s"][stage]) / max(float(last["stage_workers"][stage]), 1e-9) for stage in STAGES),
+        )
+    except (OSError, ShardError, ValueError, KeyError, TypeError):
+        return None
+    return work if work.num_samples > 0 and work.read_bytes > 0 and work.wall_s > 0 else None
+
+
+def tells_of_work(output: str) -> bool:
+    """Whether the stored report is of a run that did something, and all of it: one without work keeps that."""
+    work = _last_work(output)
+    return work is not None and work.is_balanced
+
+
 class Estimate(NamedTuple):
     """What a run will have to do, by what the last one on the same output did for each byte."""
 
@@ -197,15 +231,17 @@ class Estimate(NamedTuple):
 
 
 def estimate(output: str, pending_bytes: int) -> Estimate | None:
-    """Expect `pending_bytes` to go as those of the last run did; None where no run of this output tells."""
-    try:
-        last = json.loads(read_bytes(join(output, REPORT_FILE)))
-        read, samples, wall_s = float(last["read_bytes"]), float(last["samples_now"]), float(last["wall_s"])
-    except (OSError, ShardError, ValueError, KeyError, TypeError):
+    """Expect `pending_bytes` to go as those of the last run did; None where no run of this output tells.
+
+    What that run took beyond its work is its start-up, which does not grow with the bytes. Its work took the time
+    after its first part, and at least what its slowest stage takes alone: of few parts, the first is most of it.
+    """
+    work = _last_work(output)
+    if work is None:
         return None
-    if not (read > 0 and samples > 0 and wall_s > 0):
-        return None
-    return Estimate(round(pending_bytes * samples / read), pending_bytes * wall_s / read)
+    work_s = min(max(work.wall_s - work.first_part_s, work.stage_s), work.wall_s)
+    share = pending_bytes / work.read_bytes
+    return Estimate(round(share * work.num_samples), work.wall_s - work_s + share * work_s)
 
 
 def write_report(output: str, report: dict[str, Any]) -> None:

@@ -47,12 +47,14 @@ def score_name(metric: str) -> str:
 def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str:
     """A page of the queries with their neighbours, whose images are read from the shards of `inputs`.
 
+    Where it names none, they are looked for where they were embedded.
+
     Raises:
         InputError: the inputs name no shard.
     """
     facts = index.facts
     places = {near.place for hit in hits for near in hit.neighbours}
-    found = previews(inputs, facts.settings["image_member"], places, index.tag)
+    found = previews(inputs, facts.settings["image_member"], places, index.tag, facts.settings["input_prefix"])
     rows = [
         Row(
             Tile(hit.query.path.name, hit.query.reason or "query", preview(hit.query.image)),

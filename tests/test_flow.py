@@ -142,9 +142,13 @@ def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
     hours = report["num_devices"] * report["wall_s"] / 3600
     assert report["price"] == pytest.approx(2.0 * hours, rel=1e-2)
     assert report["price_per_million_images"] == pytest.approx(2.0 * hours / 16 * 1e6, rel=1e-2)
-    expected = estimate(str(out), 2 * report["read_bytes"])
-    assert expected is not None
-    assert (expected.num_samples, expected.seconds) == (32, pytest.approx(2 * report["wall_s"]))
+    read, wall_s = report["read_bytes"], report["wall_s"]
+    same, twice, none = (estimate(str(out), num_bytes) for num_bytes in (read, 2 * read, 0))
+    assert (same.num_samples, same.seconds) == (16, pytest.approx(wall_s))
+    assert twice.num_samples == 32
+    # Starting up takes as long as before, whatever there is to do.
+    assert none.seconds > report["first_part_s"] / 2
+    assert wall_s < twice.seconds == pytest.approx(2 * wall_s - none.seconds)
 
     # The second week one shard changes, two are new, and the run dies after its first part.
     write_tar(shards / "photos-00001.tar", [m for i in range(5) for m in sample_members(f"new-{i}", 50 + i)])
@@ -170,7 +174,15 @@ def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
     assert (third["found"], third["done_before"], third["done_now"], third["changed"]) == (6, 5, 1, 0)
     assert third["stored_but_not_in_input"] == 1
     assert len(rows(out)) == 4 * 6 + 5
+    kept = (out / "report.json").read_bytes()
     assert week()["done_now"] == 0
+    # A week without work keeps the report of the last that had some, by which the next is estimated.
+    assert (out / "report.json").read_bytes() == kept
+    assert estimate(str(out), 1000) is not None
+    # But not one that says that something is missing.
+    (out / "report.json").write_text(json.dumps({**json.loads(kept), "balanced": False}))
+    week()
+    assert json.loads((out / "report.json").read_text())["balanced"]
 
 
 def test_parts_lost_from_the_output_are_made_again_bit_for_bit(tmp_path: Path) -> None:

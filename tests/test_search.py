@@ -219,7 +219,7 @@ def test_the_page_holds_all_its_images_and_fetches_nothing(
     assert sources[0] != sources[2]
 
 
-def test_without_an_input_and_for_a_shard_that_changed_the_page_says_why_there_is_no_picture(
+def test_a_page_finds_the_shards_itself_and_says_why_there_is_no_picture(
     shards: Path, images: Path, tmp_path: Path
 ) -> None:
     own = Path(shutil.copytree(shards, tmp_path / "in"))
@@ -227,13 +227,16 @@ def test_without_an_input_and_for_a_shard_that_changed_the_page_says_why_there_i
     build(str(tmp_path / "out"), tmp_path / "index", Options("l2"))
     opened = open_index(tmp_path / "index")
     hits = list(search_images(opened, QueryEmbedder(opened.facts.made), [images / "000-0000.jpg"], 14))
-    assert search_page(opened, hits, []).count("no preview: no input was named") == 14
+    # Without one, the shards are looked for where they were embedded.
+    assert search_page(opened, hits, []).count("<img") == 1 + 14
     write_tar(own / "photos-00001.tar", sample_members("x", 1))
     text = search_page(opened, hits, [str(own)])
     assert text.count("no preview: its shard has changed since it was embedded") == 7
     assert text.count("<img") == 1 + 7
     (own / "photos-00001.tar").unlink()
     assert search_page(opened, hits, [str(own)]).count("no preview: its shard is not in this input") == 7
+    shutil.rmtree(own)
+    assert search_page(opened, hits, []).count("no preview: no input was named, and ") == 14
 
 
 def test_names_that_look_like_html_are_shown_as_text(tmp_path: Path) -> None:
