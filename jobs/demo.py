@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show the whole way on one machine: photos to shards, shards to Parquet, Parquet to nearest neighbours."""
+"""Show the whole way on one machine: photos to shards, to Parquet, to nearest neighbours and near-duplicates."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ EXIT_USAGE = 2
 NUM_VIEWS = 12
 NUM_NEIGHBOURS = 5
 MAX_ROWS = 8
+# Views are turned, cropped, flipped and blurred: less alike than what is stored twice.
+NEAR = 0.7
 # Small shards for the photos, so that there are some.
 VIEWS_A_SHARD = 64
 IMAGES_A_SHARD = 1000
@@ -495,6 +497,14 @@ def run_demo(images: Path | None, folder: Path, backbone: str, weights: str | No
     lines = [verdict, f"{backbone}, weights {Path(chosen).name}"]
     draw_sheet(stored, neighbours, images, lines, alarm).save(sheet_path, optimize=True)
     _OUT.print(f"\n{verdict}", style="bold", markup=False)
+    if not is_own:
+        _step(5, f"find pairs of views above a cosine of {NEAR}; those of one photo are right")
+        pairs = folder / "pairs"
+        run_job(
+            "duplicates.py", str(output), "--threshold", str(NEAR), "--group-pattern", "^(.*)/[0-9]+$",
+            "--pairs", f"{pairs}.parquet", "--html", f"{pairs}.html", "--input", str(shards),
+        )  # fmt: skip
+        _OUT.print(f"page of pairs  {pairs}.html", markup=False)
     _OUT.print(f"contact sheet  {sheet_path}", markup=False)
     _OUT.print(f"Parquet        {output / EMBEDDINGS}", markup=False)
     _OUT.print(f"the whole demo took {time.monotonic() - started:.0f} s")
@@ -512,7 +522,7 @@ def _verdict(stored: Stored, neighbours: Neighbours, noun: str) -> str:
 
 
 def _step(number: int, text: str) -> None:
-    _OUT.print(f"\n[{number}/4] {text}", style="bold green", markup=False)
+    _OUT.print(f"\n[{number}] {text}", style="bold green", markup=False)
 
 
 def parser() -> argparse.ArgumentParser:

