@@ -91,10 +91,11 @@ class Console:
             now = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
             say(f"limit     {job.config.limit} of these in this run, {human_bytes(now)} to read")
         if estimated is not None and plan.pending:
-            rate = "at the rate of the last run, start-up included"
-            say(f"estimate  {estimated.num_samples} samples, {human_s(estimated.seconds)} {rate}")
-        elif plan.pending:
-            say("estimate  none, as no run of this output tells the rate")
+            if estimated.seconds is None:
+                took = "by the front of the first shard; no run of this output tells how fast they go"
+            else:
+                took = f"{human_s(estimated.seconds)} at the rate of the last run, start-up included"
+            say(f"estimate  {estimated.num_samples} samples, {took}")
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
 

@@ -69,7 +69,8 @@ class JsonConsole(Console):
             num_changed=len(plan.changed),
             num_retried=len(plan.retried),
             pending_bytes=plan.pending_bytes,
-            estimated_s=None if estimated is None else round(estimated.seconds, 1),
+            estimated_samples=None if estimated is None else estimated.num_samples,
+            estimated_s=None if estimated is None or estimated.seconds is None else round(estimated.seconds, 1),
         )
 
     def waiting(self, why: str) -> None:

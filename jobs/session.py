@@ -77,8 +77,7 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
 
 
 def _say_plan(job: Job, plan: Plan, console: Console) -> None:
-    num_bytes = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
-    console.plan(job, plan, estimate(job.config.output, num_bytes))
+    console.plan(job, plan, estimate(job.config.output, plan.pending[: job.config.limit]))
 
 
 def _run_held(job: Job, lease: Lease, console: Console) -> int:

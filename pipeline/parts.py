@@ -134,6 +134,7 @@ class PartWriter:
             **values,
             "num_embedded": len(embedded),
             "reasons": errors.column(REASON).to_pylist(),
+            "error_ids": errors.column(IMAGE_ID).to_pylist(),
             "written_bytes": written,
             "write_s": time.perf_counter() - start,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ from pipeline.nodes import DeviceTime
 from pipeline.prepare import Job
 from pipeline.report_timeline import Timeline
 from pipeline.resources import Resources
+from pipeline.samples import Pending
 from pipeline.schema import END_BROKEN, END_LAST, STAGE_EMBED, STAGES
+from pipeline.shards import Shard
 from pipeline.storage import join, read_bytes, write_bytes
+from pipeline.verify_tars import mean_sample_bytes
 
 REPORT_FILE = "report.json"
 MAX_LISTED = 100
@@ -67,10 +71,11 @@ class Tally:
         for stage in STAGES:
             self.stage_s[stage] += busy_s[stage]
         self.timeline.add(self.wall_s, receipt["num_embedded"], busy_s)
-        for reason in receipt["reasons"]:
+        for reason, image_id in zip(receipt["reasons"], receipt["error_ids"], strict=True):
             kind = reason.partition(":")[0]
             self.reasons[kind] += 1
-            self.examples.setdefault(kind, f"{receipt['name']}: {reason}")
+            place = receipt["name"] if image_id is None else f"{receipt['name']}, {image_id}"
+            self.examples.setdefault(kind, f"{place}: {reason}")
         if is_broken:
             self.faults[receipt["name"]] = receipt["fault"]
             if not receipt["fault_transient"]:
@@ -227,18 +232,23 @@ class Estimate(NamedTuple):
     """What a run will have to do, by what the last one on the same output did for each byte."""
 
     num_samples: int
-    seconds: float
+    seconds: float | None
 
 
-def estimate(output: str, pending_bytes: int) -> Estimate | None:
-    """Expect `pending_bytes` to go as those of the last run did; None where no run of this output tells.
+def estimate(output: str, pending: Sequence[Pending]) -> Estimate | None:
+    """Expect the bytes of `pending` to go as those of the last run did.
+
+    Where no run of this output tells, the samples are as many as the front of the first shard has for its bytes, and
+    the seconds None; where that does not tell either, there is no estimate.
 
     What that run took beyond its work is its start-up, which does not grow with the bytes. Its work took the time
     after its first part, and at least what its slowest stage takes alone: of few parts, the first is most of it.
     """
+    pending_bytes = sum(shard.num_bytes for shard in pending)
     work = _last_work(output)
     if work is None:
-        return None
+        mean = mean_sample_bytes(Shard(*pending[0][:-1])) if pending else None
+        return None if mean is None else Estimate(round(pending_bytes / mean), None)
     work_s = min(max(work.wall_s - work.first_part_s, work.stage_s), work.wall_s)
     share = pending_bytes / work.read_bytes
     return Estimate(round(share * work.num_samples), work.wall_s - work_s + share * work_s)

@@ -223,7 +223,7 @@ def _errors(report: Mapping[str, Any]) -> str:
     more = f"{len(rest):,} more kinds of reason, {words.count(sum(times for _, times in rest), 'error')}"
     return (
         '<table><thead><tr><th>reason</th><th class="n">errors</th><th class="n wide">of all errors</th>'
-        f"<th>an example: shard, and what was wrong</th></tr></thead><tbody>{rows}</tbody></table>"
+        f"<th>an example: shard, image_id, and what was wrong</th></tr></thead><tbody>{rows}</tbody></table>"
         + (f'<p class="note">And {more}.</p>' if rest else "")
         + '<p class="note">Each is a row in errors/, with its sample.</p>'
     )

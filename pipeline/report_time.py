@@ -64,7 +64,8 @@ def section(report: Mapping[str, Any]) -> str:
         f'<div class="time">{_charts(report, slowest)}</div>'
         f"<h3>Time by stage</h3>{_stages(report, slowest)}"
         '<p class="note">A part of the output counts when it is stored; what it took is spread over the time since '
-        "the part before it. Stages run at the same time, each with workers of its own.</p>"
+        "the part before it; of the first, over the time that its stages took. Stages run at the same time, "
+        "each with workers of its own.</p>"
     )
 
 
@@ -73,10 +74,11 @@ def bottleneck(report: Mapping[str, Any]) -> str:
     slowest = report["slowest_stage"]
     busy = min(report["stage_busy"][slowest], 1.0)
     said = f"{slowest.capitalize()} was the slowest stage: its workers were busy {words.share(busy)} of the time."
-    if busy >= _IDLE_SHARE:
-        return f"{said} {_ADVICE[slowest]}"
     first_s = report["first_part_s"]
     start = "" if first_s is None else f" The first part was stored after {words.seconds(first_s)}."
+    late = first_s is not None and first_s > report["wall_s"] / 3
+    if busy >= _IDLE_SHARE:
+        return f"{said} {_ADVICE[slowest]}{start if late else ''}"
     return f"{said} No stage was busy for half of the run: starting up and waiting took the rest.{start}"
 
 
@@ -91,9 +93,14 @@ def make_bins(report: Mapping[str, Any]) -> Bins:
     edges = [*(bin * width_s for bin in range(num_bins)), end_s]
     lengths = [high - low for low, high in itertools.pairwise(edges)]
 
+    busy_s = timeline["busy_s"]
+    first = next((step for step, images in enumerate(timeline["images"]) if images or busy_s[STAGE_READ][step]), 0)
+    # A part goes through the stages one after the other: before that there was none.
+    took = math.ceil(sum(steps[first] for steps in busy_s.values()) / step_s) if num_steps else 1
+
     def rates(steps: Sequence[float]) -> list[float]:
         sums = [0.0] * num_bins
-        for step, value in enumerate(spread(steps)):
+        for step, value in enumerate(spread(steps, max(1, took))):
             sums[min(int(step * step_s / width_s), num_bins - 1)] += value
         return [value / length for value, length in zip(sums, lengths, strict=True)]
 
@@ -105,14 +112,18 @@ def make_bins(report: Mapping[str, Any]) -> Bins:
     return Bins(edges, rates(timeline["images"]), busy)
 
 
-def spread(steps: Sequence[float]) -> list[float]:
-    """Each sum spread evenly over its step and the empty ones before it; the total stays as it is."""
+def spread(steps: Sequence[float], first: int) -> list[float]:
+    """Each sum spread evenly over its step and the empty ones before it; the total stays as it is.
+
+    The first is spread over `first` steps at most.
+    """
     result: list[float] = []
     empty = 0
     for value in steps:
         empty += 1
         if value:
-            result += [value / empty] * empty
+            over = empty if any(result) else min(empty, first)
+            result += [0.0] * (empty - over) + [value / over] * over
             empty = 0
     return result + [0.0] * empty
 

@@ -170,6 +170,7 @@ RECEIPT_SCHEMA = pa.schema(
         *PART_FIELDS,
         pa.field("num_embedded", pa.int32(), nullable=False),
         pa.field("reasons", pa.list_(pa.string()), nullable=False),
+        pa.field("error_ids", pa.list_(pa.string()), nullable=False),  # whose reasons these are; null for a shard's
         pa.field("written_bytes", pa.int64(), nullable=False),
     ]
 )

@@ -22,6 +22,8 @@ from pipeline.storage import ShardStream, describe, locate
 # What tarfile raises on damage.
 _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError)
 _VOLUME_LABEL = b"V"
+# What tells how large the samples of a shard are.
+_FRONT_SAMPLES, _FRONT_BYTES = 256, 4 * 2**20
 _NAME = re.compile(r"((?:.*/)?[^/.]+)(?:\.([^/]*))?", re.DOTALL)
 
 _Members = list[tuple[str, tarfile.TarInfo]]  # (extension, member)
@@ -82,6 +84,20 @@ def images(
             if data is not None:
                 found[index] = data
     return found
+
+
+def mean_sample_bytes(shard: Shard) -> float | None:
+    """Bytes of the shard for each sample at its front; None where it cannot be read, or has none."""
+    count = end = 0
+    try:
+        with _opened(shard) as tar:
+            for _, members in itertools.islice(tar.samples(), _FRONT_SAMPLES):
+                count, end = count + 1, max(member.offset_data + member.size for _, member in members)
+                if end > _FRONT_BYTES:
+                    break
+    except (OSError, ShardError):
+        return None
+    return end / count if count else None
 
 
 @contextlib.contextmanager

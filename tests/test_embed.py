@@ -92,6 +92,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_job: RunJob, t
     done = run_job("embed.py", "--input", "in", "--output", "out", "--dry-run", *SMALL)
     assert done.returncode == 0, done.stderr
     assert "0 done, 3 pending" in done.stdout
+    assert re.search(r"estimate  2\d samples, by the front of the first shard", done.stdout)
     assert not (tmp_path / "out").exists()
 
 

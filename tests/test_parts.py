@@ -182,6 +182,8 @@ def test_every_sample_is_a_row_of_one_of_the_two(tmp_path: Path) -> None:
         for name, index, reason in (("a", 0, "broken: x"), ("c", 2, "bomb: y"))
     ]  # fmt: skip
     assert receipt["reasons"] == ["broken: x", "bomb: y"]
+    assert len(receipt["error_ids"]) == 2
+    assert None not in receipt["error_ids"]
 
 
 def test_a_broken_shard_has_its_fault_as_a_row_without_an_id(tmp_path: Path) -> None:
@@ -194,6 +196,7 @@ def test_a_broken_shard_has_its_fault_as_a_row_without_an_id(tmp_path: Path) -> 
     facts = read_facts(str(tmp_path), f"embeddings/{name}")
     assert (facts.num_rows, facts.number("num_samples"), facts.number("num_errors")) == (1, 1, 1)
     assert receipt["reasons"] == ["shard fault: cut: ends inside"]
+    assert receipt["error_ids"] == [None]
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 1, 2)])

@@ -21,7 +21,15 @@ from pipeline.schema import END_LAST, END_NONE, STAGES
 def receipt(**changes: Any) -> dict[str, Any]:
     counts = dict.fromkeys(("read_bytes", "written_bytes", "kept_nulls", "ignored_members"), 0)
     times = {f"{stage}_s": 0.25 for stage in STAGES}
-    part = {"name": "a", "end": END_NONE, "num_samples": 4, "num_embedded": 4, "reasons": [], "fault": None}
+    part = {
+        "name": "a",
+        "end": END_NONE,
+        "num_samples": 4,
+        "num_embedded": 4,
+        "reasons": [],
+        "error_ids": [],
+        "fault": None,
+    }
     return {**counts, **times, **part, **changes}
 
 
@@ -65,12 +73,19 @@ def test_the_timeline_has_what_the_sums_have() -> None:
     tally = Tally()
     for _ in range(3):
         tally.add(receipt())
-    tally.add(receipt(num_embedded=1, reasons=["broken image: a", "broken image: b", "empty: 0 bytes"], end=END_LAST))
+    tally.add(
+        receipt(
+            num_embedded=1,
+            reasons=["broken image: a", "broken image: b", "empty: 0 bytes"],
+            error_ids=["x", "y", "z"],
+            end=END_LAST,
+        )
+    )
     told = tally.timeline.as_dict()
     assert sum(told["images"]) == tally.num_embedded == 13
     assert {stage: sum(steps) for stage, steps in told["busy_s"].items()} == tally.stage_s
     assert tally.reasons == {"broken image": 2, "empty": 1}
-    assert tally.examples["broken image"] == "a: broken image: a"
+    assert tally.examples["broken image"] == "a, x: broken image: a"
 
 
 def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were_asked_for() -> None:

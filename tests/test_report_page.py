@@ -27,6 +27,7 @@ from pipeline.prepare import prepare
 from pipeline.report_charts import axis
 from pipeline.report_page import MAX_REASONS, draw_page, write_page
 from pipeline.report_time import make_bins, spread
+from pipeline.schema import STAGES
 from pipeline.shards import Shard
 
 _SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:0", "image_size": "64", "precision": "fp32"}
@@ -145,8 +146,21 @@ def test_the_timeline_of_the_report_is_that_of_the_run(whole: tuple[Path, Ran]) 
 
 
 def test_a_part_is_spread_over_the_time_since_the_one_before() -> None:
-    assert spread([0, 0, 6, 4, 0, 8, 0]) == [2, 2, 2, 4, 4, 4, 0]
-    assert spread([]) == []
+    assert spread([0, 0, 6, 4, 0, 8, 0], 9) == [2, 2, 2, 4, 4, 4, 0]
+    assert spread([], 1) == []
+
+
+def test_the_first_part_is_spread_over_no_more_than_it_took() -> None:
+    assert spread([0, 0, 0, 6, 0, 8], 2) == [0, 0, 3, 3, 4, 4]
+    busy_s = {stage: [0.0] * 39 + [1.0] for stage in STAGES}
+    report = {
+        "timeline": {"step_s": 0.5, "images": [0] * 39 + [100], "busy_s": busy_s},
+        "wall_s": 20.0,
+        "stage_workers": {},
+    }
+    bins = make_bins(report)
+    begun = next(edge for edge, rate in zip(bins.edges, bins.images_per_s, strict=False) if rate)
+    assert begun == 16.0
 
 
 @pytest.mark.parametrize(
