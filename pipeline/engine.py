@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from pipeline.cpu import cpu_has_bf16
 from pipeline.embedder import Runner, Source
+from pipeline.errors import PrecisionError
 from pipeline.isolated import IsolatedDecoder
 from pipeline.known import Known
 from pipeline.prepare import Job, loaded
@@ -100,14 +101,22 @@ def foreseen_engine(job: Job, pending: list[Pending]) -> Iterator[Choose]:
 
 def _kept_graph(job: Job) -> Source | None:
     """The graph that an earlier run kept; its facts and the weights were compared when the job was prepared."""
-    parts = job.kept.graph() if job.kept is not None and openvino_runner is not None else None
-    return None if parts is None or openvino_runner is None else openvino_runner.SharedGraph(*parts)
+    if openvino_runner is None or job.kept is None or not _openvino_computes(job.precision):
+        return None
+    parts = job.kept.graph()
+    return None if parts is None else openvino_runner.SharedGraph(*parts)
+
+
+def _openvino_computes(precision: str) -> bool:
+    return precision == "auto" or (openvino_runner is not None and openvino_runner.computes(precision))
 
 
 def _converted(job: Job, trial: _Trial) -> tuple[Source | None, Vectors | None, str | None]:
     """The job's network for OpenVINO and what it gives in fp32, or None and why not."""
     if openvino_runner is None:
         return None, None, "OpenVINO is not installed"
+    if not _openvino_computes(job.precision):
+        return None, None, f"OpenVINO computes no {job.precision} on this processor"
     from pipeline import backbones, torch_runner  # noqa: PLC0415  as above
 
     network = torch_runner.make_network(
@@ -163,8 +172,14 @@ class _Trial:
         if not candidates or not self.is_real:
             return "fp32"
         expected = self.embed(source, "fp32") if fp32 is None else fp32
-        close = (name for name in candidates if _is_close(expected, self.embed(source, name)))
+        close = (name for name in candidates if self._is_close(expected, source, name))
         return next(close, "fp32")
+
+    def _is_close(self, expected: Vectors, source: Source, precision: str) -> bool:
+        try:
+            return _is_close(expected, self.embed(source, precision))
+        except PrecisionError:
+            return False
 
     def embed(self, source: Source, precision: str) -> Vectors:
         """Embeddings [N, C] on this process's CPU (feature maps flattened)."""

@@ -21,6 +21,10 @@ class WeightsError(SettingsError):
     """Weights cannot be had, or do not fit the backbone."""
 
 
+class PrecisionError(SettingsError):
+    """A processor does not compute in the precision asked for."""
+
+
 class OutputError(SettingsError):
     """The output was made with another setting, or is not an output of this pipeline."""
 

@@ -16,7 +16,7 @@ from pipeline.cache import Cache
 from pipeline.config import parse
 from pipeline.cpu import cpu_has_bf16
 from pipeline.engine import Engine, choose_engine, foreseen_engine
-from pipeline.errors import WeightsError
+from pipeline.errors import PrecisionError, WeightsError
 from pipeline.prepare import Job, prepare
 from pipeline.samples import Pending
 
@@ -58,7 +58,8 @@ def test_trained_weights_that_bf16_moves_too_far_take_the_next_precision(test_da
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "s.tar").symlink_to(test_data / "data" / "grocery" / "grocery-val-000000.tar")
     job = job_for(tmp_path / "in", backbone="mobilenet_v2", weights=str(weights))
-    assert chosen(job, ("bf16", "fp16")).precision == "fp16"
+    assert chosen(job, ("bf16", "fp16"), device="cuda").precision == "fp16"
+    assert chosen(job, ("bf16",), device="cuda").precision == "fp32"
     assert chosen(job, ("bf16",)).precision == "fp32"
 
 
@@ -67,6 +68,35 @@ def test_values_that_overflow_the_precision_do_not_pass(tmp_path: Path, precisio
     factor = 1e6 if precision == "fp16" else 1e38
     job = scaled_job(tmp_path, {"features.0.weight": factor})
     assert chosen(job, (precision,)).precision == "fp32"
+    assert chosen(job, (precision,), device="cuda").precision == "fp32"
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_by_torch(
+    tmp_path: Path, is_kept: bool
+) -> None:
+    runner = pytest.importorskip("pipeline.openvino_runner", reason="OpenVINO has no wheel for this machine")
+    shards, cache = write_shards(tmp_path / "in", num_shards=1), Cache(tmp_path / "cache")
+    settings = {"backbone": "resnet18", "weights": "random:1", "image_size": "64"}
+    if is_kept:
+        chosen(job_for(shards, cache, **settings), ())
+    job = job_for(shards, cache, precision="fp16", **settings)
+    assert (job.kept is not None and job.kept.entry is not None) == is_kept
+    engine = chosen(job, ("bf16",))
+    assert engine.precision == "fp16"
+    assert runner.computes("fp32")
+    if runner.computes("fp16"):
+        assert engine.name.startswith("openvino ")
+        return
+    assert engine.name == f"torch {torch.__version__}"
+    assert engine.note == "OpenVINO computes no fp16 on this processor"
+    graph = chosen(job_for(shards, cache, **settings), ()).source
+    loading = {
+        "backbone": "resnet18", "features": "pooled", "preprocess": job.preprocess, "normalize": False,
+        "device": "cpu", "batch_size": None, "num_threads": 1,
+    }  # fmt: skip
+    with pytest.raises(PrecisionError, match=r"precision must be one that the processor of \S+ has, got fp16"):
+        graph.runner(precision="fp16", **loading)
 
 
 def test_a_graph_that_gives_other_vectors_is_not_taken(tmp_path: Path) -> None:
