@@ -24,7 +24,7 @@ import ray
 from PIL import Image
 
 from jobs.bench_runs import Settings, print_result
-from jobs.bench_sleep import SleepSource
+from jobs.bench_sleep import SleepSource, Start
 from pipeline.config import Config
 from pipeline.flow import make_flow
 from pipeline.ledger import make_plan
@@ -41,8 +41,6 @@ _SIDE = 32
 # Images/s of one sleeping actor: 8 s a part, as long as 16 of them can be fed by two cores.
 _RATE = 32.0
 _PARTS_AN_ACTOR = 6
-# More for each other actor: while they start, one after the other, the first are at work.
-_PARTS_A_START = 0.5
 # Of the logical CPUs, beside what the actors reserve.
 _OTHER_CPUS = 4
 
@@ -106,7 +104,10 @@ def light_shards(folder: Path, num_shards: int, images_a_shard: int = IMAGES_A_S
 
 
 def scaled(shards: Path, output: Path, num_actors: int, images_per_s: float) -> Scaled:
-    """Run the flow over `shards` with actors that embed `images_per_s` each, on the Ray that is up."""
+    """Run the flow over `shards` with actors that embed `images_per_s` each, on the Ray that is up.
+
+    They begin together, each once it has a part.
+    """
     config = Config(
         input=(str(shards),),
         output=str(output),
@@ -121,11 +122,13 @@ def scaled(shards: Path, output: Path, num_actors: int, images_per_s: float) -> 
     prepared = replace(prepare(config).with_engine("sleep", "fp32"), shape=(3,))
     pending = make_plan(prepared.shards, config.output).pending
     resources = plan_resources(config)
-    source, tally = SleepSource(images_per_s, time.time()), Tally()
-    flow = make_flow(pending, prepared, source, resources)
-    for table in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for receipt in table.to_pylist():
-            tally.add(receipt)
+    tally = Tally()
+    with TemporaryDirectory() as folder:
+        source = SleepSource(images_per_s, time.time(), Start(Path(folder), num_actors))
+        flow = make_flow(pending, prepared, source, resources)
+        for table in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for receipt in table.to_pylist():
+                tally.add(receipt)
     slowest, busy = slowest_stage(tally.stage_s, resources.slots, tally.wall_s)
     return Scaled(_batches(output), slowest, busy)
 
@@ -142,7 +145,7 @@ def scaling(settings: Settings) -> dict[str, Any]:
     with TemporaryDirectory(dir=_folder(settings)) as folder:
         for num_actors in ACTORS:
             shards, output = Path(folder) / f"in-{num_actors}", Path(folder) / "out"
-            light_shards(shards, round(num_actors * (_PARTS_AN_ACTOR + num_actors * _PARTS_A_START)))
+            light_shards(shards, num_actors * _PARTS_AN_ACTOR)
             run = scaled(shards, output, num_actors, _RATE)
             if run.num_actors != num_actors:
                 raise RuntimeError(f"of {num_actors} actors {run.num_actors} embedded anything")
