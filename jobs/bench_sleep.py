@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,14 +47,16 @@ class SleepRunner:
     images_per_s: float
     epoch: float
     start: Start | None = None
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
     def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Sleep for as long as `rows` take; before the first, until all actors are there."""
         if self.start is not None:
             self.start.wait()
-        begin = time.time() - self.epoch
-        time.sleep(len(rows) / self.images_per_s)
-        return np.tile(np.array([os.getpid(), begin, time.time() - self.epoch], np.float32), (len(rows), 1))
+        with self.turn:
+            begin = time.time() - self.epoch
+            time.sleep(len(rows) / self.images_per_s)
+            return np.tile(np.array([os.getpid(), begin, time.time() - self.epoch], np.float32), (len(rows), 1))
 
 
 @dataclass(frozen=True)

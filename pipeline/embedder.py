@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, ClassVar, Protocol
 
@@ -27,7 +28,7 @@ class Runner(Protocol):
     """What computes embeddings."""
 
     def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Embed `pixels[rows]`.
+        """Embed `pixels[rows]`; several threads may ask at once.
 
         Args:
             pixels: uint8 of shape [N, H, W, 3], as numpy has it; or as its device has it, where it is torch's.
@@ -74,12 +75,36 @@ class Source(Protocol):
         ...
 
 
+class _BusyTime:
+    """Seconds in which at least one part was under way, none of them counted twice."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._under_way = 0
+        self._since = 0.0
+
+    def begin(self) -> None:
+        with self._turn:
+            if not self._under_way:
+                self._since = time.perf_counter()
+            self._under_way += 1
+
+    def end(self) -> float:
+        """What has passed that no part which ended has counted."""
+        with self._turn:
+            now = time.perf_counter()
+            counted, self._since = now - self._since, now
+            self._under_way -= 1
+            return counted
+
+
 class Embedder:
     """Embeds parts: `__call__` takes and gives the tables between the stages.
 
-    Batches never cross parts, so that a sample's embedding does not depend on what else runs. With a `decoder`
-    the samples come as `pipeline.plain_jpeg.JpegForwarder` gives them, are decoded on the device, and what that
-    refuses by `decoder`; the time that takes is this stage's.
+    Calls may come from several threads: while one part is computed, the next is taken apart and the one before put
+    together. Batches never cross parts, so that a sample's embedding does not depend on what else runs. With a
+    `decoder` the samples come as `pipeline.plain_jpeg.JpegForwarder` gives them, are decoded on the device, and what
+    that refuses by `decoder`; the time that takes is this stage's.
     """
 
     def __init__(
@@ -91,6 +116,7 @@ class Embedder:
         self._intake = self._pixels if decoder is None else _device_intake(decoder, device)
         self._field = embedding_field(shape, dtype)
         self._stored = np.dtype(dtype)
+        self._busy = _BusyTime()
         self._runner = source.runner(
             backbone=backbone, features=features, preprocess=preprocess, normalize=normalize, precision=precision,
             device=device, batch_size=batch_size, num_threads=num_threads, compiled=compiled,
@@ -105,7 +131,14 @@ class Embedder:
         return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
 
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
-        start = time.perf_counter()
+        self._busy.begin()
+        try:
+            embedded = self._embedded(samples)
+        finally:
+            embed_s = self._busy.end()
+        return part_row({**values, "embed_s": embed_s}, embedded)
+
+    def _embedded(self, samples: pa.StructArray) -> pa.StructArray:
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
         rows = np.flatnonzero([reason is None for reason in reasons])
         shape = self._storage_shape()
@@ -122,7 +155,7 @@ class Embedder:
                 stages[row] = STAGE_EMBED
                 reasons[row] = f"not finite: the embedding has NaN or infinite values as {self._stored}"
         column = self._column(stored, [reason is not None for reason in reasons])
-        result = with_payload(
+        return with_payload(
             samples,
             pa.field(EMBEDDING, column.type),
             **{
@@ -131,7 +164,6 @@ class Embedder:
                 EMBEDDING: column,
             },
         )
-        return part_row({**values, "embed_s": time.perf_counter() - start}, result)
 
     def _pixels(
         self, samples: pa.StructArray, rows: np.ndarray[Any, Any]

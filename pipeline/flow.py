@@ -41,6 +41,7 @@ _MAX_TASKS = 20_000
 # Parts below this travel many to a block; a larger part is a block of its own.
 _BLOCK_BYTES = 32 * 2**20
 _RETRIES = 3
+_PARTS_AT_ONCE = 2
 # Spot machines may stay away for many minutes.
 _NODE_WAIT_S = 1800
 _CAUSED = "The above exception was the direct cause of the following exception:"
@@ -81,7 +82,7 @@ def make_flow(
         # One part a call: with GPUs Ray Data refuses None, which would be a block.
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=resources.num_actors[0], max_size=resources.num_actors[1]),
+        compute=_pool(resources),
         num_cpus=resources.actor_cpus,
         num_gpus=resources.actor_gpus or None,
         resources=resources.requests[0].named or None,
@@ -127,6 +128,23 @@ class Watcher:
     on_pass: Callable[[int, list[Pending]], None]
     on_part: Callable[[Tally], None]
     on_wait: Callable[[str], object] = lambda why: None
+
+
+def _pool(resources: Resources) -> ActorPoolStrategy:
+    """Actors that have two parts at once: while one is computed, the next is fetched and the one before stored.
+
+    Not on GPUs, where a call's copies overlap with its own computing, and CUDA graphs belong to one thread. Nor where
+    the pool may grow: Ray Data would count an actor as having room for two parts, and start no other.
+    """
+    smallest, largest = resources.num_actors
+    if resources.actor_gpus or smallest < largest:
+        return ActorPoolStrategy(min_size=smallest, max_size=largest)
+    return ActorPoolStrategy(
+        size=largest,
+        max_concurrent_calls_per_actor=_PARTS_AT_ONCE,
+        max_tasks_in_flight_per_actor=_PARTS_AT_ONCE + 1,
+        enable_true_multi_threading=True,
+    )
 
 
 def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_engine) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from the object store, compile it in a second, and never import torch.
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from socket import gethostname
 from typing import Any, ClassVar
@@ -58,8 +60,9 @@ class SharedGraph:
 class OpenVinoRunner:
     """One network on the CPUs of this process.
 
-    Each thread takes batches of its own, so that none waits for another that does not get its core. Batches
-    have one fixed shape; the last is padded.
+    Each thread takes batches of its own, so that none waits for another that does not get its core; those of
+    another call of `embed`, too, so that none waits for the last batch of a call. Batches have one fixed shape; the
+    last is padded.
     """
 
     def __init__(
@@ -78,25 +81,33 @@ class OpenVinoRunner:
         if num_threads is not None:
             settings |= {"INFERENCE_NUM_THREADS": num_threads, "NUM_STREAMS": num_threads}
         self._compiled = core.compile_model(model, "CPU", settings)
-        self._queue = ov.AsyncInferQueue(self._compiled, num_threads or 0)
-        self._queue.set_callback(_keep)
         self._shape = tuple(self._compiled.output(0).shape)[1:]
-        # One for each request that may be under way.
-        self._buffers = [np.zeros((self._batch_size, *crop, 3), np.uint8) for _ in range(len(self._queue))]
+        self._crop = crop
+        self._own = threading.local()
+        self._threads = ThreadPoolExecutor(num_threads or 1, "openvino", self._prepare)
 
     def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `pipeline.embedder.Runner.embed` does."""
         embedded = np.empty((len(rows), *self._shape), np.float32)
-        for start in range(0, len(rows), self._batch_size):
-            batch = rows[start : start + self._batch_size]
-            buffer = self._buffers[self._queue.get_idle_request_id()]
-            np.take(pixels, batch, axis=0, out=buffer[: len(batch)], mode="clip")
-            buffer[len(batch) :] = 0
-            self._queue.start_async({0: buffer}, (embedded, start, len(batch)), share_inputs=True)
-        self._queue.wait_all()
+        batches = [
+            self._threads.submit(self._batch, pixels, rows[some], embedded[some])
+            for start in range(0, len(rows), self._batch_size)
+            for some in [slice(start, start + self._batch_size)]
+        ]
+        for batch in batches:
+            batch.result()
         return embedded
 
+    def _prepare(self) -> None:
+        """In each thread: what it computes with."""
+        self._own.request = self._compiled.create_infer_request()
+        self._own.buffer = np.zeros((self._batch_size, *self._crop, 3), np.uint8)
 
-def _keep(request: ov.InferRequest, place: tuple[np.ndarray[Any, Any], int, int]) -> None:
-    embedded, start, count = place
-    embedded[start : start + count] = request.get_output_tensor(0).data[:count]
+    def _batch(
+        self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], embedded: np.ndarray[Any, Any]
+    ) -> None:
+        request, buffer = self._own.request, self._own.buffer
+        np.take(pixels, rows, axis=0, out=buffer[: len(rows)], mode="clip")
+        buffer[len(rows) :] = 0
+        request.infer({0: buffer}, share_inputs=True)
+        embedded[:] = request.get_output_tensor(0).data[: len(rows)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -126,9 +127,9 @@ def _folded(backbone: nn.Module) -> nn.Module:
 class TorchRunner:
     """One backbone on one device.
 
-    Batches have one fixed shape (the last is padded), so that an embedding does not depend on what else is
-    in its batch. Where the device's memory does not hold a batch they are halved, for good; kernels of another
-    shape may round the last bit otherwise.
+    Calls of `embed` from several threads take turns. Batches have one fixed shape (the last is padded), so that an
+    embedding does not depend on what else is in its batch. Where the device's memory does not hold a batch they are
+    halved, for good; kernels of another shape may round the last bit otherwise.
 
     With `compiled`, torch.compile fuses what is between the convolutions, and on a GPU replays CUDA graphs. That
     takes a C compiler and some ten seconds for each batch size; torch keeps what it made on disk, for the next actor.
@@ -145,6 +146,7 @@ class TorchRunner:
         self._crop = crop
         self._network: Callable[[Tensor], Tensor] = network.as_precision(_DTYPES[precision]).eval().to(self._device)
         self.use_batches_of(batch_size or BATCH_SIZES[self._device.type])
+        self._turn = threading.Lock()
         self._is_compiled = compiled
         if compiled:
             mode = "reduce-overhead" if self._device.type == "cuda" else "default"
@@ -181,6 +183,10 @@ class TorchRunner:
         Raises:
             torch.OutOfMemoryError: not even one image fits into the device's memory.
         """
+        with self._turn:
+            return self._fitting(pixels, rows)
+
+    def _fitting(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         while True:
             try:
                 return self._embed(pixels, rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -195,6 +197,20 @@ def test_a_sample_with_a_reason_stays_a_row_without_an_embedding() -> None:
     assert [stage for stage in samples.field(STAGE).to_pylist() if stage] == [STAGE_DECODE] * 4
     alone = embed(embedder(), [images[1], images[4], images[5]])
     assert np.array_equal(embeddings(samples)[[1, 4, 5]], alone)
+
+
+@pytest.mark.usefixtures("engine")
+def test_parts_embedded_at_once_are_those_embedded_in_turn_and_no_second_counts_twice() -> None:
+    actor = embedder(batch_size=4)
+    tables = [part(pictures(count, seed), seed) for seed, count in enumerate([30, 3, 17, 0, 9, 21])]
+    in_turn = [samples for table in tables for _, samples in part_rows(actor(table))]
+    start = time.perf_counter()
+    with ThreadPoolExecutor(3) as pool:
+        at_once = [row for table in pool.map(actor, tables) for row in part_rows(table)]
+    wall_s = time.perf_counter() - start
+    assert [values["part"] for values, _ in at_once] == list(range(6))
+    assert [samples.equals(wanted) for (_, samples), wanted in zip(at_once, in_turn, strict=True)] == [True] * 6
+    assert 0 < sum(values["embed_s"] for values, _ in at_once) <= wall_s
 
 
 def test_everything_else_of_a_sample_passes_unchanged() -> None:
