@@ -11,6 +11,8 @@ STAMP := $(VENV)/.installed
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
+# Tests in two processes, a file in one of them: most wait for Ray to start.
+TWO := --numprocesses 2 --dist loadfile
 
 .PHONY: setup demo test check lint lock clean
 
@@ -35,10 +37,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest $(TWO) -m 'not slow'
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(TWO)
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
