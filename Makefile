@@ -11,8 +11,6 @@ STAMP := $(VENV)/.installed
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
-# Tests in two processes, a file in one of them: most wait for Ray to start. Clusters of several nodes run alone.
-TWO := --numprocesses 2 --dist loadfile
 
 .PHONY: setup demo test check lint lock clean
 
@@ -37,12 +35,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest $(TWO) -m 'not slow and not alone'
-	$(BIN)/pytest -m 'alone and not slow'
+	$(BIN)/pytest -m 'not slow'
 
 test: lint
-	$(BIN)/pytest $(TWO) -m 'not alone'
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

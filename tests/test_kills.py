@@ -25,7 +25,6 @@ def test_a_plan_has_every_kind_in_its_share_and_is_the_same_for_one_seed() -> No
     assert all(len(set(one.kinds)) == len(one.kinds) for one in plan)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_kill_anything_and_the_output_is_the_same() -> None:
     said: list[str] = []
