@@ -84,18 +84,18 @@ class OpenVinoRunner:
         self._shape = tuple(self._compiled.output(0).shape)[1:]
         self._crop = crop
         self._own = threading.local()
-        self._threads = ThreadPoolExecutor(num_threads or 1, "openvino", self._prepare)
+        num_requests = num_threads or self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self._threads = ThreadPoolExecutor(num_requests, "openvino", self._prepare)
 
     def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `pipeline.embedder.Runner.embed` does."""
         embedded = np.empty((len(rows), *self._shape), np.float32)
-        batches = [
-            self._threads.submit(self._batch, pixels, rows[some], embedded[some])
-            for start in range(0, len(rows), self._batch_size)
-            for some in [slice(start, start + self._batch_size)]
-        ]
-        for batch in batches:
-            batch.result()
+
+        def compute(start: int) -> None:
+            batch = slice(start, start + self._batch_size)
+            self._batch(pixels, rows[batch], embedded[batch])
+
+        list(self._threads.map(compute, range(0, len(rows), self._batch_size)))
         return embedded
 
     def _prepare(self) -> None:

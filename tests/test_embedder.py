@@ -201,7 +201,7 @@ def test_a_sample_with_a_reason_stays_a_row_without_an_embedding() -> None:
 
 @pytest.mark.usefixtures("engine")
 def test_parts_embedded_at_once_are_those_embedded_in_turn_and_no_second_counts_twice() -> None:
-    actor = embedder(batch_size=4)
+    actor = embedder(batch_size=4, num_threads=3)
     tables = [part(pictures(count, seed), seed) for seed, count in enumerate([30, 3, 17, 0, 9, 21])]
     in_turn = [samples for table in tables for _, samples in part_rows(actor(table))]
     start = time.perf_counter()
