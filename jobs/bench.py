@@ -316,7 +316,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         )
         settings.config(settings.shards, settings.scratch)  # raises where a value breaks its rule
         shards = {}
-        if wanted - {"tiny", "plan", "scaling"}:
+        if wanted - {"startup", "tiny", "plan", "scaling"}:
             shards["photos"] = photo_shards(Path(settings.shards), flags.images, flags.images_a_shard)
         if "tiny" in wanted:
             shards["tiny"] = tiny_shards(Path(settings.tiny), flags.tiny_shards)

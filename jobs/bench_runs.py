@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
@@ -32,13 +32,15 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from jobs.bench_memory import peaks
+from jobs.bench_shards import photo_shards
 from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 Metrics = dict[str, float | str]
 _RESULT = "bench-result "
 _WARM_UP = 0.2  # of the images
-_STARTUP_PART_ROWS = 16
+_STARTUP_IMAGES = 16
+_NOT_OURS = ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")
 _RAY_INIT = "import torch, ray, time; ray.init(address='local'{}); print(time.time(), flush=True)"
 
 
@@ -109,8 +111,8 @@ def run_module(module: str, name: str, settings: Settings, **environment: str) -
 
 
 def _environment(**changes: str) -> dict[str, str]:
-    """This process's, without settings of a job or of a cluster."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("EMBED_") and key != "RAY_ADDRESS"}
+    """This process's, without settings of a job or of a cluster; Python keeps byte code, as it does by itself."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("EMBED_") and key not in _NOT_OURS}
     # A bare ray.init() would write a token to the home folder.
     return {**clean, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **changes}
 
@@ -323,8 +325,10 @@ def memory(settings: Settings, before: Mapping[str, Any]) -> Metrics:
 
 
 def startup(settings: Settings, before: Mapping[str, Any]) -> Metrics:
-    """From the command to the first stored embedding, when all is cached; and Ray alone."""
-    command = _embed_command(settings, "--limit", "1", "--part-rows", str(_STARTUP_PART_ROWS))
+    """From the command to the first stored part, of a shard that has just one, when all is cached; and Ray alone."""
+    shard = Path(settings.scratch) / "startup-shard"
+    photo_shards(shard, _STARTUP_IMAGES, _STARTUP_IMAGES)
+    command = _embed_command(replace(settings, shards=str(shard)))
     if not (Path(settings.scratch) / "startup").exists():
         _run([*command, "--output", str(settings.fresh("startup"))])
     output = settings.fresh("startup")

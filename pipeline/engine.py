@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ from pipeline.cpu import cpu_has_bf16
 from pipeline.embedder import Runner, Source
 from pipeline.errors import PrecisionError
 from pipeline.isolated import IsolatedDecoder
-from pipeline.known import Known
+from pipeline.known import Known, Pixels
 from pipeline.prepare import Job, loaded
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import PIXELS, REASON, part_rows
@@ -42,7 +41,6 @@ MIN_COSINE = 0.9995
 # is 0.014.
 MAX_DISTANCE = 0.002
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
@@ -64,7 +62,8 @@ def choose_engine(job: Job, shard: Pending, device: str, candidates: tuple[str, 
 
     Close is a cosine of at least `MIN_COSINE` on each of the first images of `shard`. Where none of these can
     be decoded the precision is fp32, which needs no trial. A graph that the job's cache has needs none against eager
-    torch either, and its own fp32 is what a reduced precision is held against, whether it was kept or made just now.
+    torch either, and its own fp32 is what a reduced precision is held against, whether it was kept or made just now;
+    what came of that on the same images is in the cache too.
 
     Raises:
         WeightsError: the weights changed since the job was prepared.
@@ -75,7 +74,7 @@ def choose_engine(job: Job, shard: Pending, device: str, candidates: tuple[str, 
         kept = _kept_graph(job)
         graph, fp32, note = (kept, None, None) if kept is not None else _converted(loaded(job), trial)
         if graph is not None:
-            return Engine(f"openvino {version('openvino')}", trial.precision(graph, candidates, fp32), graph)
+            return Engine(f"openvino {version('openvino')}", trial.kept_precision(graph, candidates, fp32), graph)
     # torch takes seconds to import, and a graph that was kept needs it not.
     from pipeline.torch_runner import SharedWeights  # noqa: PLC0415
 
@@ -174,6 +173,17 @@ class _Trial:
         expected = self.embed(source, "fp32") if fp32 is None else fp32
         close = (name for name in candidates if self._is_close(expected, source, name))
         return next(close, "fp32")
+
+    def kept_precision(self, graph: Source, candidates: tuple[str, ...], fp32: Vectors | None) -> str:
+        """The same for the graph of the job's cache, which may have it from an earlier run."""
+        kept, weights = self._job.kept, self._job.weights
+        if kept is None or self._job.precision != "auto" or not candidates or not self.is_real:
+            return self.precision(graph, candidates, fp32)
+        precision = kept.verdict(weights, self._images, candidates)
+        if precision is None:
+            precision = self.precision(graph, candidates, fp32)
+            kept.keep_verdict(weights, self._images, candidates, precision)
+        return precision
 
     def _is_close(self, expected: Vectors, source: Source, precision: str) -> bool:
         try:

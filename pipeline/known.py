@@ -13,6 +13,9 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline.cache import Bytes, Cache, Entry
 from pipeline.config import Config
@@ -23,7 +26,9 @@ from pipeline.weights_spec import Weights, is_file, random_seed, read_file
 
 _LIBRARIES = ("torch", "torchvision", "safetensors", "openvino")
 _TIMM = ("timm", "huggingface-hub")
-_GRAPH, _CONSTANTS = "graph", "constants"
+_GRAPH, _CONSTANTS, _PRECISION = "graph", "constants", "precision"
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,20 @@ class Kept:
             "versions": known.versions,
         }
         self.cache.keep(self.key, facts, {_GRAPH: graph, _CONSTANTS: constants.data})
+
+    def verdict(self, weights: Weights, images: Pixels, candidates: tuple[str, ...]) -> str | None:
+        """Which of `candidates` an earlier run took for the graph of `weights` on the same images [N, H, W, 3]."""
+        entry = self.cache.find(self._verdict_key(weights, images, candidates))
+        precision = entry.facts.get(_PRECISION) if entry is not None else None
+        return precision if precision in (*candidates, "fp32") else None
+
+    def keep_verdict(self, weights: Weights, images: Pixels, candidates: tuple[str, ...], precision: str) -> None:
+        """Keep it for the next run."""
+        self.cache.keep(self._verdict_key(weights, images, candidates), {_PRECISION: precision}, {})
+
+    def _verdict_key(self, weights: Weights, images: Pixels, candidates: tuple[str, ...]) -> str:
+        follows_from = [self.key, weights.sha256, images.shape, hashlib.sha256(images.data).hexdigest(), candidates]
+        return hashlib.sha256(json.dumps(follows_from).encode()).hexdigest()
 
 
 def look_up(config: Config, cache: Cache | None) -> tuple[Known | None, Kept | None]:

@@ -116,7 +116,7 @@ def test_a_kept_graph_is_the_one_that_was_made_and_decides_alike(tmp_path: Path)
     settings = {"backbone": "resnet_18", "weights": "random:1", "image_size": "64"}
     cold = job_for(shards, cache, **settings)
     made = chosen(cold, ("bf16",))
-    assert len(list(cache.folder.iterdir())) == 1
+    assert len(list(cache.folder.iterdir())) == 2  # the graph, and which precision was taken
     warm = job_for(shards, cache, **settings)
     assert warm.kept != cold.kept
     assert replace(warm, kept=None, run="") == replace(cold, kept=None, run="")
@@ -129,6 +129,24 @@ def test_a_kept_graph_is_the_one_that_was_made_and_decides_alike(tmp_path: Path)
         assert foreseen.source.graph == made.source.graph
         on_gpu = choose(warm, pending, "cuda", ())
         assert on_gpu.name == f"torch {torch.__version__}"
+
+
+def test_a_precision_is_remembered_for_the_same_images_and_candidates_alone(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    cache, settings = Cache(tmp_path / "cache"), {"backbone": "resnet18", "weights": "random:1", "image_size": "64"}
+    shards, others = write_shards(tmp_path / "in", num_shards=1), tmp_path / "others"
+    write_tar(others / "s.tar", sample_members("other", 3))
+    assert chosen(job_for(shards, cache, **settings), ("bf16",)).precision == "bf16"
+    entry = min(cache.folder.iterdir(), key=lambda path: path.stat().st_size)
+    # An answer that no trial gives here: where it comes back it was remembered.
+    cache.keep(entry.stem, {"precision": "fp32"}, {})
+    assert chosen(job_for(shards, cache, **settings), ("bf16",)).precision == "fp32"
+    assert chosen(job_for(shards, cache, **settings), ("bf16", "fp16")).precision == "bf16"
+    assert chosen(job_for(others, cache, **settings), ("bf16",)).precision == "bf16"
+    assert chosen(job_for(shards, cache, **{**settings, "weights": "random:2"}), ("bf16",)).precision == "bf16"
+    assert chosen(job_for(shards, cache, precision="bf16", **settings), ("bf16",)).precision == "bf16"
+    cache.keep(entry.stem, {"precision": "int8"}, {})
+    assert chosen(job_for(shards, cache, **settings), ("bf16",)).precision == "bf16"
 
 
 def test_a_graph_that_is_damaged_after_the_job_was_prepared_is_made_anew(tmp_path: Path) -> None:
