@@ -37,6 +37,7 @@ from pipeline.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 Metrics = dict[str, float | str]
+SIZED = ("resnet18", "resnet34", "resnet50", "resnet50_stride1", "resnet101", "resnet152", "resnext101_32x8d")
 _RESULT = "bench-result "
 _WARM_UP = 0.2  # of the images
 _STARTUP_IMAGES = 16
@@ -235,6 +236,20 @@ def gpu(settings: Settings, before: Mapping[str, Any]) -> Metrics:
 def compiled(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     """The backbone as `--compile` has it, by batch."""
     return run_module("jobs.bench_stages", "compiled", settings)[0]
+
+
+def sizing(settings: Settings, before: Mapping[str, Any]) -> Metrics:
+    """Each of `SIZED` alone on the job's device, and how many cores decode as many images/s as it embeds."""
+    one_core = (before if "decode_images_per_s" in before else decode(settings, before))["decode_images_per_s"]
+    found: Metrics = {"sizing_decode_images_per_s": one_core}
+    for backbone in SIZED:
+        alone = run_module("jobs.bench_stages", "embed_and_write", replace(settings, backbone=backbone))[0]
+        found |= {
+            f"sizing_{backbone}_images_per_s": alone["model_images_per_s"],
+            f"sizing_{backbone}_decode_cores": alone["model_images_per_s"] / float(one_core),
+            f"sizing_{backbone}_precision": alone["precision"],
+        }
+    return found
 
 
 def no_model(settings: Settings, before: Mapping[str, Any]) -> Metrics:

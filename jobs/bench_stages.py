@@ -318,8 +318,9 @@ def _model_rates(stages: Stages, precision: str, *, compiled: bool = False) -> d
 
 
 _MEASUREMENTS = {
-    function.__name__: function for function in (stages, decode, decode_all, device_decode, tiny_work, gpu, compiled)
-}  # fmt: skip
+    function.__name__: function
+    for function in (stages, decode, decode_all, device_decode, embed_and_write, tiny_work, gpu, compiled)
+}
 
 
 if __name__ == "__main__":
