@@ -243,7 +243,9 @@ def sizing(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     one_core = (before if "decode_images_per_s" in before else decode(settings, before))["decode_images_per_s"]
     found: Metrics = {"sizing_decode_images_per_s": one_core}
     for backbone in SIZED:
-        alone = run_module("jobs.bench_stages", "embed_and_write", replace(settings, backbone=backbone))[0]
+        # Each has an output of its own, since one takes no other backbone.
+        changed = replace(settings, backbone=backbone, scratch=f"{settings.scratch}/{backbone}")
+        alone = run_module("jobs.bench_stages", "embed_and_write", changed)[0]
         found |= {
             f"sizing_{backbone}_images_per_s": alone["model_images_per_s"],
             f"sizing_{backbone}_decode_cores": alone["model_images_per_s"] / float(one_core),

@@ -683,6 +683,8 @@ def test_every_option_that_the_readme_names_exists(readme, ray_help):
         known |= set(re.findall(r"--[a-z][a-z-]+", help_of(script)))
     for command in (("start",), ("up",), ("down",), ("dashboard",), ("status",), ("job", "submit"), ("job", "logs")):
         known |= ray_help(*command)
+    uv = [Path(sys.executable).with_name("uv"), "pip", "install", "--help"]
+    known |= set(re.findall(r"--[a-z][a-z-]+", subprocess.run(uv, capture_output=True, text=True, check=True).stdout))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
     assert {"--backbone", "--submission-id"} <= named
     assert named - known == set()
