@@ -11,6 +11,8 @@ STAMP := $(VENV)/.installed
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
+# In two processes, a file in one of them: most tests wait for Ray to start. What has a Ray head of its own follows alone.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test check lint lock clean
 
@@ -35,10 +37,12 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest $(TWO) -m 'not slow and not alone'
+	$(BIN)/pytest -m 'alone and not slow'
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(TWO) -m 'not alone'
+	$(BIN)/pytest -m alone
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \

@@ -37,6 +37,8 @@ from pipeline.ledger import make_plan
 from pipeline.prepare import prepare
 from pipeline.resources import plan_resources
 
+pytestmark = pytest.mark.alone
+
 _HEAD = "127.0.0.11"
 _WAIT_S = 600.0
 # Of nodes, those that are started again included.

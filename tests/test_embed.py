@@ -215,6 +215,7 @@ def wait_for_dashboard(port: int) -> None:
     raise AssertionError("Ray's dashboard did not answer within 120 s")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_submitted_job_reads_and_writes_s3(s3_server: Any, s3_url: str, tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=3, samples_each=6)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from faults.kills import DRIVER, KINDS, NODE, Load, Plan, Run, harness, make_plan, table
 
+pytestmark = pytest.mark.alone
+
 SEED = 20
 _MAX_RUNS = 5
 

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, free_ports
 
+pytestmark = pytest.mark.alone
+
 SUBMIT = ROOT / "jobs" / "submit.py"
 # Ray writes a token to the home folder, and then wants it everywhere, unless told which it is.
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled"}
