@@ -14,8 +14,9 @@ from faults.kills import DRIVER, KINDS, NODE, Load, Plan, Run, harness, make_pla
 
 pytestmark = pytest.mark.alone
 
-SEED = 20
-_MAX_RUNS = 5
+# Of two kills at once this seed's are the embed actor and the S3 server, both there for longer than a moment.
+SEED = 27
+_MAX_RUNS = 10
 
 
 def test_a_plan_has_every_kind_in_its_share_and_is_the_same_for_one_seed() -> None:

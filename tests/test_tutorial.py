@@ -57,7 +57,7 @@ def script() -> str:
 
 def normalised(line: str) -> str:
     """A line without sizes and numbers that depend on the photos and the machine; counts stay."""
-    line = re.sub(r"\d+\.\d+( [kMG]?i?B)?|\d+ B\b", "#", line)
+    line = re.sub(r"\d+\.\d+( [kKMG]?i?B)?|\d+ B\b", "#", line)
     return re.sub(r"\s+", " ", line).strip()
 
 
