@@ -23,7 +23,7 @@ from pipeline.cpu import cpu_has_bf16
 from pipeline.embedder import Runner, Source
 from pipeline.errors import PrecisionError
 from pipeline.isolated import IsolatedDecoder
-from pipeline.known import Known, Pixels
+from pipeline.known import Kept, Known, Pixels
 from pipeline.prepare import Job, loaded
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import PIXELS, REASON, part_rows
@@ -74,7 +74,8 @@ def choose_engine(job: Job, shard: Pending, device: str, candidates: tuple[str, 
         kept = _kept_graph(job)
         graph, fp32, note = (kept, None, None) if kept is not None else _converted(loaded(job), trial)
         if graph is not None:
-            return Engine(f"openvino {version('openvino')}", trial.kept_precision(graph, candidates, fp32), graph)
+            precision = trial.precision(graph, candidates, fp32, job.kept)
+            return Engine(f"openvino {version('openvino')}", precision, graph)
     # torch takes seconds to import, and a graph that was kept needs it not.
     from pipeline.torch_runner import SharedWeights  # noqa: PLC0415
 
@@ -164,25 +165,25 @@ class _Trial:
         """Whether there is an image."""
         return len(self._images) > 0
 
-    def precision(self, source: Source, candidates: tuple[str, ...], fp32: Vectors | None = None) -> str:
-        """The job's precision; for `auto` the first of `candidates` that is close to what `source` gives in fp32."""
+    def precision(
+        self, source: Source, candidates: tuple[str, ...], fp32: Vectors | None = None, kept: Kept | None = None
+    ) -> str:
+        """The job's precision; for `auto` the first of `candidates` that is close to what `source` gives in fp32.
+
+        `kept` is where an earlier run left which one that was, if `source` is the graph of that place.
+        """
         if self._job.precision != "auto":
             return self._job.precision
         if not candidates or not self.is_real:
             return "fp32"
+        asked = (self._job.weights, self._images, candidates)
+        remembered = kept.verdict(*asked) if kept is not None else None
+        if remembered is not None:
+            return remembered
         expected = self.embed(source, "fp32") if fp32 is None else fp32
-        close = (name for name in candidates if self._is_close(expected, source, name))
-        return next(close, "fp32")
-
-    def kept_precision(self, graph: Source, candidates: tuple[str, ...], fp32: Vectors | None) -> str:
-        """The same for the graph of the job's cache, which may have it from an earlier run."""
-        kept, weights = self._job.kept, self._job.weights
-        if kept is None or self._job.precision != "auto" or not candidates or not self.is_real:
-            return self.precision(graph, candidates, fp32)
-        precision = kept.verdict(weights, self._images, candidates)
-        if precision is None:
-            precision = self.precision(graph, candidates, fp32)
-            kept.keep_verdict(weights, self._images, candidates, precision)
+        precision = next((name for name in candidates if self._is_close(expected, source, name)), "fp32")
+        if kept is not None:
+            kept.keep_verdict(*asked, precision)
         return precision
 
     def _is_close(self, expected: Vectors, source: Source, precision: str) -> bool:
