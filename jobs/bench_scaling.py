@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -50,9 +51,16 @@ class Batch:
     """What one actor embedded at once; times in seconds after the run began."""
 
     actor: int
+    came: float
     begin: float
     end: float
     num_images: int
+
+
+def num_ahead(batches: list[Batch]) -> int:
+    """Of them, those whose actor had them before it was done with the one before."""
+    ordered = sorted(batches, key=lambda one: (one.actor, one.begin))
+    return sum(last.actor == one.actor and one.came < last.end for last, one in pairwise(ordered))
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def scaled(shards: Path, output: Path, num_actors: int, images_per_s: float) -> 
         part_rows=IMAGES_A_SHARD,
         actors=(num_actors, num_actors),
     )
-    prepared = replace(prepare(config).with_engine("sleep", "fp32"), shape=(3,))
+    prepared = replace(prepare(config).with_engine("sleep", "fp32"), shape=(4,))
     pending = make_plan(prepared.shards, config.output).pending
     resources = plan_resources(config)
     tally = Tally()
@@ -130,13 +138,17 @@ def scaled(shards: Path, output: Path, num_actors: int, images_per_s: float) -> 
             for receipt in table.to_pylist():
                 tally.add(receipt)
     slowest, busy = slowest_stage(tally.stage_s, resources.slots, tally.wall_s)
-    return Scaled(_batches(output), slowest, busy)
+    return Scaled(batches_in(output), slowest, busy)
 
 
-def _batches(output: Path) -> list[Batch]:
+def batches_in(output: Path) -> list[Batch]:
+    """What sleeping actors stored, in no order."""
     table = ds.dataset(output / "embeddings", format="parquet").to_table(["embedding"])
     rows, counts = np.unique(vectors(table), axis=0, return_counts=True)
-    return [Batch(int(row[0]), float(row[1]), float(row[2]), int(n)) for row, n in zip(rows, counts, strict=True)]
+    return [
+        Batch(int(actor), float(came), float(begin), float(end), int(count))
+        for (actor, came, begin, end), count in zip(rows, counts, strict=True)
+    ]
 
 
 def scaling(settings: Settings) -> dict[str, Any]:
@@ -152,6 +164,7 @@ def scaling(settings: Settings) -> dict[str, Any]:
             found |= {
                 f"scaling_{num_actors}_images_per_s": run.images_per_s,
                 f"scaling_{num_actors}_linear_images_per_s": num_actors * _RATE,
+                f"scaling_{num_actors}_parts_ahead": num_ahead(run.batches) / len(run.batches),
                 f"scaling_{num_actors}_slowest_stage": run.slowest_stage,
                 **{f"scaling_{num_actors}_{stage}_busy": share for stage, share in run.busy.items()},
             }

@@ -42,7 +42,7 @@ class Start:
 
 @dataclass(frozen=True)
 class SleepRunner:
-    """Embeds an image as [3]: its process, and when its batch began and ended, in seconds after `epoch`."""
+    """Embeds an image as [4]: its process, and when its part came, began and ended, in seconds after `epoch`."""
 
     images_per_s: float
     epoch: float
@@ -53,10 +53,12 @@ class SleepRunner:
         """Sleep for as long as `rows` take; before the first, until all actors are there."""
         if self.start is not None:
             self.start.wait()
+        came = time.time() - self.epoch
         with self.turn:
             begin = time.time() - self.epoch
             time.sleep(len(rows) / self.images_per_s)
-            return np.tile(np.array([os.getpid(), begin, time.time() - self.epoch], np.float32), (len(rows), 1))
+            times = came, begin, time.time() - self.epoch
+        return np.tile(np.array([os.getpid(), *times], np.float32), (len(rows), 1))
 
 
 @dataclass(frozen=True)

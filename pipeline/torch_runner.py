@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -127,9 +127,10 @@ def _folded(backbone: nn.Module) -> nn.Module:
 class TorchRunner:
     """One backbone on one device.
 
-    Calls of `embed` from several threads take turns. Batches have one fixed shape (the last is padded), so that an
-    embedding does not depend on what else is in its batch. Where the device's memory does not hold a batch they are
-    halved, for good; kernels of another shape may round the last bit otherwise.
+    Calls of `embed` from several threads take turns in one that is the runner's own: CUDA graphs belong to the
+    thread that recorded them. Batches have one fixed shape (the last is padded), so that an embedding does not
+    depend on what else is in its batch. Where the device's memory does not hold a batch they are halved, for good;
+    kernels of another shape may round the last bit otherwise.
 
     With `compiled`, torch.compile fuses what is between the convolutions, and on a GPU replays CUDA graphs. That
     takes a C compiler and some ten seconds for each batch size; torch keeps what it made on disk, for the next actor.
@@ -145,8 +146,11 @@ class TorchRunner:
         self._device = torch.device(device)
         self._crop = crop
         self._network: Callable[[Tensor], Tensor] = network.as_precision(_DTYPES[precision]).eval().to(self._device)
+        # What is copied in the stream that computes would wait for the batch before.
+        on_gpu = self._device.type == "cuda"
+        self._copies = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self.use_batches_of(batch_size or BATCH_SIZES[self._device.type])
-        self._turn = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "torch")
         self._is_compiled = compiled
         if compiled:
             mode = "reduce-overhead" if self._device.type == "cuda" else "default"
@@ -183,8 +187,7 @@ class TorchRunner:
         Raises:
             torch.OutOfMemoryError: not even one image fits into the device's memory.
         """
-        with self._turn:
-            return self._fitting(pixels, rows)
+        return self._thread.submit(self._fitting, pixels, rows).result()
 
     def _fitting(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         while True:
@@ -241,7 +244,15 @@ class TorchRunner:
         staged = buffer.numpy()
         np.take(pixels, batch, axis=0, out=staged[: len(batch)], mode="clip")
         staged[len(batch) :] = 0
-        return buffer.to(self._device, non_blocking=True)
+        if self._copies is None:
+            return buffer
+        with torch.cuda.stream(self._copies):
+            copied = buffer.to(self._device, non_blocking=True)
+        computes = torch.cuda.current_stream(self._device)
+        computes.wait_stream(self._copies)
+        # Its memory is the other stream's, and is not to be given away before the batch is computed.
+        copied.record_stream(computes)
+        return copied
 
     def _gathered(self, pixels: Tensor, batch: np.ndarray[Any, Any]) -> Tensor:
         """A batch of what is on the device already, padded."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import encode, photo, write_tar
 
-from jobs.bench_scaling import Batch, Scaled, light_shards, scaled
+from jobs.bench_scaling import Batch, Scaled, light_shards, num_ahead, scaled
 
 
 def overlap(run: Scaled) -> int:
@@ -25,6 +25,8 @@ def test_all_actors_work_at_the_same_time_and_the_slowest_stage_is_theirs(tmp_pa
     assert sum(batch.num_images for batch in run.batches) == 4 * num_actors * 256
     assert run.num_actors == num_actors
     assert overlap(run) == num_actors
+    # While an actor computes it already has the next part.
+    assert num_ahead(run.batches) > 0
     assert run.slowest_stage == "embed"
 
 
@@ -42,7 +44,8 @@ def test_where_actors_have_little_to_do_the_slowest_stage_is_decode(tmp_path: Pa
 def test_the_rate_is_that_while_all_actors_have_work() -> None:
     # The second actor starts late, and has no more to do early: only 10 s to 20 s count, in which both were busy
     # but for one second.
-    batches = [Batch(1, 0, 10, 100), Batch(1, 10, 20, 100), Batch(1, 20, 30, 100), Batch(2, 10, 15, 50)]
-    run = Scaled([*batches, Batch(2, 16, 20, 40)], "embed", {})
+    batches = [Batch(1, 0, 0, 10, 100), Batch(1, 9, 10, 20, 100), Batch(1, 12, 20, 30, 100), Batch(2, 2, 10, 15, 50)]
+    run = Scaled([*batches, Batch(2, 16, 16, 20, 40)], "embed", {})
     assert run.window == (10, 20)
     assert run.images_per_s == pytest.approx(19)
+    assert num_ahead(run.batches) == 2

@@ -216,7 +216,7 @@ def sleep_flow(shards: Path, output: Path, images_per_s: float, settings: dict[s
     """The flow with actors that want a GPU and sleep instead of using it, until two have been at work for a while."""
     begin = time.time()
     config = parse({"input": [str(shards)], "output": str(output), **SETTINGS, "device": "cuda", **settings})
-    job = replace(prepare(config).with_engine("sleep", "fp32"), shape=(3,))
+    job = replace(prepare(config).with_engine("sleep", "fp32"), shape=(4,))
     pending = make_plan(job.shards, config.output).pending
     flow = make_flow(pending, job, SleepSource(images_per_s, time.time()), plan_resources(config))
     ran = Ran()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from jobs.bench_scaling import IMAGES_A_SHARD, light_shards
+from jobs.bench_scaling import IMAGES_A_SHARD, batches_in, light_shards, num_ahead
 from jobs.bench_sleep import SleepSource
 from pipeline.config import parse
 from pipeline.flow import make_flow
@@ -41,7 +41,7 @@ def test_the_pool_grows_to_its_most_and_gives_actors_back_when_they_have_no_more
         "weights": "random:3", "image_size": "64", "precision": "fp32", "device": "cpu", "actors": "1:3",
         "part_rows": 3 * IMAGES_A_SHARD,
     })  # fmt: skip
-    job = replace(prepare(config).with_engine("sleep", "fp32"), shape=(3,))
+    job = replace(prepare(config).with_engine("sleep", "fp32"), shape=(4,))
     pending = make_plan(job.shards, config.output).pending
     flow = make_flow(pending, job, SleepSource(64.0, time.time()), plan_resources(config))
     looks: list[int] = []
@@ -65,3 +65,5 @@ def test_the_pool_grows_to_its_most_and_gives_actors_back_when_they_have_no_more
     assert 1 in looks[:most]
     assert max(looks) == 3
     assert 1 in looks[most:]
+    # While an actor computes it already has the next part, as in a pool that does not grow.
+    assert num_ahead(batches_in(tmp_path / "out")) > 0
