@@ -26,7 +26,7 @@ from jobs import bench_runs as runs
 from jobs.bench_runs import BenchError, Metrics, Settings
 from jobs.bench_shards import photo_shards, tiny_shards
 from pipeline.config import Config
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SettingsError
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -60,7 +60,10 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "baselines": (("stages", "job", "dataloader", "ray_data"), "the whole job and plain alternatives"),
     "startup": (("startup",), "from the command to the first embedding, and ray.init() alone"),
     "memory": (("memory",), "what a worker of each stage holds in memory at most, and what the object store spills"),
-    "sizing": (("sizing",), "the usual backbones alone, and the cores that decode as fast as each"),
+    "sizing": (
+        ("sizing",),
+        "the backbones of --sized alone, and the cores that decode as fast as each",
+    ),
     "tiny": (("tiny",), "10,000 shards of 10 tiny images: overhead a shard, memory of the driver"),
     "plan": (("plan",), "plan a million shards of which 900,000 are done, from a simulated S3"),
     "scaling": (("scaling",), "1 to 16 actors that sleep instead of computing: what the flow itself allows"),
@@ -182,6 +185,13 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--tiny-shards", type=int, default=10_000, metavar="N", help="of `tiny` (default: 10000)")
     top.add_argument("--plan-shards", type=int, default=1_000_000, metavar="N", help="of `plan` (default: 1000000)")
+    top.add_argument(
+        "--sized",
+        nargs="+",
+        default=runs.SIZED,
+        metavar="NAME",
+        help="of `sizing` (default: the usual ones)",
+    )
     top.add_argument("--repeats", type=int, default=3, metavar="N", help="of all cases in turn (default: 3)")
     top.add_argument("--data", type=Path, metavar="FOLDER", help="keep the shards here (default: make them anew)")
     top.add_argument("--scratch", type=Path, metavar="FOLDER", help="for what is embedded (default: a temporary one)")
@@ -299,6 +309,11 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     wanted = {name for case in flags.cases for name in CASES[case][0]}
     if "stages" in wanted:
         wanted -= {"decode", "decode_all"}
+    if "sizing" in wanted:
+        from pipeline import backbones  # noqa: PLC0415  imports torch, which no other case needs here
+
+        for name in flags.sized:
+            backbones.find(name)  # raises where it is unknown
     names = [name for name in MEASUREMENTS if name in wanted]
     with ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
@@ -315,6 +330,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             stage_images=min(flags.stage_images, flags.images),
             plan_shards=flags.plan_shards,
             part_rows=Config.part_rows,
+            sized=tuple(flags.sized),
         )
         settings.config(settings.shards, settings.scratch)  # raises where a value breaks its rule
         shards = {}
@@ -365,6 +381,9 @@ def main(arguments: list[str] | None = None) -> int:
             return EXIT_USAGE
     try:
         result = run(flags)
+    except SettingsError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return EXIT_USAGE
     except (PipelineError, BenchError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return EXIT_FAILED

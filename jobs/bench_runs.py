@@ -64,6 +64,7 @@ class Settings:
     stage_images: int
     plan_shards: int
     part_rows: int
+    sized: tuple[str, ...] = SIZED
 
     @classmethod
     def parse(cls, text: str) -> Settings:
@@ -239,10 +240,10 @@ def compiled(settings: Settings, before: Mapping[str, Any]) -> Metrics:
 
 
 def sizing(settings: Settings, before: Mapping[str, Any]) -> Metrics:
-    """Each of `SIZED` alone on the job's device, and how many cores decode as many images/s as it embeds."""
+    """Each of `settings.sized` alone on the job's device, and how many cores decode as many images/s as it embeds."""
     one_core = (before if "decode_images_per_s" in before else decode(settings, before))["decode_images_per_s"]
     found: Metrics = {"sizing_decode_images_per_s": one_core}
-    for backbone in SIZED:
+    for backbone in settings.sized:
         # Each has an output of its own, since one takes no other backbone.
         changed = replace(settings, backbone=backbone, scratch=f"{settings.scratch}/{backbone}")
         alone = run_module("jobs.bench_stages", "embed_and_write", changed)[0]

@@ -135,15 +135,17 @@ def test_an_unknown_case_is_refused_with_the_known_ones(run_job: RunJob) -> None
     assert "no-model" in done.stderr
     done = run_job("bench.py", "stages", "--repeats", "0")
     assert (done.returncode, "repeats must be at least 1, got 0" in done.stderr) == (2, True)
+    done = run_job("bench.py", "sizing", "--sized", "resnet18", "resnet5")
+    assert (done.returncode, "unknown backbone 'resnet5'" in done.stderr) == (2, True)
 
 
 @pytest.mark.slow
 def test_a_small_run_measures_every_case(run_job: RunJob, tmp_path: Path) -> None:
     done = run_job(
         "bench.py", "stages", "decode", "no-model", "job", "baselines", "startup", "memory", "tiny",
-        "plan", "--backbone", "resnet18", "--image-size", "64", "--images", "704", "--images-a-shard", "64",
-        "--stage-images", "64", "--tiny-shards", "200", "--plan-shards", "2000", "--repeats", "1",
-        "--output", "bench.json", timeout=1500,
+        "plan", "sizing", "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64",
+        "--images", "704", "--images-a-shard", "64", "--stage-images", "64",
+        "--tiny-shards", "200", "--plan-shards", "2000", "--repeats", "1", "--output", "bench.json", timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "bench.json").read_text())
@@ -157,6 +159,7 @@ def test_a_small_run_measures_every_case(run_job: RunJob, tmp_path: Path) -> Non
         assert one["median"] > 0 or one["case"] in ("tiny", "memory"), one
     assert result["figures"]["memory_embed_mib"]["median"] > 50
     assert all(math.isfinite(spread["median"]) for spread in result["figures"].values())
+    assert result["figures"]["sizing_squeezenet1_1_decode_cores"]["median"] > 0
     for name in ("dataloader", "ray_data"):
         assert result["figures"][f"{name}_min_cosine"]["min"] >= 0.999
     assert "Goals" in done.stdout
