@@ -138,11 +138,10 @@ def scaled(shards: Path, output: Path, num_actors: int, images_per_s: float) -> 
             for receipt in table.to_pylist():
                 tally.add(receipt)
     slowest, busy = slowest_stage(tally.stage_s, resources.slots, tally.wall_s)
-    return Scaled(batches_in(output), slowest, busy)
+    return Scaled(_batches(output), slowest, busy)
 
 
-def batches_in(output: Path) -> list[Batch]:
-    """What sleeping actors stored, in no order."""
+def _batches(output: Path) -> list[Batch]:
     table = ds.dataset(output / "embeddings", format="parquet").to_table(["embedding"])
     rows, counts = np.unique(vectors(table), axis=0, return_counts=True)
     return [

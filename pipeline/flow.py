@@ -131,11 +131,15 @@ class Watcher:
 
 
 def _pool(resources: Resources) -> ActorPoolStrategy:
-    """Actors that have two parts at once: while one is computed, the next is fetched and the one before stored."""
+    """Actors that have two parts at once: while one is computed, the next is fetched and the one before stored.
+
+    Not where the pool may grow: Ray Data would count an actor as having room for two parts, and may start no other.
+    """
     smallest, largest = resources.num_actors
+    if smallest < largest:
+        return ActorPoolStrategy(min_size=smallest, max_size=largest)
     return ActorPoolStrategy(
-        min_size=smallest,
-        max_size=largest,
+        size=largest,
         max_concurrent_calls_per_actor=_PARTS_AT_ONCE,
         max_tasks_in_flight_per_actor=_PARTS_AT_ONCE + 1,
         enable_true_multi_threading=True,
@@ -250,10 +254,6 @@ def _set_up_engine() -> None:
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Of `_PARTS_AT_ONCE`, the share that an actor has. By Ray Data's own thresholds a pool would grow only where each
-    # had four parts, and shrink where each has one.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-    context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.25
 
 
 def _begin(job: Job) -> None:
