@@ -60,10 +60,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "baselines": (("stages", "job", "dataloader", "ray_data"), "the whole job and plain alternatives"),
     "startup": (("startup",), "from the command to the first embedding, and ray.init() alone"),
     "memory": (("memory",), "what a worker of each stage holds in memory at most, and what the object store spills"),
-    "sizing": (
-        ("sizing",),
-        "the backbones of --sized alone, and the cores that decode as fast as each",
-    ),
+    "sizing": (("sizing",), "the backbones of --sized alone, and the cores that decode as fast as each"),
     "tiny": (("tiny",), "10,000 shards of 10 tiny images: overhead a shard, memory of the driver"),
     "plan": (("plan",), "plan a million shards of which 900,000 are done, from a simulated S3"),
     "scaling": (("scaling",), "1 to 16 actors that sleep instead of computing: what the flow itself allows"),
@@ -186,11 +183,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--tiny-shards", type=int, default=10_000, metavar="N", help="of `tiny` (default: 10000)")
     top.add_argument("--plan-shards", type=int, default=1_000_000, metavar="N", help="of `plan` (default: 1000000)")
     top.add_argument(
-        "--sized",
-        nargs="+",
-        default=runs.SIZED,
-        metavar="NAME",
-        help="of `sizing` (default: the usual ones)",
+        "--sized", nargs="+", default=runs.SIZED, metavar="NAME", help="of `sizing` (default: the usual ones)"
     )
     top.add_argument("--repeats", type=int, default=3, metavar="N", help="of all cases in turn (default: 3)")
     top.add_argument("--data", type=Path, metavar="FOLDER", help="keep the shards here (default: make them anew)")
@@ -381,12 +374,9 @@ def main(arguments: list[str] | None = None) -> int:
             return EXIT_USAGE
     try:
         result = run(flags)
-    except SettingsError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except (PipelineError, BenchError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED
     show(result["figures"], result["goals"])
     if flags.output is not None:
         flags.output.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ class Settings:
     stage_images: int
     plan_shards: int
     part_rows: int
-    sized: tuple[str, ...] = SIZED
+    sized: tuple[str, ...]
 
     @classmethod
     def parse(cls, text: str) -> Settings:

@@ -6,6 +6,7 @@ colours that are stored at half the size, in its own way.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -43,6 +44,8 @@ class DeviceDecoder:
     def __init__(self, decoder: Decoder, device: str) -> None:
         self._decoder = decoder
         self._device = torch.device(device)
+        # Of an actor's threads; what hides the warning is the process's.
+        self._turn = threading.Lock()
 
     def __call__(
         self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
@@ -77,7 +80,7 @@ class DeviceDecoder:
             return [None] if len(images) == 1 else [self._decoded([image])[0] for image in images]
 
     def _decode(self, images: list[Tensor]) -> list[Tensor]:
-        with warnings.catch_warnings():
+        with self._turn, warnings.catch_warnings():
             # Of the function's age: what replaces it comes with a package of its own.
             warnings.simplefilter("ignore")
             decoded: list[Tensor] = decode_jpeg(images, mode=ImageReadMode.RGB, device=self._device)

@@ -112,7 +112,7 @@ def test_the_ceiling_is_of_core_seconds_on_cpu_and_of_the_slower_on_a_gpu() -> N
 def settings(**changes: Any) -> Settings:
     values: dict[str, Any] = {
         "shards": "in", "tiny": "in", "scratch": "out", "backbone": "resnet18", "image_size": 64, "device": "cpu",
-        "precision": "auto", "cores": 2, "stage_images": 32, "plan_shards": 1, "part_rows": 1024,
+        "precision": "auto", "cores": 2, "stage_images": 32, "plan_shards": 1, "part_rows": 1024, "sized": (),
     }  # fmt: skip
     return Settings(**{**values, **changes})
 

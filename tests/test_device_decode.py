@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,19 @@ def test_images_are_decoded_in_groups_of_a_bounded_size(monkeypatch: pytest.Monk
     monkeypatch.setattr("pipeline.device_decode._GROUP_PIXELS", 2 * 96 * 80)
     assert np.array_equal(on_device(images)[0], whole)
     assert sizes == [2, 2, 2, 2, 1]
+
+
+def test_threads_that_decode_at_once_leave_the_process_its_warnings() -> None:
+    images = [encode(photo(seed)) for seed in range(20)]
+    forwarder, field = JpegForwarder(decoder()), encoded_field()
+    encoded = pa.array([forwarder.forward(image) for image in images], field.type)
+    samples = pa.StructArray.from_arrays([encoded], fields=[field])
+    device = DeviceDecoder(decoder(), "cpu")
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda _: device(samples, np.arange(len(images)))[0], range(40)))
+    assert warnings.filters == filters
+    assert all(torch.equal(pixels, at_once[0]) for pixels in at_once)
 
 
 def embedder(backbone: str, weights: Any, preprocess: Preprocess, cpu: Decoder | None) -> Embedder:
