@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -403,6 +404,27 @@ def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one() -> None:
     assert np.array_equal(fast.embed(torch.from_numpy(pixels), rows), compiled)
     assert np.array_equal(fast.embed(pixels, rows[4:]), compiled[4:])
     assert counters["stats"]["unique_graphs"] >= 1
+
+
+def test_torch_computes_in_one_thread_whoever_asks() -> None:
+    network = make_network(
+        "squeezenet1_1", load_weights("squeezenet1_1", "random:0"), "pooled", preprocess("squeezenet1_1"), False
+    )
+    threads: list[int] = []
+    network.register_forward_hook(lambda *_: threads.append(threading.get_ident()))
+    runner = TorchRunner(network, precision="fp32", crop=(SIDE, SIDE), device="cpu", batch_size=4, num_threads=None)
+    together = threading.Barrier(3)
+
+    def ask(_: int) -> int:
+        together.wait()
+        runner.embed(np.stack(pictures(4)), np.arange(4))
+        return threading.get_ident()
+
+    with ThreadPoolExecutor(3) as pool:
+        asked = set(pool.map(ask, range(3)))
+    assert len(asked) == len(threads) == 3
+    # CUDA graphs belong to the thread that recorded them.
+    assert len(set(threads)) == 1
 
 
 def test_num_threads_is_what_torch_uses() -> None:
