@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import tomllib
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ INFRA = ROOT / "infra"
 KUBERAY = INFRA / "kuberay"
 RAY_KINDS = ("rayjob.yaml", "raycronjob.yaml")
 CORE_KINDS = ("access.yaml", "settings.yaml", "cronjob.yaml")
+TEXTS = sorted(path for path in INFRA.rglob("*") if path.suffix in ("", ".md", ".py", ".yaml") and path.is_file())
 # Maps whose keys are the user's, so no schema knows them.
 FREE = ("labels", "annotations", "data", "rayStartParams", "requests", "limits")
 
@@ -266,9 +268,11 @@ def test_kubectl_builds_the_kustomization(check_core_kind):
     assert launcher["data"]["rayjob.yaml"] == (KUBERAY / "rayjob.yaml").read_text()
 
 
-def test_there_is_one_definition_of_a_run(rayjob, cronjob):
+def test_there_is_one_definition_of_a_run_comments_and_all(cronjob):
     (alternative,) = documents(KUBERAY / "raycronjob.yaml")
-    assert alternative["spec"]["jobTemplate"] == rayjob
+    once = (KUBERAY / "rayjob.yaml").read_text().partition("\nspec:\n")[2]
+    repeated = (KUBERAY / "raycronjob.yaml").read_text().partition("\n  jobTemplate:\n")[2]
+    assert textwrap.dedent(repeated) == textwrap.dedent(once) != ""
     assert alternative["spec"]["schedule"] == cronjob["schedule"]
     assert alternative["spec"]["timeZone"] == cronjob["timeZone"]
 
@@ -690,30 +694,50 @@ def test_every_option_that_the_readme_names_exists(readme, ray_help):
     assert named - known == set()
 
 
-def test_every_variable_that_the_readme_names_exists(readme):
+@functools.cache
+def known_variables() -> dict[str, Callable[[str], bool]]:
+    """What tells whether a variable exists, by how its name begins: the help or the code of what reads it."""
     import botocore.configprovider
     import ray
 
-    fields = {f"EMBED_{name.upper()}" for name in Config.__dataclass_fields__} | {"EMBED_CONFIG"}
+    embed = {f"EMBED_{name.upper()}" for name in Config.__dataclass_fields__} | {"EMBED_CONFIG"}
     # What tests ask for, by the lines that read it.
-    fields |= {
-        name
-        for path in (ROOT / "tests").glob("*.py")
-        for name in re.findall(r'os\.environ\.get\("(EMBED_TEST_\w+)"', path.read_text())
-    }
-    ray_folder = Path(ray.__file__).parent
-    sources = [path.read_bytes() for path in sorted(ray_folder.rglob("*.py"))]
-    # What is set for a node is read there alone.
-    sources.append((ray_folder / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes())
+    for path in (ROOT / "tests").glob("*.py"):
+        embed |= set(re.findall(r'os\.environ\.get\("(EMBED_\w+)"', path.read_text()))
     of_aws = json.dumps([str(one) for one in botocore.configprovider.BOTOCORE_DEFAUT_SESSION_VARIABLES.values()])
     of_aws += " AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_ENDPOINT_URL"
-    for name in sorted(set(re.findall(r"\b(?:EMBED|RAY|AWS)_\w+", readme))):
-        if name.startswith("EMBED_"):
-            assert name in fields, name
-        elif name.startswith("AWS_"):
-            assert name in of_aws, name
-        else:
-            assert any(name.encode() in source for source in sources), name
+    folder = Path(ray.__file__).parent
+    of_ray = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+    # What is set for a node is read there alone.
+    of_ray.append((folder / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes())
+    ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    of_python = ask([sys.executable, "--help-env"]).stdout
+    of_uv = ask([Path(sys.executable).with_name("uv"), "pip", "install", "--help"]).stdout
+    return {
+        "EMBED": lambda name: name in embed,
+        "AWS": lambda name: name in re.findall(r"AWS_\w+", of_aws),
+        "RAY": lambda name: any(re.search(rb"\b%s\b" % name.encode(), source) for source in of_ray),
+        "PYTHON": lambda name: name in re.findall(r"PYTHON\w+", of_python),
+        "UV": lambda name: name in re.findall(r"UV_\w+", of_uv),
+        # NVIDIA's container runtime reads it, which no package has.
+        "NVIDIA": lambda name: name == "NVIDIA_DRIVER_CAPABILITIES",
+    }
+
+
+VARIABLE = re.compile(r"\b(?:(EMBED|AWS|RAY|UV|NVIDIA)_\w+|(PYTHON)[A-Z]+)\b")
+
+
+def unknown_variables(text: str) -> set[str]:
+    known = known_variables()
+    return {found[0] for found in VARIABLE.finditer(text) if not known[found[1] or found[2]](found[0])}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(INFRA)))
+def test_every_variable_that_a_file_names_exists_and_a_misspelt_one_is_seen(path):
+    text = path.read_text()
+    assert unknown_variables(text) == set()
+    misspelt = {f"{found[0]}Z" for found in VARIABLE.finditer(text)}
+    assert unknown_variables(" ".join(misspelt)) == misspelt
 
 
 def test_every_field_of_the_report_that_the_readme_names_exists(readme):
