@@ -103,16 +103,35 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def ray_session(s3_server: S3Server) -> Iterator[None]:
+_RAY, _SLOW, _OTHER = range(3)
+_KIND: dict[Path, int] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that share a Ray first, then those with slow tests: the last are short, and need no Ray beside them."""
+    for item in items:
+        uses_ray = "ray_session" in getattr(item, "fixturenames", ())
+        kind = _RAY if uses_ray else _SLOW if item.get_closest_marker("slow") else _OTHER
+        _KIND[item.path] = min(kind, _KIND.get(item.path, _OTHER))
+    items.sort(key=lambda item: _KIND[item.path])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End the shared Ray where nobody needs it: idle, it takes a tenth of a core."""
+    ray = sys.modules.get("ray")
+    if ray is not None and _KIND[item.path] != _RAY and ray.is_initialized():
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_session(s3_server: S3Server) -> None:
     """One local Ray for all tests, which takes ten seconds and more to start; its workers can reach S3."""
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Never one that another test has started meanwhile.
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Never one that another test has started meanwhile.
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def free_ports(count: int) -> list[int]:

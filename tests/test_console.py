@@ -45,6 +45,7 @@ def lines_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
     run_job: Callable[..., Any], tmp_path: Path
 ) -> None:

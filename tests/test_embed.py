@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, encode, free_ports, photo, write_shards, write_tar
+from conftest import ROOT, encode, photo, write_shards, write_tar
 
 from jobs.embed import gather, parser
 from jobs.session import exit_code
@@ -159,10 +153,10 @@ def slower_job(input: Path, output: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-def test_a_killed_driver_loses_nothing_and_no_finished_shard_is_opened_again(
-    undisturbed: Path, tmp_path: Path, number: signal.Signals
+def test_a_stopped_driver_loses_nothing_and_no_finished_shard_is_opened_again(
+    undisturbed: Path, tmp_path: Path
 ) -> None:
+    """By SIGTERM, as clusters stop a job; SIGKILL at any moment is in test_kills.py."""
     shards, out = undisturbed / "in", tmp_path / "out"
     process = subprocess.Popen(
         slower_job(shards, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -172,14 +166,13 @@ def test_a_killed_driver_loses_nothing_and_no_finished_shard_is_opened_again(
         assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
+    process.terminate()
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == (128 + number if number == signal.SIGTERM else -number)
-    if number == signal.SIGTERM:
-        assert "run the same command again" in output
+    assert process.returncode == 143
+    assert "run the same command again" in output
     before = stored(out)
     done = {name.split("/")[1].split(".")[0] for name in before if name.endswith("-last.parquet")}
-    assert 3 <= len(done) < 16, "the kill came too early or too late to show anything"
+    assert 3 <= len(done) < 16, "it was stopped too early or too late to show anything"
     for shard in shards.iterdir():
         os.utime(shard, ns=(0, shard.stat().st_mtime_ns))
     again = subprocess.run(slower_job(shards, out), capture_output=True, text=True, check=False)
@@ -203,70 +196,3 @@ def keeps_access_times(folder: Path) -> bool:
 
 def complete(files: dict[str, bytes], shard: str) -> bool:
     return sum(name.startswith(f"embeddings/{shard}.") for name in files) == 3
-
-
-def wait_for_dashboard(port: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=5)
-            return
-        time.sleep(0.5)
-    raise AssertionError("Ray's dashboard did not answer within 120 s")
-
-
-@pytest.mark.alone
-@pytest.mark.slow
-def test_a_submitted_job_reads_and_writes_s3(s3_server: Any, s3_url: str, tmp_path: Path) -> None:
-    write_shards(tmp_path / "in", num_shards=3, samples_each=6)
-    fs = s3_server.filesystem()
-    fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
-    # Another Ray on this machine has the default ones.
-    port, dashboard, agent, agent_grpc, client = free_ports(5)
-    environment = {**os.environ, **s3_server.environment, "RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
-    # As in an activated environment: the shebang finds the Python that has Ray.
-    binaries = Path(sys.executable).parent
-    environment["PATH"] = f"{binaries}{os.pathsep}{os.environ['PATH']}"
-    # Sockets below it have paths of 107 bytes at most.
-    temporary = tempfile.mkdtemp(prefix="r-", dir="/tmp")
-    head = subprocess.Popen(
-        [
-            binaries / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
-            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
-            f"--ray-client-server-port={client}", f"--temp-dir={temporary}",
-        ],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        variables = {**s3_server.environment}
-        variables |= {"EMBED_INPUT": f"{s3_url}/shards/photos-{{00000..00002}}.tar", "EMBED_OUTPUT": f"{s3_url}/out"}
-        submit = [
-            binaries / "ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--working-dir", ".",
-            "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),
-            "--", "jobs/embed.py", *SMALL, "--part-rows", "4",
-        ]  # fmt: skip
-        wait_for_dashboard(dashboard)
-        done = subprocess.run(
-            submit, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
-        )
-    finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "balanced: every sample is one stored row" in done.stdout
-    fs.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
-    tables = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
-    keys = sorted(key for table in tables for key in table["image_id"].to_pylist())
-    assert keys == [f"{shard:03d}-{i:04d}" for shard in range(3) for i in range(6)]
-    left = (path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert not any(s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() in data for data in left)
-    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr

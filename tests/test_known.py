@@ -194,6 +194,7 @@ def test_facts_of_another_version_are_nothing(tmp_path: Path) -> None:
         assert look_up(config, cache)[0] is None
 
 
+@pytest.mark.slow
 def test_a_second_run_imports_no_torch_and_stores_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="without OpenVINO torch computes the embeddings")
     shards = write_shards(tmp_path / "in", num_shards=1)

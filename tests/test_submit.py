@@ -1,4 +1,4 @@
-"""`jobs/submit.py` against a real Ray head."""
+"""`ray job submit` and `jobs/submit.py` against a real Ray head."""
 
 from __future__ import annotations
 
@@ -17,14 +17,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, free_ports
+from conftest import ROOT, S3Server, free_ports, write_shards
 
 pytestmark = pytest.mark.alone
 
 SUBMIT = ROOT / "jobs" / "submit.py"
-# Ray writes a token to the home folder, and then wants it everywhere, unless told which it is.
-ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+BINARIES = Path(sys.executable).parent
+# Ray writes a token to the home folder, and then wants it everywhere, unless told which it is. With PATH as in an
+# activated environment, a shebang finds the Python that has Ray.
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
+    "RAY_AUTH_MODE": "disabled",
+}
 
 
 def wait_for(happened: Callable[[], Any], timeout_s: float = 60) -> Any:
@@ -49,7 +56,7 @@ def head() -> Iterator[str]:
             "--object-store-memory=80000000", f"--temp-dir={folder}", "--disable-usage-stats",
         ]  # fmt: skip
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *options],
+            [BINARIES / "ray", "start", "--head", "--block", *options],
             env=ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -62,7 +69,7 @@ def head() -> Iterator[str]:
         finally:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(30)
+                process.wait(5)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -136,6 +143,32 @@ def test_the_jobs_output_variables_arguments_and_exit_code_come_through(head, st
     assert "files ['kept/a.txt', 'kept/demo/e.txt']\n" in out
     assert "a trouble\n" in out
     assert "FAILED, exit code 7" in err
+
+
+@pytest.mark.slow
+def test_a_submitted_job_reads_and_writes_s3(head: str, s3_server: S3Server, s3_url: str, tmp_path: Path) -> None:
+    """By Ray's own command, as the README has it."""
+    write_shards(tmp_path / "in", num_shards=3, samples_each=6)
+    fs = s3_server.filesystem()
+    fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
+    variables = {**s3_server.environment}
+    variables |= {"EMBED_INPUT": f"{s3_url}/shards/photos-{{00000..00002}}.tar", "EMBED_OUTPUT": f"{s3_url}/out"}
+    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+    submit = [
+        BINARIES / "ray", "job", "submit", f"--address={head}", "--working-dir", ".",
+        "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),
+        "--", "jobs/embed.py", *small, "--part-rows", "4",
+    ]  # fmt: skip
+    done = subprocess.run(submit, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "balanced: every sample is one stored row" in done.stdout
+    fs.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
+    tables = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
+    keys = sorted(key for table in tables for key in table["image_id"].to_pylist())
+    assert keys == [f"{shard:03d}-{i:04d}" for shard in range(3) for i in range(6)]
+    left = (path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert not any(s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() in data for data in left)
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
