@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from conftest import ROOT
 
@@ -25,6 +26,7 @@ from pipeline.config import Config, parse
 
 INFRA = ROOT / "infra"
 KUBERAY = INFRA / "kuberay"
+RAY = Path(ray.__file__).parent
 RAY_KINDS = ("rayjob.yaml", "raycronjob.yaml")
 CORE_KINDS = ("access.yaml", "settings.yaml", "cronjob.yaml")
 TEXTS = sorted(path for path in INFRA.rglob("*") if path.suffix in ("", ".md", ".py", ".yaml") and path.is_file())
@@ -105,6 +107,23 @@ def test_the_image_pins_a_python_that_the_package_supports(dockerfile):
 def test_the_image_installs_with_the_locks_uv_and_as_a_user_that_is_not_root(dockerfile):
     assert re.findall(r"uv==(\S+)", dockerfile) == [locked("uv")]
     assert re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE) == ["1000"]
+
+
+# Debian's packages of the image, each with a file and what in it asks for a program of the package.
+PACKAGES = {
+    "openssh-client": (RAY / "autoscaler/_private/command_runner.py", r'\["ssh"\]'),
+    "rsync": (RAY / "autoscaler/_private/command_runner.py", r'\["rsync"\]'),
+    "procps": (INFRA / "README.md", r"`ps` on a decode node"),
+    "gcc": (ROOT / "README.md", r"a C compiler"),
+    "libc6-dev": (ROOT / "README.md", r"a C compiler"),
+}
+
+
+def test_the_image_has_the_packages_that_something_asks_for_and_no_other(dockerfile):
+    (installed,) = re.findall(r"apt-get install --yes --no-install-recommends (.+) \\$", dockerfile, re.MULTILINE)
+    for package, (path, asks) in PACKAGES.items():
+        assert re.search(asks, path.read_text()), package
+    assert set(installed.split()) == set(PACKAGES)
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile(dockerfile, tmp_path):
@@ -698,7 +717,6 @@ def test_every_option_that_the_readme_names_exists(readme, ray_help):
 def known_variables() -> dict[str, Callable[[str], bool]]:
     """What tells whether a variable exists, by how its name begins: the help or the code of what reads it."""
     import botocore.configprovider
-    import ray
 
     embed = {f"EMBED_{name.upper()}" for name in Config.__dataclass_fields__} | {"EMBED_CONFIG"}
     # What tests ask for, by the lines that read it.
@@ -706,10 +724,9 @@ def known_variables() -> dict[str, Callable[[str], bool]]:
         embed |= set(re.findall(r'os\.environ\.get\("(EMBED_\w+)"', path.read_text()))
     of_aws = json.dumps([str(one) for one in botocore.configprovider.BOTOCORE_DEFAUT_SESSION_VARIABLES.values()])
     of_aws += " AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_ENDPOINT_URL"
-    folder = Path(ray.__file__).parent
-    of_ray = [path.read_bytes() for path in sorted(folder.rglob("*.py"))]
+    of_ray = [path.read_bytes() for path in sorted(RAY.rglob("*.py"))]
     # What is set for a node is read there alone.
-    of_ray.append((folder / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes())
+    of_ray.append((RAY / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes())
     ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     of_python = ask([sys.executable, "--help-env"]).stdout
     of_uv = ask([Path(sys.executable).with_name("uv"), "pip", "install", "--help"]).stdout
