@@ -651,6 +651,16 @@ def test_the_cluster_has_spot_workers_of_both_kinds_and_a_head_that_runs_nothing
     assert cluster["setup_commands"] == []
 
 
+def test_gpus_are_handed_to_containers_of_gpu_machines_and_the_image_asks_for_none(dockerfile):
+    (cluster,) = documents(INFRA / "aws.yaml")
+    asking = {name for name, node in cluster["available_node_types"].items() if "VISIBLE_DEVICES" in str(node)}
+    assert asking == {"gpu"}
+    gpu = cluster["available_node_types"]["gpu"]["docker"]
+    assert gpu == {"worker_run_options": ["-e NVIDIA_VISIBLE_DEVICES=all"]}
+    # In the image it would hand GPUs to pods that asked Kubernetes for none.
+    assert "NVIDIA_VISIBLE_DEVICES" not in dockerfile
+
+
 def test_the_clusters_commands_use_options_that_ray_has_and_the_locks_botocore(ray_help):
     text = (INFRA / "aws.yaml").read_text()
     (cluster,) = documents(INFRA / "aws.yaml")
@@ -736,8 +746,8 @@ def known_variables() -> dict[str, Callable[[str], bool]]:
         "RAY": lambda name: any(re.search(rb"\b%s\b" % name.encode(), source) for source in of_ray),
         "PYTHON": lambda name: name in re.findall(r"PYTHON\w+", of_python),
         "UV": lambda name: name in re.findall(r"UV_\w+", of_uv),
-        # NVIDIA's container runtime reads it, which no package has.
-        "NVIDIA": lambda name: name == "NVIDIA_DRIVER_CAPABILITIES",
+        # NVIDIA's container runtime reads them, which no package has.
+        "NVIDIA": lambda name: name in ("NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES"),
     }
 
 
