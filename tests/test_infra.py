@@ -350,12 +350,37 @@ def test_workers_may_be_on_spot_and_the_drivers_machine_never_is(rayjob):
     (term,) = affinity["nodeSelectorTerms"]
     never = {rule["key"]: rule["values"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"}
     assert "tolerations" not in head
-    for group in groups(rayjob).values():
+    for name, group in groups(rayjob).items():
         pod = group["template"]["spec"]
         affinity = pod["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
         rules = [rule for term in affinity for rule in term["preference"]["matchExpressions"]]
         assert {rule["key"]: rule["values"] for rule in rules if rule["operator"] == "In"} == never
-        assert "cloud.google.com/gke-spot" in {one["key"] for one in pod["tolerations"]}
+        spot = {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority", "spot"}
+        # A GPU node is none for decoding.
+        assert {one["key"] for one in pod["tolerations"]} == spot | ({"nvidia.com/gpu"} if name == "gpu" else set())
+
+
+def on_demand(text: str, num_changes: int) -> dict[str, Any]:
+    """What is left of a file where one does what its comments say for on demand, which is in so many places."""
+    left, num_blocks = re.subn(
+        r"^ *# .*remove all down to \"end of spot\"\.\n(.*\n)*? *# end of spot\n", "", text, flags=re.M
+    )
+    left, num_lines = re.subn(r"^.*# for on demand, remove this line\n", "", left, flags=re.M)
+    assert num_blocks + num_lines == num_changes
+    (document,) = yaml.safe_load_all(left)
+    return document
+
+
+@pytest.mark.parametrize("name", RAY_KINDS)
+def test_without_spot_as_the_comments_say_a_run_only_lacks_spot(name, check_ray_kind):
+    (expected,) = documents(KUBERAY / name)
+    spec = expected["spec"] if name == "rayjob.yaml" else expected["spec"]["jobTemplate"]
+    decode, gpu = (group["template"]["spec"] for group in groups(spec).values())
+    del decode["affinity"], decode["tolerations"], gpu["affinity"]
+    gpu["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    document = on_demand((KUBERAY / name).read_text(), 2)
+    check_ray_kind(document)
+    assert document == expected
 
 
 def test_no_pod_is_root_or_can_become_it(rayjob, cronjob):
@@ -649,6 +674,15 @@ def test_the_cluster_has_spot_workers_of_both_kinds_and_a_head_that_runs_nothing
     assert cluster["max_workers"] == nodes["decode"]["max_workers"] + nodes["gpu"]["max_workers"]
     # Ray's own default would install a nightly build of Ray.
     assert cluster["setup_commands"] == []
+
+
+def test_without_spot_as_the_comments_say_a_cluster_only_lacks_spot(check_cluster):
+    (expected,) = documents(INFRA / "aws.yaml")
+    for name in ("decode", "gpu"):
+        del expected["available_node_types"][name]["node_config"]["InstanceMarketOptions"]
+    cluster = on_demand((INFRA / "aws.yaml").read_text(), 2)
+    check_cluster(cluster)
+    assert cluster == expected
 
 
 def test_gpus_are_handed_to_containers_of_gpu_machines_and_the_image_asks_for_none(dockerfile):
