@@ -10,8 +10,10 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import aiohttp
@@ -24,6 +26,11 @@ DEFAULT_ENTRYPOINT = ("jobs/embed.py",)
 # What the job does not need of a checkout; Ray leaves out what .gitignore names as well.
 EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", "/demo", "/tests")
 LOST_AFTER_S = 60.0
+# A job that prints nothing for so long may be silent, or its cluster gone: its status tells which.
+QUIET_S = 15.0
+ANSWER_WITHIN_S = 10.0
+# The working folder, which is uploaded meanwhile, has 512 MiB at most.
+SUBMITTED_WITHIN_S = 1800.0
 _RETRY_EVERY_S = 1.0
 # Ray writes a job's variables into its own logs, where credentials must not be.
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|PRIVATE|ACCESS_KEY|API_KEY", re.IGNORECASE)
@@ -36,7 +43,7 @@ exit codes:
   the job's own, where it ended by itself (128 + N where signal N ended it)
   1    the job failed before its command ran, or Ray lost it; the reason is printed
   2    wrong usage, or the submission id is taken; nothing was started
-  69   the cluster cannot be reached, or could not be for a minute; the job may still run
+  69   the cluster cannot be reached, or was not or said nothing for a minute; the job may still run
   130  interrupted (143 by SIGTERM): the job goes on, or was stopped where --stop-on-interrupt was given
   143  the job was stopped by someone else
 """
@@ -104,10 +111,28 @@ def chosen_variables(names: list[str], environment: Mapping[str, str]) -> dict[s
     return {name: environment[name] for name in names}
 
 
+def _begin(call: Callable[[], Any]) -> Future[Any]:
+    """What a call will return. It is made in a thread that no exit waits for, as Ray's requests may wait for ever."""
+    answer: Future[Any] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def make() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    return answer
+
+
 def connect(address: str | None) -> JobSubmissionClient:
     """A client of the cluster at `address`. Raises `SubmitError` where there is none."""
     try:
-        return JobSubmissionClient(address)
+        client: JobSubmissionClient = _begin(lambda: JobSubmissionClient(address)).result(LOST_AFTER_S)
+        return client
+    except TimeoutError as error:
+        raise SubmitError(f"the cluster did not answer for {LOST_AFTER_S:g} s", EXIT_UNREACHABLE) from error
     except (OSError, RuntimeError) as error:
         raise SubmitError(f"the cluster cannot be reached: {error}", EXIT_UNREACHABLE) from error
 
@@ -138,20 +163,29 @@ def submit(
         "env_vars": {"PYTHONUNBUFFERED": "1", **variables},
     }
     try:
-        started: str = client.submit_job(
-            entrypoint=shlex.join(entrypoint), submission_id=submission_id, runtime_env=runtime_env
-        )
+        started: str = _begin(
+            lambda: client.submit_job(
+                entrypoint=shlex.join(entrypoint), submission_id=submission_id, runtime_env=runtime_env
+            )
+        ).result(SUBMITTED_WITHIN_S)
     except RuntimeError as error:
         if submission_id is not None and "already exists" in str(error):
             raise SubmitError(_taken(client, submission_id), EXIT_USAGE) from error
         raise SubmitError(f"Ray refused the job: {error}", EXIT_FAILED) from error
+    except TimeoutError as error:
+        raise SubmitError(
+            f"the cluster did not take the job within {SUBMITTED_WITHIN_S:g} s, it may still run", EXIT_UNREACHABLE
+        ) from error
     except (OSError, ValueError) as error:
         raise SubmitError(f"the job could not be submitted: {error}", EXIT_FAILED) from error
     return started
 
 
 def _taken(client: JobSubmissionClient, submission_id: str) -> str:
-    status = client.get_job_info(submission_id).status
+    try:
+        status = _begin(lambda: client.get_job_info(submission_id)).result(ANSWER_WITHIN_S).status
+    except (OSError, RuntimeError):
+        return f"job {submission_id} is on this cluster already: nothing was started"
     if status.is_terminal():
         return f"job {submission_id} has run on this cluster already ({status.value}): choose another --submission-id"
     return (
@@ -160,10 +194,45 @@ def _taken(client: JobSubmissionClient, submission_id: str) -> str:
     )
 
 
+async def _details(client: JobSubmissionClient, submission_id: str) -> Any:
+    asked = asyncio.wrap_future(_begin(lambda: client.get_job_info(submission_id)))
+    try:
+        return await asyncio.wait_for(asked, ANSWER_WITHIN_S)
+    except TimeoutError as error:
+        raise TimeoutError(f"no answer within {ANSWER_WITHIN_S:g} s") from error
+
+
+async def _log(client: JobSubmissionClient, submission_id: str) -> AsyncIterator[str]:
+    """The job's log from its begin, as it grows, and an empty text whenever the cluster answered and no text came.
+
+    Raises:
+        OSError: the cluster does not answer, or this connection to it lost the end of the log.
+    """
+    ended = (await _details(client, submission_id)).status.is_terminal()
+    yield ""
+    texts = client.tail_job_logs(submission_id)
+    while True:
+        coming = asyncio.ensure_future(anext(texts, None))
+        # Where the status fails first, nobody asks for what it failed with.
+        coming.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            while not (await asyncio.wait([coming], timeout=QUIET_S))[0]:
+                if ended:
+                    return
+                if (await _details(client, submission_id)).status.is_terminal():
+                    raise ConnectionError("the end of its log does not come")
+                yield ""
+        finally:
+            coming.cancel()
+        if (text := coming.result()) is None:
+            return
+        yield text
+
+
 async def follow(client: JobSubmissionClient, submission_id: str) -> Any:
     """Print the job's log as it grows, and return the job's details once it has ended.
 
-    A lost connection is made again, and the log goes on where it stopped.
+    A lost connection is made again, and the log goes on where it stopped. No answer in time counts as lost.
 
     Raises:
         SubmitError: the cluster could not be reached for `LOST_AFTER_S`.
@@ -173,13 +242,13 @@ async def follow(client: JobSubmissionClient, submission_id: str) -> Any:
     while True:
         try:
             num_seen = 0
-            async for text in client.tail_job_logs(submission_id):
+            async for text in _log(client, submission_id):
                 sys.stdout.write(text[max(0, num_printed - num_seen) :])
                 sys.stdout.flush()
                 num_seen += len(text)
                 num_printed = max(num_printed, num_seen)
                 last_heard = time.monotonic()
-            details = await asyncio.to_thread(client.get_job_info, submission_id)
+            details = await _details(client, submission_id)
             if details.status.is_terminal():
                 return details
             last_heard = time.monotonic()
@@ -211,7 +280,7 @@ async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interr
         # A second signal always ends this program, even where the job does not stop.
         if stop_on_interrupt and not received:
             _say(f"stopping job {submission_id}")
-            asyncio.get_running_loop().run_in_executor(None, client.stop_job, submission_id)
+            _begin(lambda: client.stop_job(submission_id))
         else:
             following.cancel()
         received.append(number)

@@ -34,6 +34,17 @@ ENVIRONMENT = {
 }
 
 
+# submit.py, which waits for an answer for so many seconds rather than a minute.
+LESS_PATIENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from jobs import submit
+submit.QUIET_S = 2.0
+submit.LOST_AFTER_S = submit.ANSWER_WITHIN_S = float(sys.argv[2])
+sys.exit(submit.main(sys.argv[3:]))
+"""
+
+
 def wait_for(happened: Callable[[], Any], timeout_s: float = 60) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -80,10 +91,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start submit.py in a folder of its own, with its output in files beside that folder."""
     processes = []
 
-    def popen(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def popen(*arguments: str, patience_s: float | None = None, **environment: str) -> subprocess.Popen[str]:
         (tmp_path / "work").mkdir(exist_ok=True)
+        command = [str(SUBMIT)] if patience_s is None else ["-c", LESS_PATIENT, str(ROOT), str(patience_s)]
         process = subprocess.Popen(
-            [sys.executable, SUBMIT, *arguments],
+            [sys.executable, *command, *arguments],
             cwd=tmp_path / "work",
             env={**ENVIRONMENT, **environment},
             stdout=subprocess.PIPE,
@@ -234,10 +246,11 @@ def test_ctrl_c_stops_the_job_where_that_is_asked_for(head, start, script, tmp_p
 
 
 class Proxy:
-    """Hands TCP connections on to a port, until told to cut all that are open."""
+    """Hands TCP connections on to a port, until told to cut all that are open, or to hand nothing on any more."""
 
     def __init__(self, target: int) -> None:
         self.target = target
+        self.stopped = threading.Event()
         self.open: list[socket.socket] = []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
@@ -252,10 +265,11 @@ class Proxy:
                 for one, other in ((near, far), (far, near)):
                     threading.Thread(target=self.copy, args=(one, other), daemon=True).start()
 
-    @staticmethod
-    def copy(source: socket.socket, sink: socket.socket) -> None:
+    def copy(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                if self.stopped.is_set():
+                    return
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
 
@@ -282,6 +296,47 @@ def test_a_cut_connection_costs_no_line_of_the_log_and_prints_none_twice(head, s
     assert job.returncode == 0, err
     lines = [line for line in out.splitlines() if line.startswith("line ")]
     assert lines == [f"line {i}" for i in range(60)]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_stops_answering_is_given_up_and_the_job_goes_on(head, start, script, tmp_path):
+    go_on = tmp_path / "go-on"
+    script(
+        "import pathlib, sys, time\n"
+        "print('begun')\n"
+        "while not pathlib.Path(sys.argv[1]).exists():\n    time.sleep(0.1)\n"
+    )
+    proxy = Proxy(int(head.rsplit(":", 1)[1]))
+    job = start(
+        "--address", f"http://127.0.0.1:{proxy.port}", "--submission-id", "silent", "--",
+        sys.executable, "job.py", str(go_on), patience_s=5,
+    )  # fmt: skip
+    assert "begun\n" in iter(job.stdout.readline, "")
+    proxy.stopped.set()
+    # Requests that nobody answers are still under way when it ends.
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 69, err
+    assert "nothing heard of job silent for 5 s, it may still run: no answer within 5 s" in err
+    assert status(head, "silent") == "RUNNING"
+    go_on.touch()
+    wait_for(lambda: status(head, "silent") == "SUCCEEDED")
+
+
+@pytest.mark.slow
+def test_a_quiet_job_is_not_taken_for_a_lost_cluster(head, start, script):
+    script("import sys, time\nprint('begun')\ntime.sleep(12)\nsys.exit(7)\n")
+    job = start("--address", head, "--", sys.executable, "job.py", patience_s=8)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 7, err
+    assert out.count("begun\n") == 1
+
+
+def test_a_cluster_that_takes_connections_and_never_answers_is_given_up(start):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        job = start("--address", f"http://127.0.0.1:{server.getsockname()[1]}", patience_s=1)
+        _, err = job.communicate(timeout=60)
+    assert job.returncode == 69
+    assert "the cluster did not answer for 1 s" in err
 
 
 def test_a_cluster_that_is_not_there_is_told_apart_from_a_job_that_failed(start):
