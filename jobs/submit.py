@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import aiohttp
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 EXIT_FAILED = 1
@@ -42,7 +43,7 @@ examples:
 exit codes:
   the job's own, where it ended by itself (128 + N where signal N ended it)
   1    the job failed before its command ran, or Ray lost it; the reason is printed
-  2    wrong usage, or the submission id is taken; nothing was started
+  2    wrong usage, the cluster wants another token, or the submission id is taken; nothing was started
   69   the cluster cannot be reached, or was not or said nothing for a minute; the job may still run
   130  interrupted (143 by SIGTERM): the job goes on, or was stopped where --stop-on-interrupt was given
   143  the job was stopped by someone else
@@ -127,7 +128,7 @@ def _begin(call: Callable[[], Any]) -> Future[Any]:
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster at `address`. Raises `SubmitError` where there is none."""
+    """A client of the cluster at `address`. Raises `SubmitError` where there is none, or it wants another token."""
     try:
         client: JobSubmissionClient = _begin(lambda: JobSubmissionClient(address)).result(LOST_AFTER_S)
         return client
@@ -135,6 +136,12 @@ def connect(address: str | None) -> JobSubmissionClient:
         raise SubmitError(f"the cluster did not answer for {LOST_AFTER_S:g} s", EXIT_UNREACHABLE) from error
     except (OSError, RuntimeError) as error:
         raise SubmitError(f"the cluster cannot be reached: {error}", EXIT_UNREACHABLE) from error
+    except AuthenticationError as error:
+        # The rest of Ray's message is how to make a token.
+        said = error.message.partition("\n")[0]
+        raise SubmitError(
+            f"RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: {said}", EXIT_USAGE
+        ) from error
 
 
 def submit(
@@ -252,7 +259,7 @@ async def follow(client: JobSubmissionClient, submission_id: str) -> Any:
             if details.status.is_terminal():
                 return details
             last_heard = time.monotonic()
-        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+        except (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError) as error:
             if time.monotonic() - last_heard > LOST_AFTER_S:
                 raise SubmitError(
                     f"nothing heard of job {submission_id} for {LOST_AFTER_S:g} s, it may still run: {error}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
@@ -329,6 +330,39 @@ def test_a_quiet_job_is_not_taken_for_a_lost_cluster(head, start, script):
     out, err = job.communicate(timeout=120)
     assert job.returncode == 7, err
     assert out.count("begun\n") == 1
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_cluster_that_wants_another_token_is_told_apart_from_one_that_is_not_there(start, code):
+    asked = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.send_error(code)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        job = start("--address", address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="sesame")
+        _, err = job.communicate(timeout=60)
+        server.shutdown()
+    assert job.returncode == 2
+    assert "RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: Authentication " in err
+    assert "Traceback" not in err
+    assert "sesame" not in err
+    assert asked == ["Bearer sesame"]
+
+
+def test_a_token_that_was_promised_and_is_not_there_is_told_before_anything_is_asked(start, tmp_path):
+    job = start("--address", "http://127.0.0.1:9", RAY_AUTH_MODE="token", HOME=str(tmp_path))
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert "RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: " in err
+    assert "Traceback" not in err
 
 
 def test_a_cluster_that_takes_connections_and_never_answers_is_given_up(start):
