@@ -339,8 +339,9 @@ def test_a_run_ends_its_cluster_and_outlasts_lost_nodes(rayjob, cronjob):
     assert rayjob["ttlSecondsAfterFinished"] > 0
     assert rayjob["backoffLimit"] >= 1
     assert 0 < rayjob["preRunningDeadlineSeconds"] < rayjob["activeDeadlineSeconds"]
-    launcher = cronjob["jobTemplate"]["spec"]
-    assert launcher["activeDeadlineSeconds"] > rayjob["activeDeadlineSeconds"]
+    # KubeRay counts the deadline anew for each attempt.
+    attempts_s = (rayjob["backoffLimit"] + 1) * (rayjob["activeDeadlineSeconds"] + rayjob["ttlSecondsAfterFinished"])
+    assert attempts_s < cronjob["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 7 * 24 * 3600
     assert cronjob["concurrencyPolicy"] == "Forbid"
 
 
