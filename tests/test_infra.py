@@ -109,6 +109,13 @@ def test_the_image_installs_with_the_locks_uv_and_as_a_user_that_is_not_root(doc
     assert re.findall(r"^USER (.+)$", dockerfile, re.MULTILINE) == ["1000"]
 
 
+def test_the_image_finds_the_driver_where_gke_mounts_it(dockerfile):
+    (variables,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", dockerfile, re.MULTILINE)
+    assigned = dict(one.split("=", 1) for one in variables.replace("\\", "").split())
+    assert assigned["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert assigned["PATH"] == "$PATH:/usr/local/nvidia/bin"
+
+
 # Debian's packages of the image, each with a file and what in it asks for a program of the package.
 PACKAGES = {
     "openssh-client": (RAY / "autoscaler/_private/command_runner.py", r'\["ssh"\]'),
