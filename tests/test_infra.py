@@ -518,13 +518,26 @@ FAILED = {
 }
 
 
+# What Kubernetes can tell a pod of a Job about itself, by field path.
+POD_FIELDS = {
+    "metadata.name": "embed-29000000-x7k2p",
+    "metadata.namespace": "embed",
+    "metadata.uid": "4-5-6",
+    "metadata.labels['batch.kubernetes.io/job-name']": "embed-29000000",
+    "metadata.labels['batch.kubernetes.io/controller-uid']": "1-2-3",
+}
+
+
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., tuple[int, str, Kubernetes]]]:
+def launch(tmp_path: Path, cronjob: dict[str, Any]) -> Iterator[Callable[..., tuple[int, str, Kubernetes]]]:
     """Run launch.py as the CronJob's pod does, with what the Role allows."""
     (role,) = [one for one in documents(KUBERAY / "access.yaml") if one["kind"] == "Role"]
     (rule,) = role["rules"]
     assert (rule["apiGroups"], rule["resources"]) == (["ray.io"], ["rayjobs"])
     (tmp_path / "token").write_text("sesame\n")
+    (container,) = cronjob["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    paths = {one["name"]: one["valueFrom"]["fieldRef"]["fieldPath"] for one in container["env"]}
+    environment = {name: POD_FIELDS[path] for name, path in paths.items()}
     servers = []
 
     def run(
@@ -537,7 +550,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., tuple[int, str, Kubernetes]
         arguments = [KUBERAY / "rayjob.yaml", "--api", kubernetes.url, "--credentials", tmp_path, "--every-s", "0.01"]
         done = subprocess.run(
             [sys.executable, KUBERAY / "launch.py", *arguments],
-            env={"JOB_NAME": "embed-29000000", "JOB_UID": "1-2-3", "NAMESPACE": "embed"},
+            env=environment,
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr, kubernetes
