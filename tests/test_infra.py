@@ -21,6 +21,7 @@ import pytest
 import ray
 import yaml
 from conftest import ROOT
+from ray._private.ray_constants import DEFAULT_DASHBOARD_PORT, DEFAULT_PORT
 
 from pipeline.config import Config, parse
 
@@ -352,20 +353,35 @@ def test_a_run_ends_its_cluster_and_outlasts_lost_nodes(rayjob, cronjob):
     assert cronjob["concurrencyPolicy"] == "Forbid"
 
 
+# What clouds and Karpenter call a spot node.
+SPOT_LABELS = {
+    "karpenter.sh/capacity-type": "spot",
+    "eks.amazonaws.com/capacityType": "SPOT",
+    "cloud.google.com/gke-spot": "true",
+    "kubernetes.azure.com/scalesetpriority": "spot",
+}
+
+
 def test_workers_may_be_on_spot_and_the_drivers_machine_never_is(rayjob):
     head = rayjob["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     affinity = head["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     (term,) = affinity["nodeSelectorTerms"]
-    never = {rule["key"]: rule["values"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"}
+    spot = {key: [value] for key, value in SPOT_LABELS.items()}
+    assert {rule["key"]: rule["values"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"} == spot
     assert "tolerations" not in head
     for name, group in groups(rayjob).items():
         pod = group["template"]["spec"]
         affinity = pod["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
         rules = [rule for term in affinity for rule in term["preference"]["matchExpressions"]]
-        assert {rule["key"]: rule["values"] for rule in rules if rule["operator"] == "In"} == never
-        spot = {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority", "spot"}
+        assert {rule["key"]: rule["values"] for rule in rules if rule["operator"] == "In"} == spot
+        equal = {one["key"]: [one["value"]] for one in pod["tolerations"] if one["operator"] == "Equal"}
+        # Those that taint their spot nodes.
+        assert equal == {
+            key: spot[key] for key in ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
+        }
+        exists = {one["key"] for one in pod["tolerations"] if one["operator"] == "Exists"}
         # A GPU node is none for decoding.
-        assert {one["key"] for one in pod["tolerations"]} == spot | ({"nvidia.com/gpu"} if name == "gpu" else set())
+        assert exists == ({"spot", "nvidia.com/gpu"} if name == "gpu" else {"spot"})
 
 
 def on_demand(text: str, num_changes: int) -> dict[str, Any]:
@@ -389,6 +405,106 @@ def test_without_spot_as_the_comments_say_a_run_only_lacks_spot(name, check_ray_
     document = on_demand((KUBERAY / name).read_text(), 2)
     check_ray_kind(document)
     assert document == expected
+
+
+# What texts a field may have, by its name and that of what it stands in. Schemas take any text for most of them.
+QUANTITY = r"[1-9][0-9]*(m|Mi|Gi)?"
+TEXTS_OF_FIELDS = {
+    "annotations.cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "annotations.eks.amazonaws.com/role-arn": r"arn:aws:iam::[0-9]{12}:role/embed",
+    "annotations.karpenter.sh/do-not-disrupt": "true",
+    "capabilities.drop": "ALL",
+    "emptyDir.medium": "Memory",
+    "emptyDir.sizeLimit": QUANTITY,
+    "labels.app.kubernetes.io/name": "shard-embedder|embed-launcher",
+    "limits.cpu": QUANTITY,
+    "limits.ephemeral-storage": QUANTITY,
+    "limits.memory": QUANTITY,
+    "limits.nvidia.com/gpu": QUANTITY,
+    "matchExpressions.key": "|".join(map(re.escape, SPOT_LABELS)),
+    "matchExpressions.operator": "In|NotIn|Exists|DoesNotExist|Gt|Lt",
+    "matchExpressions.values": "|".join(SPOT_LABELS.values()),
+    "onExitCodes.operator": "In|NotIn",
+    "onPodConditions.status": "True|False|Unknown",
+    "onPodConditions.type": "DisruptionTarget",
+    "ports.name": "gcs-server|dashboard|metrics",
+    "requests.cpu": QUANTITY,
+    "requests.ephemeral-storage": QUANTITY,
+    "requests.memory": QUANTITY,
+    "requests.nvidia.com/gpu": QUANTITY,
+    "roleRef.apiGroup": r"rbac\.authorization\.k8s\.io",
+    "roleRef.kind": "Role",
+    "rules.action": "Ignore|FailJob|FailIndex|Count",
+    "seccompProfile.type": "RuntimeDefault",
+    "spec.concurrencyPolicy": "Allow|Forbid|Replace",
+    "spec.restartPolicy": "Never",
+    "spec.schedule": r"([0-9]+|\*)( ([0-9]+|\*)){4}",
+    "spec.submissionMode": "K8sJobMode|HTTPMode|InteractiveMode|SidecarMode",
+    "spec.timeZone": "Etc/UTC",
+    "subjects.kind": "ServiceAccount",
+    "tolerations.effect": "NoSchedule|PreferNoSchedule|NoExecute",
+    "tolerations.key": "|".join(map(re.escape, ("nvidia.com/gpu", "spot", *SPOT_LABELS))),
+    "tolerations.operator": "Equal|Exists",
+    "tolerations.value": "|".join(SPOT_LABELS.values()),
+    "volumeMounts.mountPath": "/dev/shm|/tmp|/launcher",
+}
+# Checked by a schema, or against what they refer to.
+OTHER_FIELDS = {
+    "apiVersion", "kind", "metadata.name", "metadata.generateName", "spec.entrypoint", "authOptions.mode",
+    "autoscalerOptions.version", "rayClusterSpec.rayVersion", "workerGroupSpecs.groupName", "containers.name",
+    "containers.image", "containers.command", "env.name", "env.value", "fieldRef.fieldPath", "configMap.name",
+    "configMapRef.name", "secretRef.name", "spec.serviceAccountName", "onExitCodes.containerName", "roleRef.name",
+    "subjects.name", "subjects.namespace", "rules.apiGroups", "rules.resources", "rules.verbs", "volumeMounts.name",
+    "volumes.name", "rayStartParams.num-cpus",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "access.yaml", "cronjob.yaml"])
+def test_every_text_of_a_manifest_is_one_that_its_field_may_have_and_a_misspelt_one_is_seen(name):
+    for document in documents(KUBERAY / name):
+        for path, value in walk(document):
+            field = ".".join([name for name in path if isinstance(name, str)][-2:])
+            if isinstance(value, str) and field not in OTHER_FIELDS:
+                assert re.fullmatch(TEXTS_OF_FIELDS[field], value), (path, value)
+                assert not re.fullmatch(TEXTS_OF_FIELDS[field], f"{value}z"), (path, value)
+
+
+def test_what_manifests_refer_to_by_name_is_there(rayjob, cronjob):
+    (kustomization,) = documents(KUBERAY / "kustomization.yaml")
+    named = {one["kind"]: one for one in documents(KUBERAY / "access.yaml")}
+    assert named["RoleBinding"]["roleRef"]["name"] == named["Role"]["metadata"]["name"]
+    (subject,) = named["RoleBinding"]["subjects"]
+    launcher = pods(rayjob, cronjob)[-1]
+    assert subject["name"] == launcher["serviceAccountName"]
+    assert subject["namespace"] == kustomization["namespace"]
+    for rule in cronjob["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]:
+        if "onExitCodes" in rule:
+            assert rule["onExitCodes"]["containerName"] in {one["name"] for one in launcher["containers"]}
+    for pod in pods(rayjob, cronjob):
+        (container,) = pod["containers"]
+        mounted = [mount["name"] for mount in container["volumeMounts"]]
+        assert mounted == [volume["name"] for volume in pod["volumes"]]
+    (head,) = rayjob["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    listening = {port["name"]: port["containerPort"] for port in head["ports"]}
+    # The last is KubeRay's own.
+    assert listening == {"gcs-server": DEFAULT_PORT, "dashboard": DEFAULT_DASHBOARD_PORT, "metrics": 8080}
+
+
+def num_bytes(quantity: str) -> int:
+    """A quantity of Kubernetes in Mi or Gi."""
+    return int(quantity[:-2]) << {"Mi": 20, "Gi": 30}[quantity[-2:]]
+
+
+def test_rays_object_store_is_in_memory_and_fits_into_that_of_its_pod(rayjob, cronjob):
+    for pod in pods(rayjob, cronjob)[:-1]:
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+        mounted = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        limits = {name: num_bytes(container["resources"]["limits"][name]) for name in ("memory", "ephemeral-storage")}
+        assert mounted["/dev/shm"]["medium"] == "Memory"
+        assert num_bytes(mounted["/dev/shm"]["sizeLimit"]) < limits["memory"] / 2
+        assert "medium" not in mounted["/tmp"]
+        assert num_bytes(mounted["/tmp"]["sizeLimit"]) < limits["ephemeral-storage"]
 
 
 def test_no_pod_is_root_or_can_become_it(rayjob, cronjob):
