@@ -7,6 +7,7 @@ import functools
 import http.server
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pytest
 import ray
 import yaml
@@ -124,6 +126,30 @@ def test_the_image_finds_the_driver_where_gke_mounts_it(dockerfile):
     assigned = dict(one.split("=", 1) for one in variables.replace("\\", "").split())
     assert assigned["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
     assert assigned["PATH"] == "$PATH:/usr/local/nvidia/bin"
+
+
+@functools.cache
+def options_of(*command: str | Path) -> set[str]:
+    """The options that the help of a program names."""
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    return set(re.findall(r"--[a-z][a-z-]+", shown.stdout))
+
+
+def test_the_image_is_made_with_options_that_its_programs_have_and_capabilities_that_nvidia_has(dockerfile):
+    joined = dockerfile.replace("\\\n", " ")
+    lines = [line.removeprefix("RUN ") for line in joined.splitlines() if line.startswith("RUN ")]
+    commands = [command.split() for line in lines for command in line.split("&&")]
+    programs = {
+        ("pip", "install"): (sys.executable, "-m", "pip", "install"),
+        ("uv", "pip"): (Path(sys.executable).with_name("uv"), "pip", "install"),
+    }
+    for first, program in programs.items():
+        given = {word for words in commands if tuple(words[:2]) == first for word in words if word.startswith("--")}
+        assert given, first
+        assert given <= options_of(*program), first
+    assert {words[0] for words in commands} == {"apt-get", "rm", "useradd", "pip", "uv"}
+    capabilities = re.findall(r"NVIDIA_DRIVER_CAPABILITIES=(\S+)", dockerfile)[0].split(",")
+    assert set(capabilities) <= {"compute", "compat32", "display", "graphics", "ngx", "utility", "video"}
 
 
 # Debian's packages of the image, each with a file and what in it asks for a program of the package.
@@ -337,6 +363,7 @@ def test_the_settings_are_settings_of_the_job(settings, rayjob):
     gpu = groups(rayjob)["gpu"]
     assert config.actors == (gpu["minReplicas"], gpu["maxReplicas"])
     assert config.device == "cuda"
+    assert settings["AWS_DEFAULT_REGION"] in botocore.session.Session().get_available_regions("s3")
 
 
 def test_a_run_finds_a_gpu_when_it_starts_and_the_pool_can_grow(rayjob):
@@ -754,27 +781,43 @@ def test_a_run_that_is_refused_says_so(launch):
 # ray up
 
 
+def chosen(value: Any, shape: Any) -> Iterator[tuple[str, list[str]]]:
+    """Every text of a request to AWS that is one of a choice, with the choice."""
+    if shape.type_name == "structure":
+        for name, below in value.items():
+            yield from chosen(below, shape.members[name])
+    elif shape.type_name == "list":
+        for below in value:
+            yield from chosen(below, shape.member)
+    elif getattr(shape, "enum", None):
+        yield value, shape.enum
+
+
 @pytest.fixture(scope="module")
 def check_cluster() -> Callable[[dict[str, Any]], None]:
     """Raise where Ray or EC2 would not take a cluster."""
-    import botocore.session
     import botocore.validate
-    from ray.autoscaler._private import util
+    from ray.autoscaler._private import providers, util
 
-    run_instances = botocore.session.Session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    instance_types = set(run_instances.members["InstanceType"].enum)
-    schema = json.loads((Path(util.__file__).parent.parent / "ray-schema.json").read_text())
+    aws = botocore.session.Session()
+    run_instances = aws.get_service_model("ec2").operation_model("RunInstances").input_shape
+    schema = json.loads((RAY / "autoscaler/ray-schema.json").read_text())
     of_provider = set(schema["properties"]["provider"]["properties"])
 
     def check(cluster: dict[str, Any]) -> None:
         util.validate_config(util.prepare_config(copy.deepcopy(cluster)))
         unknown = set(cluster["provider"]) - of_provider
         assert not unknown, unknown
+        assert cluster["provider"]["type"] in providers._NODE_PROVIDERS
+        assert cluster["provider"]["region"] in aws.get_available_regions("ec2")
         for node in cluster["available_node_types"].values():
             request = {**node["node_config"], "MinCount": 1, "MaxCount": 1}
             report = botocore.validate.ParamValidator().validate(request, run_instances)
             assert not report.has_errors(), report.generate_report()
-            assert node["node_config"]["InstanceType"] in instance_types
+            assert [text for text, choice in chosen(request, run_instances) if text not in choice] == []
+            assert f"-{cluster['auth']['ssh_user']}-" in request["ImageId"]
+            assert re.fullmatch(r"resolve:ssm:/aws/service/[\w./-]+/latest/ami-id", request["ImageId"])
+            assert [one["DeviceName"] for one in request["BlockDeviceMappings"]] == ["/dev/sda1"]
             assert set(node["resources"]) <= {"CPU", "GPU"}
 
     return check
@@ -796,11 +839,23 @@ def test_ray_and_ec2_know_every_field_of_the_cluster_and_a_misspelt_one_is_seen(
     assert unseen == []
 
 
-def test_an_instance_type_that_does_not_exist_is_seen(check_cluster):
+def test_a_misspelt_value_of_the_cluster_is_seen_as_well(check_cluster):
     (cluster,) = documents(INFRA / "aws.yaml")
-    cluster["available_node_types"]["gpu"]["node_config"]["InstanceType"] = "g6.2xlarg"
-    with pytest.raises(AssertionError):
-        check_cluster(cluster)
+    unseen = set()
+    for path, value in walk(cluster):
+        if isinstance(value, str):
+            wrong = copy.deepcopy(cluster)
+            parent = functools.reduce(lambda one, key: one[key], path[:-1], wrong)
+            parent[path[-1]] = f"{value}z"
+            try:
+                check_cluster(wrong)
+            except Exception:
+                continue
+            unseen.add(next(name for name in reversed(path) if isinstance(name, str)))
+    # Names that are the user's, and what other tests look at.
+    names = {"cluster_name", "image", "container_name", "Name"}
+    commands = {"head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"}
+    assert unseen == names | commands | {"run_options", "worker_run_options"}
 
 
 def test_the_cluster_has_spot_workers_of_both_kinds_and_a_head_that_runs_nothing():
@@ -837,15 +892,39 @@ def test_gpus_are_handed_to_containers_of_gpu_machines_and_the_image_asks_for_no
     assert "NVIDIA_VISIBLE_DEVICES" not in dockerfile
 
 
-def test_the_clusters_commands_use_options_that_ray_has_and_the_locks_botocore(ray_help):
-    text = (INFRA / "aws.yaml").read_text()
+def test_the_clusters_commands_use_options_that_ray_has_and_agree_with_each_other(ray_help):
     (cluster,) = documents(INFRA / "aws.yaml")
-    for command in cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]:
-        options = set(re.findall(r"--[a-z][a-z-]+", command))
-        subcommand = re.search(r"ray (start|stop)", command)
-        assert subcommand, command
-        assert options <= ray_help(subcommand[1]), command
-    assert set(re.findall(r"boto3==([\d.]+)", text)) == {locked("botocore")}
+    started = []
+    for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
+        stop, start = commands
+        assert stop == "ray stop"
+        words = shlex.split(start)
+        options = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
+        assert options.keys() <= ray_help("start"), start
+        assert [word for word in words if not word.startswith("--")][-2:] == ["ray", "start"]
+        started.append(options)
+    head, worker = started
+    assert worker["--address"] == f"$RAY_HEAD_IP:{head['--port']}"
+    assert worker["--object-manager-port"] == head["--object-manager-port"]
+    # Whoever reaches the dashboard runs code with the head's role.
+    assert head["--dashboard-host"] == "127.0.0.1"
+    assert head["--num-cpus"] == str(cluster["available_node_types"]["head"]["resources"]["CPU"])
+    # Where Ray puts it.
+    assert (
+        f'{{"{head["--autoscaling-config"]}": remote_config_file'
+        in (RAY / "autoscaler/_private/commands.py").read_text()
+    )
+    (ulimit,) = cluster["docker"]["run_options"]
+    assert re.fullmatch(r"--ulimit nofile=(\d+):\1", ulimit)
+
+
+def test_the_head_installs_the_locks_botocore_with_options_that_pip_has():
+    (cluster,) = documents(INFRA / "aws.yaml")
+    (install,) = cluster["head_setup_commands"]
+    python, *arguments = install.split()
+    assert (python, arguments[:3]) == ("python", ["-m", "pip", "install"])
+    assert {word for word in arguments if word.startswith("--")} <= options_of(sys.executable, "-m", "pip", "install")
+    assert set(re.findall(r"boto3==([\d.]+)", (INFRA / "aws.yaml").read_text())) == {locked("botocore")}
 
 
 # Grafana
