@@ -25,14 +25,14 @@ import yaml
 from conftest import ROOT
 from ray._private.ray_constants import DEFAULT_DASHBOARD_PORT, DEFAULT_PORT
 
-from pipeline.config import Config, parse
+from pipeline.config import parse
 
 INFRA = ROOT / "infra"
 KUBERAY = INFRA / "kuberay"
 RAY = Path(ray.__file__).parent
+RAY_COMMAND, UV = (Path(sys.executable).with_name(name) for name in ("ray", "uv"))
 RAY_KINDS = ("rayjob.yaml", "raycronjob.yaml")
 CORE_KINDS = ("access.yaml", "settings.yaml", "cronjob.yaml")
-TEXTS = sorted(path for path in INFRA.rglob("*") if path.suffix in ("", ".md", ".py", ".yaml") and path.is_file())
 # Maps whose keys are the user's, so no schema knows them.
 FREE = ("labels", "annotations", "data", "rayStartParams", "requests", "limits")
 
@@ -76,6 +76,13 @@ def check_texts(document: Any, allowed: dict[str, str], others: set[str]) -> Non
         if isinstance(value, str) and field not in others:
             assert re.fullmatch(allowed[field], value), (path, value)
             assert not re.fullmatch(allowed[field], f"{value}z"), (path, value)
+
+
+@functools.cache
+def options_of(*command: str | Path) -> set[str]:
+    """The options that the help of a program names."""
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, check=True)
+    return set(re.findall(r"--[a-z][a-z-]+", shown.stdout))
 
 
 # Dockerfile
@@ -128,20 +135,13 @@ def test_the_image_finds_the_driver_where_gke_mounts_it(dockerfile):
     assert assigned["PATH"] == "$PATH:/usr/local/nvidia/bin"
 
 
-@functools.cache
-def options_of(*command: str | Path) -> set[str]:
-    """The options that the help of a program names."""
-    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, check=True)
-    return set(re.findall(r"--[a-z][a-z-]+", shown.stdout))
-
-
 def test_the_image_is_made_with_options_that_its_programs_have_and_capabilities_that_nvidia_has(dockerfile):
     joined = dockerfile.replace("\\\n", " ")
     lines = [line.removeprefix("RUN ") for line in joined.splitlines() if line.startswith("RUN ")]
     commands = [command.split() for line in lines for command in line.split("&&")]
     programs = {
         ("pip", "install"): (sys.executable, "-m", "pip", "install"),
-        ("uv", "pip"): (Path(sys.executable).with_name("uv"), "pip", "install"),
+        ("uv", "pip"): (UV, "pip", "install"),
     }
     for first, program in programs.items():
         given = {word for words in commands if tuple(words[:2]) == first for word in words if word.startswith("--")}
@@ -569,27 +569,14 @@ def test_settings_and_secrets_come_by_reference_and_accounts_exist(rayjob, cronj
             ), path
 
 
-def test_free_maps_hold_only_keys_that_their_readers_know(rayjob, cronjob, ray_help):
+def test_free_maps_hold_only_keys_that_their_readers_know(rayjob, cronjob):
     known = {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
     for document in (rayjob, cronjob):
         for path, value in walk(document):
             if path and path[-1] in ("requests", "limits"):
                 assert set(value) <= known, path
             if path and path[-1] == "rayStartParams":
-                assert {f"--{name}" for name in value} <= ray_help("start"), path
-
-
-@pytest.fixture(scope="module")
-def ray_help() -> Callable[..., set[str]]:
-    """The options of one of Ray's commands."""
-
-    @functools.cache
-    def options(*command: str) -> set[str]:
-        ray = Path(sys.executable).with_name("ray")
-        shown = subprocess.run([ray, *command, "--help"], capture_output=True, text=True, timeout=120, check=True)
-        return set(re.findall(r"--[a-z][a-z-]+", shown.stdout))
-
-    return options
+                assert {f"--{name}" for name in value} <= options_of(RAY_COMMAND, "start"), path
 
 
 # What the CronJob's pod runs, against an API server that keeps to the Role
@@ -892,7 +879,7 @@ def test_gpus_are_handed_to_containers_of_gpu_machines_and_the_image_asks_for_no
     assert "NVIDIA_VISIBLE_DEVICES" not in dockerfile
 
 
-def test_the_clusters_commands_use_options_that_ray_has_and_agree_with_each_other(ray_help):
+def test_the_clusters_commands_use_options_that_ray_has_and_agree_with_each_other():
     (cluster,) = documents(INFRA / "aws.yaml")
     started = []
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
@@ -900,7 +887,7 @@ def test_the_clusters_commands_use_options_that_ray_has_and_agree_with_each_othe
         assert stop == "ray stop"
         words = shlex.split(start)
         options = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
-        assert options.keys() <= ray_help("start"), start
+        assert options.keys() <= options_of(RAY_COMMAND, "start"), start
         assert [word for word in words if not word.startswith("--")][-2:] == ["ray", "start"]
         started.append(options)
     head, worker = started
@@ -1003,114 +990,3 @@ def test_a_misspelt_query_of_the_dashboard_is_seen(dashboard, right, wrong):
     assert right in text
     with pytest.raises(AssertionError):
         check_dashboard(json.loads(text.replace(right, wrong, 1)))
-
-
-# README
-
-TOOLS = {
-    # Options of programs that are not this repository's, which the README uses.
-    "kubectl": {"--from", "--from-env-file", "--follow", "--sort-by"},
-    "helm": {"--version", "--namespace", "--create-namespace", "--set"},
-}
-
-
-@pytest.fixture(scope="module")
-def readme() -> str:
-    return (INFRA / "README.md").read_text()
-
-
-@functools.cache
-def help_of(script: Path) -> str:
-    shown = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, timeout=120, check=True
-    )
-    return shown.stdout
-
-
-def test_every_file_that_the_readme_names_exists(readme):
-    named = set(re.findall(r"(?<![\w/.:-])((?:infra|jobs|pipeline|tests)/[\w./-]*\w)", readme))
-    assert "infra/kuberay/rayjob.yaml" in named
-    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-    linked = re.findall(r"\]\(([^)#:]+)\)", readme)
-    assert [name for name in linked if not (INFRA / name).exists()] == []
-
-
-def test_every_make_target_that_the_readme_names_exists(readme):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)\b", "\n".join(re.findall(r"`[^`]+`|^    .+$", readme, re.MULTILINE))))
-    assert named <= targets
-
-
-@pytest.mark.slow
-def test_every_option_that_the_readme_names_exists(readme, ray_help):
-    known = set().union(*TOOLS.values())
-    scripts = [ROOT / name for name in set(re.findall(r"\bjobs/\w+\.py", readme))] + [KUBERAY / "launch.py"]
-    for script in scripts:
-        known |= set(re.findall(r"--[a-z][a-z-]+", help_of(script)))
-    for command in (("start",), ("up",), ("down",), ("dashboard",), ("status",), ("job", "submit"), ("job", "logs")):
-        known |= ray_help(*command)
-    uv = [Path(sys.executable).with_name("uv"), "pip", "install", "--help"]
-    known |= set(re.findall(r"--[a-z][a-z-]+", subprocess.run(uv, capture_output=True, text=True, check=True).stdout))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme))
-    assert {"--backbone", "--submission-id"} <= named
-    assert named - known == set()
-
-
-@functools.cache
-def known_variables() -> dict[str, Callable[[str], bool]]:
-    """What tells whether a variable exists, by how its name begins: the help or the code of what reads it."""
-    import botocore.configprovider
-
-    embed = {f"EMBED_{name.upper()}" for name in Config.__dataclass_fields__} | {"EMBED_CONFIG"}
-    # What tests ask for, by the lines that read it.
-    for path in (ROOT / "tests").glob("*.py"):
-        embed |= set(re.findall(r'os\.environ\.get\("(EMBED_\w+)"', path.read_text()))
-    of_aws = json.dumps([str(one) for one in botocore.configprovider.BOTOCORE_DEFAUT_SESSION_VARIABLES.values()])
-    of_aws += " AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_ENDPOINT_URL"
-    of_ray = [path.read_bytes() for path in sorted(RAY.rglob("*.py"))]
-    # What is set for a node is read there alone.
-    of_ray.append((RAY / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes())
-    ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-    of_python = ask([sys.executable, "--help-env"]).stdout
-    of_uv = ask([Path(sys.executable).with_name("uv"), "pip", "install", "--help"]).stdout
-    return {
-        "EMBED": lambda name: name in embed,
-        "AWS": lambda name: name in re.findall(r"AWS_\w+", of_aws),
-        "RAY": lambda name: any(re.search(rb"\b%s\b" % name.encode(), source) for source in of_ray),
-        "PYTHON": lambda name: name in re.findall(r"PYTHON\w+", of_python),
-        "UV": lambda name: name in re.findall(r"UV_\w+", of_uv),
-        # NVIDIA's container runtime reads them, which no package has.
-        "NVIDIA": lambda name: name in ("NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES"),
-    }
-
-
-VARIABLE = re.compile(r"\b(?:(EMBED|AWS|RAY|UV|NVIDIA)_\w+|(PYTHON)[A-Z]+)\b")
-
-
-def unknown_variables(text: str) -> set[str]:
-    known = known_variables()
-    return {found[0] for found in VARIABLE.finditer(text) if not known[found[1] or found[2]](found[0])}
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(INFRA)))
-def test_every_variable_that_a_file_names_exists_and_a_misspelt_one_is_seen(path):
-    text = path.read_text()
-    assert unknown_variables(text) == set()
-    misspelt = {f"{found[0]}Z" for found in VARIABLE.finditer(text)}
-    assert unknown_variables(" ".join(misspelt)) == misspelt
-
-
-def test_every_field_of_the_report_that_the_readme_names_exists(readme):
-    text = (ROOT / "pipeline" / "report.py").read_text()
-    named = set(re.findall(r"`report\.json`'s `(\w+)`", readme))
-    assert "device_hours_per_million_images" in named
-    assert [name for name in named if f'"{name}"' not in text] == []
-
-
-def test_the_readme_tells_every_exit_code_and_object_by_its_name(readme, rayjob):
-    for name in ("embed-settings", "embed-object-store", "embed-launcher"):
-        assert name in readme
-    for code in (2, 3, 4, 5, 69, 75):
-        assert re.search(rf"^\| {code} \|", readme, re.MULTILINE), code
-    for kind in groups(rayjob):
-        assert f"`{kind}`" in readme
