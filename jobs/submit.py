@@ -29,7 +29,7 @@ EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", "/
 LOST_AFTER_S = 60.0
 # A job that prints nothing for so long may be silent, or its cluster gone: its status tells which.
 QUIET_S = 15.0
-ANSWER_WITHIN_S = 10.0
+ANSWER_WITHIN_S = 20.0
 # The working folder, which is uploaded meanwhile, has 512 MiB at most.
 SUBMITTED_WITHIN_S = 1800.0
 _RETRY_EVERY_S = 1.0

@@ -32,7 +32,7 @@ TEXTS = sorted(
 OTHER_OPTIONS = {
     # Of programs that are not this repository's, which the docs use.
     *("--from", "--from-env-file", "--follow", "--sort-by"),  # kubectl
-    *("--version", "--namespace", "--create-namespace", "--set"),  # helm
+    *("--version", "--namespace", "--create-namespace"),  # helm
     "--ignore-zeros",  # tar
 }
 of_each_doc = pytest.mark.parametrize("doc", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
