@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,7 +188,6 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         if not pending:
             break
         watcher.on_pass(number, pending)
-        num_parts = tally.num_whole_parts
         delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
@@ -206,11 +206,17 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         if no_nodes or any(text in problem for problem in problems for text in _FULL):
             # Another pass would find no node, or pay for the same embeddings and have no place for them either.
             break
-        num_idle = 0 if tally.num_whole_parts > num_parts else num_idle + 1
+        num_idle = 0 if _has_got_on(pending, plan.pending) else num_idle + 1
         if num_idle >= config.max_passes - 1:
             break
     counts = count([shard for shard in shards if shard.name in names], config.output)
     return _finish(job, first_plan, resources, tally, counts, problems)
+
+
+def _has_got_on(before: list[Pending], now: list[Pending]) -> bool:
+    """Whether the output, as listed, has more of the shards `before`: not what a receipt says, but what is there."""
+    num_stored = {shard.name: len(shard.stored_parts) for shard in now}
+    return any(len(shard.stored_parts) < num_stored.get(shard.name, math.inf) for shard in before)
 
 
 def _finish(

@@ -47,7 +47,9 @@ _FOOTER_BYTES = 16 * 2**10
 _MAGIC = b"PAR1"
 _METADATA_PREFIX = "embed."
 _SUFFIX = {END_NONE: "", END_LAST: "-last", END_BROKEN: "-broken"}
-_NAME = re.compile(r"(?P<shard>.+)\.(?P<tag>[0-9a-f]{12})-(?P<part>\d{5,})(?P<end>-last|-broken)?\.parquet")
+_NAME = re.compile(
+    r"(?P<shard>.+)\.(?P<tag>[0-9a-f]{12})-(?P<part>\d{5,})(?P<end>-last|-broken)?\.parquet", re.DOTALL
+)
 
 
 class PartName(NamedTuple):

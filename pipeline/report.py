@@ -34,8 +34,6 @@ class Tally:
     num_embedded: int = 0
     num_errors: int = 0
     num_parts: int = 0
-    # Of these, all but the ends of broken shards.
-    num_whole_parts: int = 0
     num_shards: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
@@ -58,9 +56,7 @@ class Tally:
         """Count one stored part."""
         if self.first_part_s is None:
             self.first_part_s = time.monotonic() - self.started
-        is_broken = receipt["end"] == END_BROKEN
         self.num_parts += 1
-        self.num_whole_parts += not is_broken
         self.num_shards += receipt["end"] == END_LAST
         self.num_samples += receipt["num_samples"]
         self.num_embedded += receipt["num_embedded"]
@@ -76,7 +72,7 @@ class Tally:
             self.reasons[kind] += 1
             place = receipt["name"] if image_id is None else f"{receipt['name']}, {image_id}"
             self.examples.setdefault(kind, f"{place}: {reason}")
-        if is_broken:
+        if receipt["end"] == END_BROKEN:
             self.faults[receipt["name"]] = receipt["fault"]
             if not receipt["fault_transient"]:
                 self.damaged[receipt["name"]] = receipt["fault"]

@@ -67,6 +67,21 @@ def test_every_sample_becomes_one_row_in_the_order_of_its_shard(tmp_path: Path) 
     assert not (tmp_path / "out" / "errors").exists()
 
 
+def test_a_run_ends_where_what_it_stores_does_not_stay(tmp_path: Path) -> None:
+    """Receipts alone are no progress: what the store does not show would be embedded for ever."""
+    job = job_for(write_shards(tmp_path / "in", num_shards=1, samples_each=2), tmp_path / "out", max_passes=2)
+    passes: list[int] = []
+
+    def lose(tally: Tally) -> None:
+        for path in (tmp_path / "out" / "embeddings").glob("*.parquet"):
+            path.unlink()
+
+    watcher = Watcher(lambda job, resources: None, lambda number, pending: passes.append(number), lose)
+    report = run(job, make_plan(job.shards, job.config.output), watcher)
+    assert not report["balanced"]
+    assert passes == [1, 2]
+
+
 def test_embeddings_are_those_of_the_backbone_on_the_pixels(tmp_path: Path) -> None:
     import torch
     from torchvision.models import SqueezeNet1_1_Weights

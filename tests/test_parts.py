@@ -64,7 +64,17 @@ def writer(output: Path | str, shape: tuple[int, ...] = (4,), **settings: Any) -
 
 @pytest.mark.parametrize(
     "shard",
-    ["00001", "train/00001", "a.b.tar", "ünï/코드", "a-00001-last", "a.0123456789ab-00001", "-", "a b/c#d?e%f"],
+    [
+        "00001",
+        "train/00001",
+        "a.b.tar",
+        "ünï/코드",
+        "a-00001-last",
+        "a.0123456789ab-00001",
+        "-",
+        "a b/c#d?e%f",
+        "a\nb",
+    ],
 )
 @pytest.mark.parametrize("part", [0, 7, 99999, 123456])
 @pytest.mark.parametrize("end", ["", "last", "broken"])
