@@ -183,6 +183,9 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     if path:
         try:
             values |= tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            # A variable names several by spaces; a file has lists for that.
+            if isinstance(values.get("input"), str):
+                values["input"] = [values["input"]]
         except (OSError, ValueError) as error:
             raise SettingsError(f"config file {path} cannot be read: {error}") from error
     values |= {

@@ -43,9 +43,11 @@ class Field:
         Raises:
             SettingsError: not of that form, or an unknown type.
         """
-        match = re.fullmatch(r"([^:=\s]+)(?::([^:=\s]+))?(?:=(\w+))?", spec)
+        match = re.fullmatch(r"([^:=\s.][^:=\s]*)(?::([^:=\s]+))?(?:=(\w+))?", spec)
         if not match:
-            raise SettingsError(f"a field must look like EXT, EXT:PATH or EXT:PATH=TYPE, got {spec!r}")
+            raise SettingsError(
+                f"a field must look like EXT, EXT:PATH or EXT:PATH=TYPE, EXT without its dot, got {spec!r}"
+            )
         member, path, kind = match.groups()
         kind = kind or _DEFAULT_KEEP_TYPES.get(member, "json" if member == "json" and not path else "string")
         if kind not in KEEP_TYPES:
@@ -149,8 +151,13 @@ class Config:
                 "have sides of 8 to 4096 pixels",
                 self.image_size,
             )
-        if self.id is not None:
-            _check(self.id.type in ("string", "json"), "id", "be a field without a type", self.id.type)
+        member = self.image_member
+        _check(
+            member is None or re.fullmatch(r"[^.\s/][^\s/]*", member) is not None,
+            "image_member",
+            "be an extension without its dot, such as jpg",
+            member,
+        )
         columns = [field.column for field in self.keep]
         for column in columns:
             _check(column not in RESERVED_COLUMNS, "keep", "not name a column of the output", column)
@@ -219,6 +226,8 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
         return tuple(Field.parse(item) for item in _texts(name, items))
     if name == "id":
         text = _texts(name, [value])[0]
+        if "=" in text:
+            raise SettingsError(f"id must be a field without a type, got {text!r}")
         return None if text == "key" else Field.parse(text)
     if name == "actors":
         return parse_pair(name, str(value), ":")

@@ -40,7 +40,7 @@ IMAGE_EXTENSIONS = (
 MAX_METADATA_BYTES = 16 * 2**20
 # Members of one sample; what it may keep in memory has a bound, whatever a shard says.
 MAX_SAMPLE_MEMBERS = 10_000
-# A part ends early, by content alone, where its images would take more memory than this.
+# A part ends early, by content alone, where its images and texts would take more memory than this.
 MAX_PART_BYTES = 512 * 2**20
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 _INT64 = range(-(2**63), 2**63)
@@ -181,9 +181,9 @@ class SampleReader:
         if rank is not None and rank < sample.rank:
             sample.image, sample.rank = member, rank
 
-    def _row(self, sample: _Sample) -> tuple[dict[str, Any], str]:
-        """The sample's row, and its key. Its image is None where it has a reason."""
-        key = sample.key
+    def _row(self, sample: _Sample) -> tuple[dict[str, Any], str, str | None]:
+        """The sample's row, its key, and its id where that is of its own. Its image is None where it has a reason."""
+        key, own_id = sample.key, None
         row: dict[str, Any] = {"image_id": _printable(key), "member": None, "image": None, "nulls": 0}
         row["kept"] = [None] * len(self._config.keep)
         image = sample.image
@@ -194,7 +194,7 @@ class SampleReader:
             if sample.problem is not None:
                 raise SampleError(sample.problem)
             if self._config.id is not None:
-                row["image_id"] = _user_id(sample, self._config.id)
+                row["image_id"] = own_id = _user_id(sample, self._config.id)
             if image is None:
                 extensions = sorted(_shown(name[len(key) + 1 :]) or "none" for name in sample.names)
                 raise SampleError(f"no image: its members have the extensions {', '.join(extensions[:8])}")
@@ -207,7 +207,7 @@ class SampleReader:
             row["image"] = image.data
         except SampleError as error:
             row["reason"] = str(error)
-        return row, key
+        return row, key, own_id
 
 
 class _PartBuilder:
@@ -247,16 +247,19 @@ class _PartBuilder:
     def is_full(self, part_rows: int) -> bool:
         return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES
 
-    def add(self, row: dict[str, Any], key: str) -> None:
-        """Add one sample. A key or id seen before in this shard makes it a row with a reason."""
-        for kind, name in (("key", key), ("id", row["image_id"])):
+    def add(self, row: dict[str, Any], key: str, own_id: str | None) -> None:
+        """Add one sample. A key, or an id of its own, seen before in this shard makes it a row with a reason."""
+        for kind, name in (("key", key), ("id", own_id)):
+            if name is None:
+                continue
             fingerprint = hash((kind, name))
             if fingerprint in self._seen:
                 reason = f"repeated {kind}: an earlier sample of this shard has it"
                 row |= {"image": None, "nulls": 0, "reason": reason}
                 break
             self._seen.add(fingerprint)
-        self._bytes += len(row["image"] or b"")
+        texts = [row["image_id"], row["member"], *row["kept"]]
+        self._bytes += len(row["image"] or b"") + sum(len(text.encode()) for text in texts if isinstance(text, str))
         self._nulls += row["nulls"]
         self._rows.append(row)
 
@@ -375,7 +378,8 @@ def _text(data: bytes) -> str:
 def _literal(data: bytes) -> Any:
     """A member that holds one number or word, such as `.cls`."""
     text = _text(data).strip()
-    if len(text) > 64:
+    # Python's numbers may have underscores, and digits of any script.
+    if len(text) > 64 or "_" in text or not text.isascii():
         return text
     for kind in (int, float):
         try:

@@ -60,7 +60,9 @@ def test_what_is_not_given_has_its_default() -> None:
         ("image_size", "4", "image_size must have sides of 8 to 4096 pixels, got (4, 4)"),
         ("image_size", "224x5000", "image_size must have sides of 8 to 4096 pixels, got (224, 5000)"),
         ("normalize", "maybe", "normalize must be true or false, got 'maybe'"),
-        ("id", "json:id=int64", "id must be a field without a type, got 'int64'"),
+        ("id", "json:id=int64", "id must be a field without a type, got 'json:id=int64'"),
+        ("image_member", ".jpg", "image_member must be an extension without its dot, such as jpg, got '.jpg'"),
+        ("image_member", "", "image_member must be an extension without its dot, such as jpg, got ''"),
         ("keep", ["cls", "cls"], "keep must name each column once, got 'cls'"),
         ("keep", ["json:embedding"], "keep must not name a column of the output, got 'embedding'"),
     ],
@@ -94,6 +96,7 @@ def test_normalizing_a_feature_map_is_refused() -> None:
         ("max_error_fraction", 0, 0.0),
         ("id", "key", None),
         ("id", "json:id", Field("json", ("id",))),
+        ("id", "cls", Field("cls", type="int64")),
         ("keep", "cls txt", (Field("cls", type="int64"), Field("txt"))),
         ("keep", ["json:a.b=float64"], (Field("json", ("a", "b"), "float64"),)),
     ],
@@ -132,7 +135,7 @@ def test_a_field_is_written_as_member_path_and_type(spec: str, field: Field, col
     assert field.column == column
 
 
-@pytest.mark.parametrize("spec", ["", ":a", "json:", "json:a=", "a b", "json:a:b", "=string"])
+@pytest.mark.parametrize("spec", ["", ":a", "json:", "json:a=", "a b", "json:a:b", "=string", ".cls"])
 def test_a_field_of_another_form_is_refused(spec: str) -> None:
     with pytest.raises(SettingsError, match=f"a field must look like EXT, .*, got {re.escape(repr(spec))}"):
         Field.parse(spec)

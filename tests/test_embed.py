@@ -48,6 +48,13 @@ def test_a_flag_beats_the_environment_and_that_beats_the_file(tmp_path: Path) ->
     assert (config.backbone, config.part_rows) == ("resnet34", 7)
 
 
+def test_an_input_in_the_file_may_have_spaces_and_a_variable_separates_by_them(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('input = "/my shards/"\noutput = "out"\n')
+    assert gather({"config": str(file)}, {}).input == ("/my shards/",)
+    assert gather({"config": str(file)}, {"EMBED_INPUT": "a.tar b.tar"}).input == ("a.tar", "b.tar")
+
+
 def test_an_unknown_setting_in_the_file_is_named_with_the_known_ones(tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     file.write_text('bakbone = "resnet18"\n')

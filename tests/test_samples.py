@@ -172,8 +172,8 @@ def test_many_shards_in_one_task_give_the_parts_of_each(shard: Path, tmp_path: P
 def test_a_part_ends_early_where_its_images_would_take_too_much_memory(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image_bytes = [len(row[IMAGE]) for row in rows(shard)]
-    monkeypatch.setattr(samples_module, "MAX_PART_BYTES", max(image_bytes) + 1)
+    row_bytes = [len(row[IMAGE]) + len(row["image_id"]) + len(row["member"]) for row in rows(shard)]
+    monkeypatch.setattr(samples_module, "MAX_PART_BYTES", max(row_bytes) + 1)
     found = parts(shard, part_rows=9)
     assert [values["num_samples"] for values, _ in found] == [2] * 5
     assert [row["image_id"] for _, samples in found for row in samples.to_pylist()] == [f"{i:04d}" for i in range(10)]
@@ -260,6 +260,8 @@ def test_a_json_field_has_its_declared_type_or_is_null_and_counted(
         ("cls", "cls", b"3", (3, 0)),
         ("cls", "cls", b" -12\n", (-12, 0)),
         ("cls", "cls", b"cat", (None, 1)),
+        ("cls", "cls", b"1_0", (None, 1)),
+        ("cls", "cls", "\uff11\uff12".encode(), (None, 1)),
         ("cls", "cls", b"", (None, 1)),
         ("cls", "cls", b"99999999999999999999", (None, 1)),
         ("cls", "cls", b"9" * 100_000, (None, 1)),
@@ -367,7 +369,31 @@ def test_any_value_becomes_one_that_arrow_takes_or_null(value: Any, kind: str) -
         assert json.loads(kept) == value
 
 
+def test_a_part_ends_early_where_its_texts_would_take_too_much_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = [
+        (f"{i}.{kind}", data) for i in range(6) for kind, data in (("jpg", PHOTO), ("txt", "ü".encode() * 5000))
+    ]
+    path = write_tar(tmp_path / "s.tar", members)
+    monkeypatch.setattr(samples_module, "MAX_PART_BYTES", 20_000)
+    assert [values["num_samples"] for values, _ in parts(path)] == [6]
+    assert [values["num_samples"] for values, _ in parts(path, keep=["txt"])] == [2, 2, 2]
+
+
 # Ids of the user
+
+
+def test_a_key_that_stands_in_for_a_missing_id_is_nobodys_id(tmp_path: Path) -> None:
+    documents = [b"{}", b'{"id": 1}', b'{"id": "4"}', b"broken", b'{"id": 4}']
+    members = [
+        member
+        for key, document in enumerate(documents, 1)
+        for member in ((f"{key}.jpg", PHOTO), (f"{key}.json", document))
+    ]
+    shard = write_tar(tmp_path / "s.tar", members)
+    found = [(row["image_id"], row[REASON] and row[REASON].partition(":")[0]) for row in rows(shard, id="json:id")]
+    assert found == [("1", "no id"), ("1", None), ("4", None), ("4", "broken json"), ("4", "repeated id")]
 
 
 def ids(data: bytes | None, tmp_path: Path) -> tuple[str, str | None]:
