@@ -36,9 +36,10 @@ _MAGIC = {
     b"<?": "an XML text",
     b'{"': "a JSON text",
 }
-# What stands at byte 257 of every header that is not of 1979, and where its checksum is.
+# What stands at byte 257 of every header that is not of 1979, and where its checksum and type are.
 _USTAR, _USTAR_AT = b"ustar", 257
-_CHECKSUM = slice(148, 156)
+_GNU = b"ustar  \0"
+_CHECKSUM, _TYPE = slice(148, 156), slice(156, 157)
 _SEARCH_BYTES = 2**18
 
 
@@ -70,11 +71,15 @@ class Member:
 
 
 class _DamageError(ShardError):
-    """A fault of the tar itself; a header may be found at byte `resume` or after it, or nowhere (None)."""
+    """A fault of the tar itself; a header may be found at byte `resume` or after it, or nowhere (None).
 
-    def __init__(self, message: str, resume: int | None) -> None:
+    With `hides_name` it is of a pax header, which may have held the name of the member after it.
+    """
+
+    def __init__(self, message: str, resume: int | None, *, hides_name: bool = False) -> None:
         super().__init__(message)
         self.resume = resume
+        self.hides_name = hides_name
 
 
 _PROBLEMS = {
@@ -86,7 +91,9 @@ _PROBLEMS = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 _VOLUME_LABEL = b"V"
-_PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+# Of the next member alone, and of all.
+_OWN_PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_PAX_TYPES = (*_OWN_PAX_TYPES, tarfile.XGLTYPE)
 _LONG_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
@@ -103,7 +110,7 @@ def iter_members(stream: Stream, wanted: Callable[[str], bool], max_member_bytes
     faults: list[_DamageError] = []
     while True:
         try:
-            yield from _walk(stream, wanted, max_member_bytes, after_damage=bool(faults))
+            yield from _walk(stream, wanted, max_member_bytes, after=faults[-1] if faults else None)
             break
         except _DamageError as fault:
             faults = [*faults[:1], fault]
@@ -114,12 +121,19 @@ def iter_members(stream: Stream, wanted: Callable[[str], bool], max_member_bytes
 
 
 def _walk(
-    stream: Stream, wanted: Callable[[str], bool], max_member_bytes: int, after_damage: bool
+    stream: Stream, wanted: Callable[[str], bool], max_member_bytes: int, after: _DamageError | None
 ) -> Iterator[Member]:
-    """The members from here to the end of the archive. Raises `_DamageError` where they cannot be had."""
+    """The members from here, `after` some damage, to the end. Raises `_DamageError` where they cannot be had."""
     pax: dict[str, str] = {}
     long_name: str | None = None
-    while (found := _next_header(stream)) is not None:
+    while True:
+        expected, found = stream.position, _next_header(stream)
+        if (pax or long_name is not None) and (found is None or found[0] != expected):
+            # It is not the next member's, which stands after the zeros.
+            resume = stream.position if found is None else found[0]
+            raise _DamageError(f"damaged: a header extension without its member, at byte {expected}", resume)
+        if found is None:
+            return
         start, block = found
         header = _parse(block, start)
         if header.type in _PAX_TYPES:
@@ -137,9 +151,9 @@ def _walk(
         name = pax.get("GNU.sparse.name") or pax.get("path") or long_name or header.name
         size = _size(pax.get("size"), header, start)
         problem = _problem(header, pax)
-        if after_damage and not pax and long_name is None and _may_be_cut(block):
+        if after and not pax and long_name is None and (after.hides_name or _may_be_cut(block)):
             problem = "its name may be cut: it follows damage"
-        pax, long_name, after_damage = {}, None, False
+        pax, long_name, after = {}, None, None
         if header.isdir() or header.type == _VOLUME_LABEL:
             continue
         if not (header.isreg() or header.type not in tarfile.SUPPORTED_TYPES):
@@ -161,8 +175,6 @@ def _walk(
             yield Member(name, size, problem=problem)
         if not stream.skip(-size % BLOCK):
             raise _DamageError(f"cut: ends in the padding after {_brief(name)}", stream.position)
-    if pax or long_name is not None:
-        raise _DamageError("damaged: a header extension without its member, at the end", stream.position)
 
 
 def _problem(header: tarfile.TarInfo, pax: dict[str, str]) -> str | None:
@@ -213,12 +225,20 @@ def _is_padding(num_zeros: int, end: int) -> bool:
 
 def _parse(block: bytes, start: int) -> tarfile.TarInfo:
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
         other = _looks_like(block, start)
         # Where bytes were lost before it, the header begins earlier than it should.
         resume = None if other else max(start - BLOCK, 0) + 1
-        raise _DamageError(f"damaged: no tar header at byte {start} ({error}){other}", resume) from error
+        raise _DamageError(
+            f"damaged: no tar header at byte {start} ({error}){other}",
+            resume,
+            hides_name=block[_USTAR_AT:].startswith(_USTAR) and block[_TYPE] in _OWN_PAX_TYPES,
+        ) from error
+    if block[_USTAR_AT:].startswith(_GNU):
+        # `TarInfo` takes what GNU tar has at a ustar header's prefix, times of access and change, for that.
+        header.name = block[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    return header
 
 
 def _find_header(stream: Stream, position: int) -> bool:
@@ -253,7 +273,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _may_be_cut(block: bytes) -> bool:
-    """Whether the name in a header may stand for a longer one that a lost extension held.
+    """Whether the name in a header looks like what is left of one that a lost extension held.
 
     Then it fills its 100 bytes, or has question marks for what is not ASCII.
     """
@@ -287,10 +307,15 @@ def _extension(stream: Stream, header: tarfile.TarInfo, start: int) -> bytes:
         raise _DamageError(
             f"damaged: a header extension of {size} bytes at byte {start}, at most {MAX_EXTENSION_BYTES} is read",
             start + BLOCK,
+            hides_name=header.type in _OWN_PAX_TYPES,
         )
     data = stream.read(size)
     if len(data) < size or not stream.skip(-size % BLOCK):
-        raise _DamageError(f"cut: ends inside the header extension at byte {start}", start + BLOCK)
+        raise _DamageError(
+            f"cut: ends inside the header extension at byte {start}",
+            start + BLOCK,
+            hides_name=header.type in _OWN_PAX_TYPES,
+        )
     return data
 
 
@@ -305,7 +330,9 @@ def _pax_records(data: bytes, start: int) -> dict[str, str]:
         end = position + int(digits) if digits.isdigit() else 0
         key, equals, value = data[space + 1 : end].partition(b"=")
         if end > len(data) or not equals or not value.endswith(b"\n"):
-            raise _DamageError(f"damaged: the pax header at byte {start} is malformed", start + BLOCK)
+            raise _DamageError(
+                f"damaged: the pax header at byte {start} is malformed", start + BLOCK, hides_name=True
+            )
         records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
         position = end
     return records

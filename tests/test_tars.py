@@ -68,6 +68,16 @@ def pax(records: dict[str, str], kind: bytes = b"x") -> bytes:
     return header(b"PaxHeader", len(data), kind) + padded(data)
 
 
+def gnu_times(data: bytes, accessed: bytes) -> bytes:
+    """An entry with GNU's magic and a time of access in its header."""
+    block = bytearray(data[:512])
+    block[257:265] = b"ustar  \0"
+    block[345:357] = accessed + b"\0"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + data[512:]
+
+
 def packed(members: list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> bytes:
     """A tar as Python writes it."""
     buffer = io.BytesIO()
@@ -285,10 +295,37 @@ CASES = [
     ),
     Case(
         "a broken pax record",
-        entry("a.jpg") + entry("p", b"99 path=x\n", b"x") + entry("b.jpg") + END,
+        entry("a.jpg") + entry("p", b"99 path=x\n", b"x") + entry("b.jpg") + entry("c.jpg") + END,
+        "a c",
+        ("b: unreadable member",),
+        "damaged: the pax",
+    ),
+    Case(
+        # As Go writes it: what is not ASCII is left out of the header.
+        "a name beyond ASCII lost, of which the header has the rest",
+        entry("a.jpg") + flipped(pax({"path": "é1.jpg"}), 3) + entry("1.jpg") + entry("c.jpg") + END,
+        "a c",
+        ("1: unreadable member",),
+        "damaged: no tar header",
+    ),
+    Case(
+        "a pax header whose member is zeros",
+        entry("a.jpg") + pax({"path": "b.jpg"}) + bytes(1024) + entry("c.jpg") + END,
+        "a c",
+        (),
+        "damaged: a header extension without its member",
+    ),
+    Case(
+        "a GNU long name at the end of the first of two tars",
+        entry("a.jpg") + entry("x", LONG.encode(), b"L") + END + entry("b.jpg") + END,
         "a b",
         (),
-        "damaged: the pax",
+        "damaged: a header extension without its member",
+    ),
+    Case(
+        "times of access and change where ustar has a name's first half, as `tar --format=gnu -G` writes them",
+        gnu_times(entry("a.jpg"), b"13727410000") + gnu_times(entry("a.cls", b"1"), b"14524410000") + END,
+        "a",
     ),
     Case(
         "a header extension of 1 GiB",
@@ -522,7 +559,8 @@ def test_one_wrong_byte_of_a_header_costs_that_member_alone_and_not_in_silence(
     whole = bytearray(packed(listed, format))
     position = data.draw(st.integers(0, len(listed) - 1))
     at = spans(bytes(whole))[position][1] + data.draw(st.integers(0, BLOCK - 1))
-    whole[at] = data.draw(st.integers(0, 255).filter(lambda value: value != whole[at]))
+    # What looks like a damaged pax header may have held the next member's name.
+    whole[at] = data.draw(st.integers(0, 255).filter(lambda value: value not in (whole[at], *b"xX")))
     found, fault = members(bytes(whole))
     got = [(member.name, member.data) for member in found]
     if fault is None:
@@ -539,7 +577,8 @@ def test_garbage_over_any_range_costs_only_what_it_hits(listed: list[tuple[str, 
     whole = packed(listed, tarfile.USTAR_FORMAT)
     start = data.draw(st.integers(0, len(whole) - 1))
     length = data.draw(st.one_of(st.integers(1, 40), st.integers(1, len(whole))))
-    garbage = random.Random(start * length).randbytes(length)
+    # With neither `x` nor `X`: a damaged pax header may have held the next member's name.
+    garbage = random.Random(start * length).randbytes(length).translate(bytes.maketrans(b"xX", b"yY"))
     broken = whole[:start] + garbage + whole[start + length :]
     found, fault = members(broken)
     unhit = [
