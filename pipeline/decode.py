@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import simplejpeg
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.errors import SampleError
 from pipeline.schema import (
@@ -48,10 +48,11 @@ _PILLOW_ERRORS = (
     OSError, ValueError, SyntaxError, RuntimeError, struct.error,
     IndexError, TypeError, KeyError, EOFError, ArithmeticError, MemoryError,
 )  # fmt: skip
-_ORIENTATION_TAG = 0x0112
-# A progressive JPEG can repeat its scans, each as much work as a decode and some hundred bytes long: what
-# all of them go over is at most this many times `max_pixels`. Encoders write ten or so.
+_ORIENTATION_TAG, _BITS_TAG = 0x0112, 0x0102
+# A JPEG, progressive or not, can repeat its scans, each as much work as a decode and ten bytes long or more: what all
+# of them go over is at most this many times `max_pixels`. Encoders write ten or so.
 MAX_SCANS = 100
+_START_OF_SCAN, _SCAN_BYTES = b"\xff\xda", 10
 
 # What weights may ask for, by torchvision's names. Pillow's bicubic is Catmull and Rom's: a = -0.5.
 INTERPOLATIONS = {
@@ -61,6 +62,8 @@ INTERPOLATIONS = {
 }
 # Half the width of the widest of these filters (Lanczos), in pixels of the larger side of the scale.
 _SUPPORT = 3.0
+# Pixels of an image between two steps of a resize, where its source has fewer.
+_MAX_BETWEEN = 2**24
 CENTER, SQUASH = "center", "squash"
 
 
@@ -207,9 +210,11 @@ class Decoder:
         num_pixels = image.width * image.height
         if num_pixels > self._max_pixels:
             raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {self._max_pixels}")
-        if image.info.get("progressive"):
-            num_scans = data.count(b"\xff\xda")
-            if num_scans * num_pixels > MAX_SCANS * self._max_pixels:
+        limit = MAX_SCANS * self._max_pixels
+        # Most images are too small for it, whatever they hold.
+        if image.format in ("JPEG", "MPO") and len(data) // _SCAN_BYTES * num_pixels > limit:
+            num_scans = data.count(_START_OF_SCAN)
+            if num_scans * num_pixels > limit:
                 raise SampleError(f"too many scans: {num_scans} of {image.width}x{image.height} pixels")
 
 
@@ -280,10 +285,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         wide = np.asarray(image, dtype=np.uint16)
         return Image.fromarray((wide >> 8).astype(np.uint8), "L").convert("RGB")
-    if image.mode == "I":
+    if image.mode == "I" and not _has_32_bits(image):
         wide = np.asarray(image)
         return Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8), "L").convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _has_32_bits(image: Image.Image) -> bool:
+    """Whether it is a TIFF of 32-bit integers, which may be of any range: `convert` clips them, as for all."""
+    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_BITS_TAG, (0,))[0] == 32
 
 
 def resize_crop(
@@ -331,15 +341,18 @@ def _resize(
     (left, right), (top, bottom) = (
         _reached(box[axis], box[axis + 2], size[axis], pixels.shape[1 - axis]) for axis in (0, 1)
     )
-    height = bottom - top
-    image = ImageData(right - left, height, PixelType.U8x3, pixels[top:bottom, left:right].tobytes())
-    # Width, then height, as Pillow does it. In the other order, which is this library's own, an eighth of the values
-    # is rounded to a neighbour, and embeddings of trained backbones fall to a cosine of 0.9997.
+    width, height = right - left, bottom - top
+    image = ImageData(width, height, PixelType.U8x3, pixels[top:bottom, left:right].tobytes())
+    x, across, y, down = box[0] - left, box[2] - box[0], box[1] - top, box[3] - box[1]
+    if size[0] * height <= max(width * height, _MAX_BETWEEN):
+        # Width, then height, as Pillow does it. In the other order, which is this library's own, an eighth of the
+        # values is rounded to a neighbour, and embeddings of trained backbones fall to a cosine of 0.9997.
+        steps = ((size[0], height), CropBox(x, 0, across, height)), (size, CropBox(0, y, size[0], down))
+    else:
+        # A few columns, high as a tower, that are made wide: what is between would be hundreds of times their size.
+        steps = ((width, size[1]), CropBox(0, y, width, down)), (size, CropBox(x, 0, across, size[1]))
     resizer, method = Resizer(), ResizeAlg.convolution(interpolation)
-    for step, seen in (
-        ((size[0], height), CropBox(box[0] - left, 0, box[2] - box[0], height)),
-        (size, CropBox(0, box[1] - top, size[0], box[3] - box[1])),
-    ):
+    for step, seen in steps:
         resized = ImageData(*step, PixelType.U8x3)
         resizer.resize(image, resized, ResizeOptions(method, crop_box=seen))
         image = resized

@@ -227,10 +227,11 @@ def test_geometry_is_torchvisions_for_any_size(
     assert_near(pixels(image, preprocess), torchvision_pixels(image, preprocess))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (1, 4_000_000), (3, 1_000_000)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (1, 4_000_000), (4_000_000, 1), (3, 1_000_000)])
 @pytest.mark.parametrize("resize", [40, 20])
-def test_extreme_aspect_ratios_cost_no_more_than_their_pixels(size: tuple[int, int], resize: int) -> None:
-    preprocess = Preprocess(resize, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3)
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_extreme_aspect_ratios_cost_no_more_than_their_pixels(size: tuple[int, int], resize: int, mode: str) -> None:
+    preprocess = Preprocess(resize, (32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3, mode)
     file = encode(Image.new("RGB", size, (200, 100, 50)), "PNG")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     decoded = make_decoder(preprocess).decode(file)
@@ -246,6 +247,18 @@ def test_orientation_is_applied_as_pillow_does(format: str, orientation: int) ->
         expected = ImageOps.exif_transpose(image).convert("RGB")
     assert expected.size == ((80, 96) if orientation > 4 else (96, 80))
     assert np.array_equal(make_decoder().decode(file), pixels(expected))
+
+
+def test_a_tiff_of_32_bits_is_clipped_as_pillow_does_and_one_of_16_scaled() -> None:
+    values = np.arange(96 * 80, dtype=np.int32).reshape(80, 96) % 256
+    file = encode(Image.fromarray(values), "TIFF")
+    with Image.open(io.BytesIO(file)) as image:
+        assert image.mode == "I"
+        assert np.array_equal(make_decoder().decode(file), pixels(image.convert("RGB")))
+    scaled = Image.fromarray(values.astype(np.uint8)).convert("RGB")
+    of_16_bits = Image.fromarray((values * 256).astype(np.uint16))
+    for format in ("TIFF", "PNG"):
+        assert np.array_equal(make_decoder().decode(encode(of_16_bits, format)), pixels(scaled))
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -383,6 +396,21 @@ def test_the_pixel_limit_is_the_users_above_pillows_own() -> None:
     assert reason_of(file, max_pixels=191_000_000).startswith("too many pixels: 14000x13700")
     assert make_decoder(max_pixels=192_000_000).decode(file).shape == (32, 32, 3)
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+def baseline_bomb(side: int, num_scans: int) -> bytes:
+    """A JPEG that is not progressive, and has one scan a component, of which one is repeated without its data."""
+    file = encode(Image.new("RGB", (side, side), (128, 128, 128)), subsampling=0)
+    start = file.index(b"\xff\xda")
+    scans = [b"\xff\xda" + struct.pack(">HBBBBBB", 8, 1, number, 0, 0, 63, 0) for number in (1, 2, 3)]
+    return file[:start] + scans[0] * num_scans + b"".join(scans) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_many_scans_is_refused_though_it_is_not_progressive() -> None:
+    with Image.open(io.BytesIO(baseline_bomb(1000, 20))) as image:
+        assert not image.info.get("progressive")
+    assert reason_of(baseline_bomb(1000, 100_000)).startswith("too many scans: ")
+    assert make_decoder().decode(baseline_bomb(1000, 20)).shape == (32, 32, 3)
 
 
 def test_a_progressive_jpeg_of_many_scans_is_refused() -> None:
