@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.decode import Decoder, Preprocess
 from pipeline.errors import InputError, SampleError, ShardError
 from pipeline.parts import version_tag
-from pipeline.shards import Shard, find_shards
+from pipeline.shards import Shard, find_shards, shards_below
 from pipeline.storage import describe, locate, stat
 from pipeline.verify_tars import images
 
@@ -62,15 +62,16 @@ def previews(
         InputError: the inputs name no shard.
     """
     try:
-        shards = {shard.name: shard for shard in find_shards(inputs or [prefix]).shards}
+        found = find_shards(inputs).shards if inputs else shards_below(prefix)
     except InputError as error:
         if inputs:
             raise
         return dict.fromkeys(places, Preview(None, f"no input was named, and {error}"))
+    shards = {shard.name: shard for shard in found}
     wanted: dict[str, set[int]] = defaultdict(set)
     for name, index in places:
         wanted[name].add(index)
-    found: dict[Place, Preview] = {}
+    previews: dict[Place, Preview] = {}
     for name, indices in wanted.items():
         shard = shards.get(name)
         reason, read = "its shard is not in this input", {}
@@ -82,8 +83,8 @@ def previews(
             except (OSError, ShardError) as error:
                 reason = f"its shard cannot be read: {describe(error)}"
         for index in indices:
-            found[name, index] = preview(read[index]) if index in read else Preview(None, reason)
-    return found
+            previews[name, index] = preview(read[index]) if index in read else Preview(None, reason)
+    return previews
 
 
 class Fronts(NamedTuple):

@@ -102,6 +102,18 @@ def find_shards(inputs: Iterable[str]) -> ShardSet:
     return ShardSet(to_url(fs, root), list(_shards(fs, root, (found.pop(path) for path in paths))))
 
 
+def shards_below(folder: str) -> list[Shard]:
+    """The shards below a folder, whose name is taken as it stands, in the order of their names.
+
+    Raises:
+        InputError: it cannot be listed, or there are none.
+    """
+    fs, path = locate(folder)
+    found: dict[str, FileInfo] = {}
+    _add(found, _below(fs, path), folder)
+    return list(_shards(fs, path, sorted(found.values())))
+
+
 def _shards(fs: fsspec.AbstractFileSystem, root: str, infos: Iterable[FileInfo]) -> Iterator[Shard]:
     inside = f"{root.rstrip('/')}/" if root else ""
     url = to_url(fs, inside)
@@ -172,7 +184,10 @@ def _add(found: dict[str, FileInfo], infos: Iterator[FileInfo], spec: str) -> No
         found[info.path] = info
         count += 1
     if not count:
-        raise InputError(f"no {SUFFIX} shard found for input {spec}")
+        hint = ""
+        if _WILDCARD.search(spec) and os.path.exists(spec):
+            hint = ", whose *, ? and [] stand for other characters; in brackets, as [[], they stand for themselves"
+        raise InputError(f"no {SUFFIX} shard found for input {spec}{hint}")
 
 
 def _below(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:

@@ -10,6 +10,7 @@ chunk ends after 150 s whatever the network does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -198,8 +199,8 @@ def stat(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo:
 def list_files(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
     """Every file below `folder`, in no set order; nothing where there is no such folder.
 
-    A link to a file or folder is what it leads to; one that leads nowhere is a file of 0 bytes, so that
-    whoever reads it finds out. A link to a folder above itself is not followed.
+    A link to a file or folder is what it leads to; one that leads nowhere, or to itself, is a file of 0 bytes, so
+    that whoever reads it finds out. A link to a folder above itself is not followed.
 
     Raises:
         PermissionError, ShardError: the folder cannot be listed.
@@ -237,7 +238,9 @@ def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
         for entry in entries:
             try:
                 status = entry.stat()
-            except FileNotFoundError:
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError) and error.errno != errno.ELOOP:
+                    raise
                 if entry.is_symlink():
                     yield FileInfo(entry.path, 0, "")
                 continue

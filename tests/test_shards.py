@@ -10,7 +10,7 @@ from conftest import S3Server
 
 from pipeline import shards as module
 from pipeline.errors import InputError, SettingsError
-from pipeline.shards import find_shards
+from pipeline.shards import find_shards, shards_below
 from pipeline.storage import join, write_bytes
 
 FILES = [
@@ -233,7 +233,23 @@ def test_a_linked_folder_counts_and_a_loop_ends(tmp_path: Path) -> None:
     (tmp_path / "place/linked").symlink_to(tmp_path / "real")
     (tmp_path / "real/loop").symlink_to(tmp_path / "place")
     (tmp_path / "place/gone.tar").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "place/self").symlink_to(tmp_path / "place/self")
     assert names(str(tmp_path / "place")) == ["gone", "linked/x"]
+
+
+def test_a_path_that_is_there_with_a_wildcard_in_its_name_is_told_how_to_be_named(tmp_path: Path) -> None:
+    write_bytes(str(tmp_path), "d[1].tar", b"")
+    with pytest.raises(InputError, match=r"no \.tar shard found for input .*d\[1\]\.tar, whose .* in brackets"):
+        names(str(tmp_path / "d[1].tar"))
+    assert names(str(tmp_path / "d[[]1].tar")) == ["d[1]"]
+
+
+def test_shards_below_a_folder_are_found_whatever_its_name(tmp_path: Path) -> None:
+    write_bytes(str(tmp_path), "w[2]*{a,b}/x/y.tar", b"")
+    (found,) = shards_below(str(tmp_path / "w[2]*{a,b}"))
+    assert (found.name, found.url) == ("x/y", str(tmp_path / "w[2]*{a,b}/x/y.tar"))
+    with pytest.raises(InputError, match=r"no \.tar shard found for input"):
+        shards_below(str(tmp_path / "nothing"))
 
 
 def test_a_folder_that_may_not_be_listed_is_an_error(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
