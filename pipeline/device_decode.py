@@ -9,10 +9,12 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import simplejpeg
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -39,18 +41,45 @@ class _Jpeg(NamedTuple):
 
 
 class DeviceDecoder:
-    """Makes the pixels of parts on one device; `decoder` takes what that refuses, so that errors are its own."""
+    """Makes the pixels of parts on one device; `decoder` takes what that refuses, so that errors are its own.
+
+    Threads take turns: `decoder` may be of one thread, and what hides a warning is the process's. On a GPU all is
+    done in a stream of its own, beside what the backbone computes.
+
+    Raises:
+        RuntimeError: the device decodes nothing, not even the JPEG that it is tried with.
+    """
 
     def __init__(self, decoder: Decoder, device: str) -> None:
         self._decoder = decoder
         self._device = torch.device(device)
-        # Of an actor's threads; what hides the warning is the process's.
+        on_gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._turn = threading.Lock()
+        # Else each image would be refused, and decoded on the CPU one after the other, in silence.
+        with self._own_stream():
+            self._decode([_tensor(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)))])
 
     def __call__(
         self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
     ) -> tuple[Tensor, np.ndarray[Any, Any], dict[int, str]]:
         """As `pipeline.embedder.Intake` does; the pixels are a tensor on the device."""
+        with self._turn, self._own_stream():
+            made = self._made(samples, rows)
+            # They are computed with in another stream.
+            self._finish()
+            return made
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _finish(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _made(
+        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
+    ) -> tuple[Tensor, np.ndarray[Any, Any], dict[int, str]]:
         crop = self._decoder.preprocess.crop
         pixels = torch.zeros((len(rows), *crop, 3), dtype=torch.uint8, device=self._device)
         encoded = samples.field(ENCODED)
@@ -80,7 +109,10 @@ class DeviceDecoder:
             return [None] if len(images) == 1 else [self._decoded([image])[0] for image in images]
 
     def _decode(self, images: list[Tensor]) -> list[Tensor]:
-        with self._turn, warnings.catch_warnings():
+        # nvJPEG writes from a stream of torchvision's, which does not wait for this one: memory that was freed here,
+        # and is given to it, may be read by what is still to run.
+        self._finish()
+        with warnings.catch_warnings():
             # Of the function's age: what replaces it comes with a package of its own.
             warnings.simplefilter("ignore")
             decoded: list[Tensor] = decode_jpeg(images, mode=ImageReadMode.RGB, device=self._device)
@@ -91,7 +123,7 @@ class DeviceDecoder:
         if image is not None and image.shape == (3, jpeg.height, jpeg.width):
             try:
                 return resize_crop(upright(image, jpeg.orientation), self._decoder.preprocess)
-            except torch.OutOfMemoryError:
+            except RuntimeError:  # too large for its memory, or for one of its kernels
                 pass
         return torch.from_numpy(np.array(self._decoder.decode(jpeg.data))).to(self._device)
 

@@ -188,6 +188,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         if not pending:
             break
         watcher.on_pass(number, pending)
+        num_problems = len(problems)
         delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
@@ -203,7 +204,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
             problems.append(f"pass {number}: {error}")
         shards = _listed_again(job, shards, problems)
         plan = make_plan(shards, config.output)
-        if no_nodes or any(text in problem for problem in problems for text in _FULL):
+        if no_nodes or any(text in problem for problem in problems[num_problems:] for text in _FULL):
             # Another pass would find no node, or pay for the same embeddings and have no place for them either.
             break
         num_idle = 0 if _has_got_on(pending, plan.pending) else num_idle + 1

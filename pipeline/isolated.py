@@ -32,7 +32,7 @@ _PAUSE_S = 1.0
 
 
 class IsolatedDecoder(Decoder):
-    """Decodes as `Decoder` does, in a child process that is started again when an image kills it."""
+    """Decodes as `Decoder` does, in a child process that is started again when an image kills it; for one thread."""
 
     # It is the child that computes.
     clock = staticmethod(time.perf_counter)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.decode import Decoder, Preprocess
+from pipeline.decode import TURNS, Decoder, Header, Preprocess, resized_size
 from pipeline.errors import SampleError, SettingsError
 from pipeline.schema import (
     ENCODED,
@@ -30,8 +30,11 @@ from pipeline.schema import (
 
 # `orientation` of what is pixels already.
 PIXELS_ALREADY = 0
-# Larger images are decoded on CPU: in float32 on the device these take 400 MB, and that beside a backbone.
+# Larger images are decoded on CPU, and those that would be so while they are resized: in float32 on the device these
+# take 400 MB, and that beside a backbone.
 MAX_DEVICE_PIXELS = 2**25
+# What is scaled by more is, too: of bicubic's kernel on the device 91 is the most.
+MAX_DEVICE_SCALE = 64
 DEVICE_INTERPOLATIONS = ("bilinear", "bicubic")
 
 _FIRST_RESTART, _SOI, _EOI, _SOS = 0xD0, 0xD8, 0xD9, 0xDA
@@ -139,8 +142,17 @@ class JpegForwarder:
         """
         # The markers first: no other parser sees what they do not lead through, in this process.
         header = self._decoder.jpeg_header(data) if is_whole(data) else None
-        if header is not None and header.height * header.width <= MAX_DEVICE_PIXELS:
+        if header is not None and self._is_for_device(header):
             return {"data": data, **header._asdict()}
         height, width = self._decoder.preprocess.crop
         pixels = self._decoder.decode(data).tobytes()
         return {"data": pixels, "height": height, "width": width, "orientation": PIXELS_ALREADY}
+
+    def _is_for_device(self, header: Header) -> bool:
+        height, width = header.height, header.width
+        if header.orientation in TURNS and TURNS[header.orientation][0] % 2:
+            height, width = width, height
+        new_height, new_width = resized_size(height, width, self._decoder.preprocess)
+        most_pixels = max(height * width, height * new_width, new_height * new_width)
+        most_scale = max(height / new_height, width / new_width)
+        return most_pixels <= MAX_DEVICE_PIXELS and most_scale <= MAX_DEVICE_SCALE

@@ -144,6 +144,9 @@ class TorchRunner:
             # Ray sets OMP_NUM_THREADS from the CPUs that the actor reserves; it may use more than it reserves.
             torch.set_num_threads(num_threads)
         self._device = torch.device(device)
+        if precision == "fp32":
+            # On GPUs cuDNN's convolutions would round their inputs to 10 bits (TF32), as fp16 does.
+            torch.backends.cudnn.allow_tf32 = False
         self._crop = crop
         self._network: Callable[[Tensor], Tensor] = network.as_precision(_DTYPES[precision]).eval().to(self._device)
         # What is copied in the stream that computes would wait for the batch before.
@@ -205,6 +208,10 @@ class TorchRunner:
                 torch.cuda.empty_cache()
 
     def _embed(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        # What is on the device is chosen there: an upload for each batch would wait for the batch before.
+        chosen = (
+            torch.from_numpy(np.ascontiguousarray(rows)).to(pixels.device) if isinstance(pixels, Tensor) else rows
+        )
         in_flight: deque[tuple[Tensor, Any, int]] = deque()
         done: list[np.ndarray[Any, Any]] = []
 
@@ -218,13 +225,13 @@ class TorchRunner:
             for start in range(0, len(rows), self._batch_size):
                 if len(in_flight) == _IN_FLIGHT:
                     finish()
-                batch = rows[start : start + self._batch_size]
+                batch = chosen[start : start + self._batch_size]
                 in_flight.append((*self._launch(pixels, batch), len(batch)))
             while in_flight:
                 finish()
         return np.concatenate(done)
 
-    def _launch(self, pixels: np.ndarray[Any, Any] | Tensor, batch: np.ndarray[Any, Any]) -> tuple[Tensor, Any]:
+    def _launch(self, pixels: Any, batch: Any) -> tuple[Tensor, Any]:
         """Start one batch on the device; the result is there when the event is, or at once without one."""
         features = self._network(
             self._gathered(pixels, batch) if isinstance(pixels, Tensor) else self._copied(pixels, batch)
@@ -233,7 +240,8 @@ class TorchRunner:
             return features, None
         host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
         host.copy_(features, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Whoever waits for it shall not keep a core busy, which decodes meanwhile.
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record()
         return host, copied
 
@@ -254,8 +262,8 @@ class TorchRunner:
         copied.record_stream(computes)
         return copied
 
-    def _gathered(self, pixels: Tensor, batch: np.ndarray[Any, Any]) -> Tensor:
+    def _gathered(self, pixels: Tensor, batch: Tensor) -> Tensor:
         """A batch of what is on the device already, padded."""
         gathered = pixels.new_zeros((self._batch_size, *self._crop, 3))
-        gathered[: len(batch)] = pixels[torch.from_numpy(batch).to(pixels.device)]
+        gathered[: len(batch)] = pixels[batch]
         return gathered

@@ -195,7 +195,8 @@ def test_images_are_decoded_in_groups_of_a_bounded_size(monkeypatch: pytest.Monk
     monkeypatch.setattr(DeviceDecoder, "_decode", counted)
     monkeypatch.setattr("pipeline.device_decode._GROUP_PIXELS", 2 * 96 * 80)
     assert np.array_equal(on_device(images)[0], whole)
-    assert sizes == [2, 2, 2, 2, 1]
+    # The first is what the device is tried with.
+    assert sizes == [1, 2, 2, 2, 2, 1]
 
 
 def test_threads_that_decode_at_once_leave_the_process_its_warnings() -> None:
@@ -209,6 +210,60 @@ def test_threads_that_decode_at_once_leave_the_process_its_warnings() -> None:
         at_once = list(pool.map(lambda _: device(samples, np.arange(len(images)))[0], range(40)))
     assert warnings.filters == filters
     assert all(torch.equal(pixels, at_once[0]) for pixels in at_once)
+
+
+def test_what_the_device_refuses_keeps_its_place_when_threads_share_a_child_process() -> None:
+    cpu, field = decoder(kind=IsolatedDecoder), encoded_field()
+    images = [[encode(photo(seed)) for seed in range(first, first + 20)] * 10 for first in (0, 20, 40, 60)]
+    encoded = [pa.array([JpegForwarder(decoder()).forward(one) for one in part], field.type) for part in images]
+    device = DeviceDecoder(cpu, "cpu")
+    device._decode = refuse  # type: ignore[method-assign]
+
+    def made(part: pa.Array) -> Any:
+        pixels, _, faults = device(pa.StructArray.from_arrays([part], fields=[field]), np.arange(len(part)))
+        assert faults == {}
+        return pixels.numpy()
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        at_once = list(pool.map(made, encoded))
+    for found, part in zip(at_once, images, strict=True):
+        assert np.array_equal(found, np.stack([decoder().decode(one) for one in part]))
+
+
+def refuse(images: list[torch.Tensor]) -> list[torch.Tensor]:
+    raise RuntimeError("no")
+
+
+def test_a_device_that_decodes_nothing_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("Failed to initialize nvjpeg")
+
+    monkeypatch.setattr("pipeline.device_decode.decode_jpeg", broken)
+    with pytest.raises(RuntimeError, match="Failed to initialize nvjpeg"):
+        DeviceDecoder(decoder(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "by_device"),
+    [
+        ((640, 480), "center", True),
+        ((9000, 8), "center", False),  # as long when its shorter side has the size of the crop
+        ((8, 9000), "center", False),
+        ((3000, 400), "squash", False),  # 94 times
+        ((400, 3000), "squash", False),
+        ((1500, 400), "squash", True),
+    ],
+)
+def test_what_would_take_much_of_the_device_is_decoded_on_the_cpu(
+    size: tuple[int, int], mode: str, by_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.plain_jpeg.MAX_DEVICE_PIXELS", 2**20)
+    cpu = decoder(replace(SMALL, crop=(32, 32), resize=32, mode=mode))
+    for orientation in (1, 6):
+        given = with_orientation(photo(1, size), orientation, "JPEG")
+        assert (JpegForwarder(cpu).forward(given)["orientation"] != PIXELS_ALREADY) == by_device
+        (found,), _ = on_device([given], cpu)
+        assert_alike(found, cpu.decode(given))
 
 
 def embedder(backbone: str, weights: Any, preprocess: Preprocess, cpu: Decoder | None) -> Embedder:

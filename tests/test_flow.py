@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import encode, photo, sample_members, write_shards, write_tar
 
 from pipeline import backbones
 from pipeline.config import parse
+from pipeline.engine import Engine, choose_engine
 from pipeline.errors import OutputError
 from pipeline.flow import Watcher, make_flow, run
 from pipeline.ledger import make_plan
@@ -80,6 +82,26 @@ def test_a_run_ends_where_what_it_stores_does_not_stay(tmp_path: Path) -> None:
     report = run(job, make_plan(job.shards, job.config.output), watcher)
     assert not report["balanced"]
     assert passes == [1, 2]
+
+
+def test_a_full_disk_before_the_first_pass_ends_nothing(tmp_path: Path) -> None:
+    """As where OpenVINO had no place for what it writes: what is lost in a pass is run again."""
+    job = job_for(write_shards(tmp_path / "in", num_shards=1, samples_each=2), tmp_path / "out")
+    passes: list[int] = []
+
+    def lose_first(tally: Tally) -> None:
+        if len(passes) == 1:
+            for path in (tmp_path / "out" / "embeddings").glob("*.parquet"):
+                path.unlink()
+
+    def choose(*asked: Any) -> Engine:
+        return replace(choose_engine(*asked), note="[Errno 28] No space left on device")
+
+    watcher = Watcher(lambda job, resources: None, lambda number, pending: passes.append(number), lose_first)
+    report = run(job, make_plan(job.shards, job.config.output), watcher, choose)
+    assert report["balanced"]
+    assert passes == [1, 2]
+    assert report["problems"] == ["slower than it could be: [Errno 28] No space left on device"]
 
 
 def test_embeddings_are_those_of_the_backbone_on_the_pixels(tmp_path: Path) -> None:

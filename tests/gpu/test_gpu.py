@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch.cuda.is_available() is false"),
 ]
-# fp32 on a device may use TF32 in its convolutions, which is well within this.
 COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
 BACKBONES = ["resnet18", "resnet50_stride1", "resnext101_32x8d", "vit_b_32"]
 
@@ -173,6 +172,17 @@ def test_decoding_on_the_device_gives_the_same_bits_every_time() -> None:
     first, _ = decoded(jpegs(), "cuda")
     for _ in range(3):
         assert torch.equal(decoded(jpegs(), "cuda")[0], first)
+
+
+def test_decoding_beside_a_busy_device_gives_the_bits_of_an_idle_one() -> None:
+    """nvJPEG writes from a stream of its own, into memory that may still be read."""
+    images = [jpeg(seed, size=(900 - seed, 700)) for seed in range(200)]
+    idle, _ = decoded(images, "cuda")
+    torch.cuda.synchronize()
+    busy = torch.randn(8192, 8192, device="cuda")
+    for _ in range(200):
+        busy = busy @ busy / 8192
+    assert torch.equal(decoded(images, "cuda")[0], idle)
 
 
 def test_a_jpeg_that_no_decoder_takes_costs_only_itself() -> None:
