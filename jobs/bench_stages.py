@@ -52,7 +52,7 @@ class Stages:
         self.reader = SampleReader(config)
         self.decoder = _decoder(self.job)
         reduced = ("bf16", "fp16") if settings.device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
-        self.engine = choose_engine(self.job, self.pending[0], settings.device, reduced)
+        self.engine = choose_engine(self.job, self.pending, settings.device, reduced)
         self.precision = self.engine.precision
         self.writer = PartWriter(
             config, self.job.with_engine(self.engine.name, self.precision).fingerprint, self.job.shape

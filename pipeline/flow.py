@@ -169,7 +169,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         return _finish(job, plan, None, tally, Counts(), problems)
     resources = plan_resources(config, watcher.on_wait)
     tally.devices = devices = DeviceTime(resources.requests[0], resources.num_actors[1], tally.started, alive_nodes())
-    engine = choose(job, plan.pending[0], resources.device, resources.fast_precisions())
+    engine = choose(job, plan.pending, resources.device, resources.fast_precisions())
     if engine.note is not None:
         problems.append(f"slower than it could be: {engine.note}")
     source = engine.source.share()

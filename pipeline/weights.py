@@ -142,6 +142,9 @@ def parse(data: bytes, name: str) -> StateDict:
             raise WeightsError(
                 f"weights {name} must be a state dict of tensors, got {type(value).__name__} as {str(key)!r}"
             )
+        if value.is_meta or value.layout != torch.strided:
+            kind = "one without values" if value.is_meta else str(value.layout)
+            raise WeightsError(f"weights {name} must hold dense tensors, got {kind} as {str(key)!r}")
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
 
 
@@ -159,7 +162,8 @@ def check_fit(
 ) -> None:
     """Raises `WeightsError` where a state dict is not what a model expects; `optional` keys may be missing.
 
-    `optional` are the beginnings of names. What is missing, unexpected or of another shape is named.
+    `optional` are the beginnings of names. What is missing, unexpected, of another shape or no numbers with a
+    fraction (as quantised weights are) is named.
     """
     missing = [
         key for key in expected if key not in given and not key.startswith(optional) and not key.endswith(_COUNTER)
@@ -170,7 +174,14 @@ def check_fit(
         for key, value in given.items()
         if key in expected and value.shape != expected[key].shape
     ]
-    problems = [("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)]
+    whole = [
+        f"{key} {value.dtype}"
+        for key, value in given.items()
+        if key in expected and expected[key].is_floating_point() and not value.is_floating_point()
+    ]
+    problems = [
+        ("missing", missing), ("unexpected", unexpected), ("of another shape", wrong), ("of another type", whole)
+    ]  # fmt: skip
     if any(keys for _, keys in problems):
         text = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems if keys)
         raise WeightsError(f"weights {name} do not fit {architecture}: {text}")

@@ -15,7 +15,7 @@ from torchvision.models import squeezenet1_1
 from pipeline.cache import Cache
 from pipeline.config import parse
 from pipeline.cpu import cpu_has_bf16
-from pipeline.engine import Engine, choose_engine, foreseen_engine
+from pipeline.engine import Engine, _spread, choose_engine, foreseen_engine
 from pipeline.errors import PrecisionError, WeightsError
 from pipeline.prepare import Job, prepare
 from pipeline.samples import Pending
@@ -26,7 +26,8 @@ def job_for(input: Path, cache: Cache | None = None, **settings: Any) -> Job:
 
 
 def chosen(job: Job, candidates: tuple[str, ...], device: str = "cpu", **changes: Any) -> Engine:
-    return choose_engine(job, Pending(*job.shards[0])._replace(**changes), device, candidates)
+    pending = [Pending(*shard)._replace(**changes) for shard in job.shards]
+    return choose_engine(job, pending, device, candidates)
 
 
 def test_a_backbone_that_bf16_hardly_moves_takes_it(tmp_path: Path) -> None:
@@ -44,7 +45,26 @@ def test_a_device_without_a_fast_reduced_precision_takes_fp32(tmp_path: Path) ->
 def test_a_shard_without_an_image_that_decodes_takes_fp32(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", [("a.jpg", b"no image"), ("b.txt", b"text")])
     job = job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64")
-    assert chosen(job, ("bf16", "fp16")).precision == "fp32"
+    engine = chosen(job, ("bf16", "fp16"))
+    assert engine.precision == "fp32"
+    assert engine.note is not None
+    assert engine.note.startswith("no image could be decoded at the front of 1 of the shards")
+    assert chosen(job, ()).note is None
+
+
+def test_a_first_shard_without_an_image_says_nothing_of_the_others(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [])
+    write_tar(tmp_path / "b.tar", [("a.jpg", b"no image")])
+    write_tar(tmp_path / "c.tar", sample_members("a", 1))
+    engine = chosen(job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64"), ("bf16",))
+    assert (engine.precision, engine.note) == ("bf16", None)
+
+
+def test_images_are_of_shards_all_over_the_input(tmp_path: Path) -> None:
+    shards = [Pending(str(number), "", 0, "") for number in range(1000)]
+    names = [int(shard.name) for shard in _spread(shards, 8)]
+    assert names == [0, 142, 285, 428, 570, 713, 856, 999]
+    assert _spread(shards[:8], 8) == shards[:8]
 
 
 def test_stored_parts_do_not_hide_the_images_to_measure_on(tmp_path: Path) -> None:
@@ -123,8 +143,8 @@ def test_a_kept_graph_is_the_one_that_was_made_and_decides_alike(tmp_path: Path)
     kept = chosen(warm, ("bf16",))
     assert (kept.name, kept.precision, kept.source.graph) == (made.name, made.precision, made.source.graph)
     assert np.array_equal(kept.source.constants, made.source.constants)
-    pending = Pending(*warm.shards[0])
-    with foreseen_engine(warm, [pending]) as choose:
+    pending = [Pending(*warm.shards[0])]
+    with foreseen_engine(warm, pending) as choose:
         foreseen = choose(warm, pending, "cpu", ("bf16",) if cpu_has_bf16() else ())
         assert foreseen.source.graph == made.source.graph
         on_gpu = choose(warm, pending, "cuda", ())

@@ -146,10 +146,12 @@ def test_unexpected_keys_and_other_shapes_are_named(tmp_path: Path) -> None:
     state = torchvision_state()
     state["features.99.weight"] = torch.zeros(3)
     state["features.0.bias"] = torch.zeros(5)
+    state["features.0.weight"] = state["features.0.weight"].to(torch.int8)
     with pytest.raises(WeightsError) as caught:
         load_weights(NAME, write(tmp_path / "w.pth", state))
     assert "1 unexpected: features.99.weight" in str(caught.value)
     assert "1 of another shape: features.0.bias 5 instead of 64" in str(caught.value)
+    assert "1 of another type: features.0.weight torch.int8" in str(caught.value)
     assert "missing" not in str(caught.value)
 
 
@@ -235,6 +237,8 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         ({"model": {}, "args": argparse.Namespace(lr=1)}, "it asks for argparse.Namespace"),
         ([torch.zeros(1)], "must be a state dict of tensors, got list"),
         ({"a": torch.zeros(1), "b": 3}, "must be a state dict of tensors, got int as 'b'"),
+        ({"a": torch.zeros(1, device="meta")}, "must hold dense tensors, got one without values as 'a'"),
+        ({"a": torch.eye(2).to_sparse()}, "must hold dense tensors, got torch.sparse_coo as 'a'"),
         (b"", "EOFError"),
         (b"<html>not found</html>", "not a state dict"),
     ],
