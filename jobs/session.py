@@ -40,7 +40,7 @@ def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
     """The worst that a report tells."""
     if not report["balanced"] or report.get("report_fault") is not None:
         return EXIT_UNBALANCED
-    if report["shards"]["broken"]:
+    if report["shards"]["broken"] or report["shards"]["vanished"]:
         return EXIT_BROKEN_SHARDS
     if report["errors"] > max_error_fraction * report["samples"]:
         return EXIT_TOO_MANY_ERRORS
@@ -88,6 +88,8 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
     metrics = Metrics(job.run)
 
     def on_resources(decided: Job, resources: Resources) -> None:
+        # Before run.json is written: another run may have begun the output while this one waited for nodes.
+        lease.check()
         console.resources(decided, resources)
         metrics.resources(resources)
 
@@ -117,7 +119,7 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
     finally:
         # Before the lease ends, so that no worker writes after it.
         ray.shutdown()
-    if plan.pending:
+    if plan.pending or not report["balanced"]:
         console.summary(report)
     else:
         console.nothing_to_do(len(job.shards))

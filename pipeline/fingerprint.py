@@ -16,7 +16,7 @@ import pyarrow
 from pipeline.config import DECODES, Config, Field
 from pipeline.decode import Preprocess
 from pipeline.errors import OutputError, ShardError
-from pipeline.storage import describe, join, read_bytes, write_bytes
+from pipeline.storage import create, describe, join, read_bytes
 
 RUN_FILE = "run.json"
 FORMAT = 1
@@ -141,10 +141,15 @@ def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
 
 
 def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:
-    """Write `run.json`."""
+    """Write `run.json` of a new output; what another run wrote meanwhile stays.
+
+    Raises:
+        OutputError: that was made with another setting.
+    """
     run = {
         "fingerprint": fingerprint.digest,
         "settings": fingerprint.settings,
         "versions": fingerprint.versions,
     }
-    write_bytes(output, RUN_FILE, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode())
+    if not create(output, RUN_FILE, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode()):
+        follow(fingerprint, read_fingerprint(output))

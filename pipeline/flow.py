@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,15 @@ from pipeline.parts import PartWriter
 from pipeline.plain_jpeg import JpegForwarder
 from pipeline.prepare import Job
 from pipeline.redact import redact
-from pipeline.report import Tally, make_report, tells_of_work, write_report
+from pipeline.report import (
+    Tally,
+    last_counts,
+    make_report,
+    mark_counted,
+    mark_uncounted,
+    tells_of_work,
+    write_report,
+)
 from pipeline.resources import Resources, plan_resources
 from pipeline.samples import Pending, SampleReader
 from pipeline.schema import SHARD_SCHEMA
@@ -162,22 +170,17 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
     tally = Tally()
     problems: list[str] = []
     # Beside a done shard lies only what a writer of an older version left.
-    not_done = {shard.name for shard in plan.pending}
-    delete(config.output, [file for name, files in plan.stale.items() if name not in not_done for file in files])
+    _clear(job, plan, plan.stale.keys() - {shard.name for shard in plan.pending})
+    counted = last_counts(config.output)
     if not plan.pending:
         _begin(job)
-        return _finish(job, plan, None, tally, Counts(), problems)
-    resources = plan_resources(config, watcher.on_wait)
+        counts = counted or _counted(job, shards, {shard.name for shard in shards}, problems)
+        return _finish(job, plan, None, tally, counts, problems)
+    job, source, resources = _decide(job, plan.pending, watcher, choose, problems)
     tally.devices = devices = DeviceTime(resources.requests[0], resources.num_actors[1], tally.started, alive_nodes())
-    engine = choose(job, plan.pending, resources.device, resources.fast_precisions())
-    if engine.note is not None:
-        problems.append(f"slower than it could be: {engine.note}")
-    source = engine.source.share()
-    job, resources, note = settle(job.with_engine(engine.name, engine.precision), source, resources, watcher.on_wait)
-    if note is not None:
-        problems.append(note)
     watcher.on_resources(job, resources)
     _begin(job)
+    mark_uncounted(config.output)
     names = {shard.name for shard in plan.pending[: config.limit]}
     failed = no_nodes = False
     # Passes in a row that stored nothing new, the first aside: a cluster that goes on losing machines may take many
@@ -189,7 +192,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
             break
         watcher.on_pass(number, pending)
         num_problems = len(problems)
-        delete(config.output, [name for shard in pending for name in plan.stale.get(shard.name, ())])
+        _clear(job, plan, [shard.name for shard in pending])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
             with _watch_nodes(resources, config, watcher, devices):
@@ -210,8 +213,26 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         num_idle = 0 if _has_got_on(pending, plan.pending) else num_idle + 1
         if num_idle >= config.max_passes - 1:
             break
-    counts = count([shard for shard in shards if shard.name in names], config.output)
-    return _finish(job, first_plan, resources, tally, counts, problems)
+    _clear(job, plan, names)
+    if counted is None:
+        # An earlier run did not count what it stored, or found that it does not balance.
+        names |= {shard.name for shard in shards} - {shard.name for shard in plan.pending}
+    return _finish(job, first_plan, resources, tally, _counted(job, shards, names, problems), problems)
+
+
+def _decide(
+    job: Job, pending: list[Pending], watcher: Watcher, choose: Choose, problems: list[str]
+) -> tuple[Job, Source, Resources]:
+    """What the cluster has, and what computes there: with it the job, and what the actors are to load."""
+    resources = plan_resources(job.config, watcher.on_wait)
+    engine = choose(job, pending, resources.device, resources.fast_precisions())
+    if engine.note is not None:
+        problems.append(f"slower than it could be: {engine.note}")
+    source = engine.source.share()
+    job, resources, note = settle(job.with_engine(engine.name, engine.precision), source, resources, watcher.on_wait)
+    if note is not None:
+        problems.append(note)
+    return job, source, resources
 
 
 def _has_got_on(before: list[Pending], now: list[Pending]) -> bool:
@@ -225,13 +246,29 @@ def _finish(
 ) -> dict[str, Any]:
     report = make_report(tally, counts, job, plan, resources, problems)
     try:
-        if plan.pending or not tells_of_work(job.config.output):
+        if plan.pending or not counts.balanced or not tells_of_work(job.config.output):
             write_report(job.config.output, report)
+        mark_counted(job.config.output)
     except (OSError, ShardError) as error:
         # What it tells is needed the more.
         report["report_fault"] = describe(error)
     clear_temporary(job.config.output)
     return report
+
+
+def _counted(job: Job, shards: list[Shard], names: set[str], problems: list[str]) -> Counts:
+    """Count the shards of these names, and tell of those that are no longer in the input."""
+    counts = count([shard for shard in shards if shard.name in names], job.config.output, job.fingerprint.digest)
+    counts.vanished.extend(sorted(names - {shard.name for shard in shards}))
+    if counts.vanished:
+        gone = ", ".join(counts.vanished[:4]) + (" ..." if len(counts.vanished) > 4 else "")
+        problems.append(f"{len(counts.vanished)} shards went from the input before the end of the run: {gone}")
+    return counts
+
+
+def _clear(job: Job, plan: Plan, names: Iterable[str]) -> None:
+    """Delete what is stale of these shards."""
+    delete(job.config.output, [file for name in names for file in plan.stale.get(name, ())])
 
 
 def _task_retries() -> dict[str, Any]:

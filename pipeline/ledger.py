@@ -24,9 +24,9 @@ _LAST = _ENDS.index(END_LAST)
 class Plan:
     """What a run has to do.
 
-    `stale` are, by shard, the stored files that must go before it is embedded: parts of an older version,
-    and the broken end that an earlier run left. `elsewhere` counts stored shards that the input does
-    not name; they are left alone.
+    `stale` are, by shard, the stored files that must go: parts of an older version, what contradicts other parts, and
+    the broken end of an earlier run where what it has is stored whole. Until then that end stays, as the shard may
+    never again be read as far. `elsewhere` counts stored shards that the input does not name; they are left alone.
     """
 
     pending: list[Pending]
@@ -95,7 +95,7 @@ def make_plan(shards: list[Shard], output: str) -> Plan:
         parts = [PartName(shard.name, tag, code // len(_ENDS), _ENDS[code % len(_ENDS)]) for code in codes]
         good = _usable(parts)
         if len(good) < len(parts) or shard.name in older or shard.name in errors:
-            names = {*good}
+            names = {*good, *_broken_end(parts, good)}
             old = [f"{EMBEDDINGS}/{part}" for part in (*parts, *older.get(shard.name, ())) if part not in names]
             old += [f"{ERRORS}/{part}" for part in errors.get(shard.name, ()) if part not in names]
             if old:
@@ -115,6 +115,12 @@ def make_plan(shards: list[Shard], output: str) -> Plan:
         stale=stale,
         elsewhere=len(unnamed),
     )
+
+
+def _broken_end(parts: list[PartName], good: list[PartName]) -> list[PartName]:
+    """The broken end that goes on from the good parts, if there is one: only its part will be made again as such."""
+    broken = [part for part in parts if part.end == END_BROKEN and part.part >= len(good)]
+    return broken if [part.part for part in (*good, *broken)] == list(range(len(good) + 1)) else []
 
 
 def _is_whole(codes: list[int]) -> bool:
@@ -143,6 +149,8 @@ class Counts:
     num_samples: int = 0
     num_embedded: int = 0
     num_errors: int = 0
+    # Taken on by the run, and gone from the input before its end.
+    vanished: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -154,12 +162,12 @@ class Counts:
 
 
 @without_gc()
-def count(shards: list[Shard], output: str) -> Counts:
+def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts:
     """Count the samples of `shards` from the footers of their stored parts.
 
-    Each part must hold as many rows as samples, follow on the part before, and end in a last part, or in
-    a broken one with its fault. There must be no errors without their part, and no part of an older
-    version.
+    Each part must hold as many rows as samples, follow on the part before, be made with the settings of `digest`
+    where that is given, and end in a last part, or in a broken one with its fault. There must be no errors without
+    their part, and no part of an older version.
 
     Raises:
         OutputError: the output cannot be listed.
@@ -177,7 +185,7 @@ def count(shards: list[Shard], output: str) -> Counts:
         if part.shard in tags:
             errors[part] = info.num_bytes
     with ThreadPoolExecutor(_COUNTERS, thread_name_prefix="count") as pool:
-        results = pool.map(lambda parts: _count_shard(output, parts, errors), stored.values())
+        results = pool.map(lambda parts: _count_shard(output, parts, errors, digest), stored.values())
         for shard, result in zip(stored, results, strict=True):
             counts.num_samples += result.num_samples
             counts.num_embedded += result.num_embedded
@@ -197,7 +205,9 @@ def count(shards: list[Shard], output: str) -> Counts:
     return counts
 
 
-def _count_shard(output: str, parts: list[tuple[PartName, int]], errors: dict[PartName, int]) -> Counts:
+def _count_shard(
+    output: str, parts: list[tuple[PartName, int]], errors: dict[PartName, int], digest: str | None
+) -> Counts:
     counts = Counts()
     parts.sort()
     try:
@@ -208,6 +218,8 @@ def _count_shard(output: str, parts: list[tuple[PartName, int]], errors: dict[Pa
             if name.end != END_NONE and number + 1 < len(parts):
                 raise OutputError(f"{name} ends the shard, and part {number + 1} is there")
             facts = read_facts(output, f"{EMBEDDINGS}/{name}", num_bytes)
+            if digest is not None and facts.metadata.get("fingerprint") != digest:
+                raise OutputError(f"{name} was made with other settings than {digest}: its metadata tells which")
             num_errors = read_facts(output, f"{ERRORS}/{name}", errors[name]).num_rows if name in errors else 0
             num_samples = facts.number("num_samples")
             if facts.number("first_index") != counts.num_samples:

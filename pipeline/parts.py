@@ -110,6 +110,9 @@ class PartWriter:
             values["end"],
         )
         name = str(part)
+        if values["end"] == END_BROKEN and self._reached_further(name, values["num_samples"]):
+            # What an earlier run could read of the shard is more, and stays.
+            return {**values, "num_embedded": 0, "reasons": [], "error_ids": [], "written_bytes": 0, "write_s": 0.0}
         if values["first_index"] == UNKNOWN_INDEX:
             values = {**values, "first_index": self._end_before(part)}
         failed = samples.field(REASON).is_valid()
@@ -140,6 +143,13 @@ class PartWriter:
             "written_bytes": written,
             "write_s": time.perf_counter() - start,
         }
+
+    def _reached_further(self, name: str, num_samples: int) -> bool:
+        """Whether a part of that name is stored with more samples."""
+        try:
+            return read_facts(self._root, f"{EMBEDDINGS}/{name}").number("num_samples") > num_samples
+        except OutputError:  # there is none, or it is damaged
+            return False
 
     def _end_before(self, part: PartName) -> int:
         """The sample after the stored part that comes before `part`."""

@@ -19,10 +19,11 @@ from pipeline.resources import Resources
 from pipeline.samples import Pending
 from pipeline.schema import END_BROKEN, END_LAST, STAGE_EMBED, STAGES
 from pipeline.shards import Shard
-from pipeline.storage import join, read_bytes, write_bytes
+from pipeline.storage import delete, join, read_bytes, write_bytes
 from pipeline.verify_tars import mean_sample_bytes
 
 REPORT_FILE = "report.json"
+UNCOUNTED_FILE = ".uncounted"
 MAX_LISTED = 100
 
 
@@ -115,7 +116,8 @@ def make_report(
 ) -> dict[str, Any]:
     """The report of a run, as it is stored in `report.json`.
 
-    Counts are of the shards that this run took on, read back from what is stored. `problems` is what went
+    Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
+    earlier run has not counted them or found that they do not balance. `problems` is what went
     wrong with the engine on the way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
     images of the parts stored in it, and the seconds that each stage worked on them; `stage_workers` is how many
     workers of a stage can be busy at once, on average. `num_devices` is the most that there were at once;
@@ -160,6 +162,7 @@ def make_report(
             "done_now": tally.num_shards,
             "broken": len(counts.broken),
             "missing": len(counts.missing),
+            "vanished": len(counts.vanished),
             "stored_but_not_in_input": plan.elsewhere,
         },
         "broken_shards": {name: tally.faults.get(name, "broken") for name in counts.broken[:MAX_LISTED]},
@@ -188,6 +191,33 @@ def make_report(
         # Last, since it is long.
         "timeline": tally.timeline.as_dict(),
     }
+
+
+def mark_uncounted(output: str) -> None:
+    """Say that what is stored in `output` is not counted: a run that dies before it has done so leaves that."""
+    write_bytes(output, UNCOUNTED_FILE, b"")
+
+
+def mark_counted(output: str) -> None:
+    """Take that back, where the report of what was counted is stored."""
+    delete(output, [UNCOUNTED_FILE])
+
+
+def last_counts(output: str) -> Counts | None:
+    """What the stored report counted; None where it did not balance, or what was stored since is not counted."""
+    try:
+        read_bytes(join(output, UNCOUNTED_FILE))
+        return None
+    except FileNotFoundError:
+        pass
+    except (OSError, ShardError):
+        return None
+    try:
+        report = json.loads(read_bytes(join(output, REPORT_FILE)))
+        counts = Counts(int(report["samples"]), int(report["embedded"]), int(report["errors"]))
+        return counts if report["balanced"] is True else None
+    except (OSError, ShardError, ValueError, KeyError, TypeError):
+        return None
 
 
 class _Work(NamedTuple):

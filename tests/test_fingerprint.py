@@ -159,6 +159,15 @@ def test_a_broken_run_file_is_told(tmp_path: Path, text: str) -> None:
         read_fingerprint(str(tmp_path))
 
 
+def test_a_run_file_that_another_run_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    write_fingerprint(str(tmp_path), made("fp32"))
+    before = (tmp_path / RUN_FILE).read_bytes()
+    write_fingerprint(str(tmp_path), made("fp32"))
+    with pytest.raises(OutputError, match='precision: output "fp32", this run "bf16"'):
+        write_fingerprint(str(tmp_path), made("bf16"))
+    assert (tmp_path / RUN_FILE).read_bytes() == before
+
+
 def test_a_run_file_edited_by_hand_is_refused(tmp_path: Path) -> None:
     write_fingerprint(str(tmp_path), made())
     run = json.loads((tmp_path / RUN_FILE).read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import encode, photo, sample_members, write_shards, write_tar
 
+from jobs.session import exit_code
 from pipeline import backbones
 from pipeline.config import parse
 from pipeline.engine import Engine, choose_engine
@@ -22,7 +24,7 @@ from pipeline.flow import Watcher, make_flow, run
 from pipeline.ledger import make_plan
 from pipeline.parts import vectors
 from pipeline.prepare import Job, prepare
-from pipeline.report import Estimate, Tally, estimate
+from pipeline.report import UNCOUNTED_FILE, Estimate, Tally, estimate, mark_uncounted
 from pipeline.resources import plan_resources
 from pipeline.samples import Pending
 from pipeline.torch_runner import SharedWeights
@@ -293,6 +295,76 @@ def test_a_cut_shard_keeps_its_samples_and_is_called_broken(tmp_path: Path) -> N
     assert report["shards"]["broken"] == 0
     assert len(rows(tmp_path / "out")) == 12
     assert not rows(tmp_path / "out", "errors")
+
+
+def test_what_was_read_of_a_broken_shard_stays_when_it_can_no_longer_be_read(tmp_path: Path) -> None:
+    shard = write_shards(tmp_path / "in", num_shards=1, samples_each=6) / "photos-00000.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    embed(tmp_path / "in", tmp_path / "out")
+    before = rows(tmp_path / "out")
+    assert len(before) >= 2
+    job = job_for(tmp_path / "in", tmp_path / "out")
+    times = shard.stat()
+
+    def spoil(number: int, pending: list[Pending]) -> None:
+        # Another content of the same size and time, which is the same version.
+        shard.write_bytes(b"?" * times.st_size)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    report = run(job, make_plan(job.shards, job.config.output), Watcher(lambda *_: None, spoil, lambda tally: None))
+    assert (report["balanced"], report["shards"]["broken"]) == (True, 1)
+    assert rows(tmp_path / "out") == before
+
+
+def test_a_shard_that_vanishes_during_a_run_is_told(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=2)
+    job = job_for(shards, tmp_path / "out")
+
+    def remove(number: int, pending: list[Pending]) -> None:
+        (shards / "photos-00001.tar").unlink(missing_ok=True)
+
+    report = run(job, make_plan(job.shards, job.config.output), Watcher(lambda *_: None, remove, lambda tally: None))
+    assert (report["balanced"], report["samples"], report["shards"]["vanished"]) == (True, 2, 1)
+    assert "1 shards went from the input before the end of the run: photos-00001" in report["problems"]
+    assert exit_code(report, 1.0) == 3
+
+
+def test_what_does_not_balance_is_counted_again_by_the_next_run_though_it_has_nothing_to_do(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=4)
+    assert embed(shards, tmp_path / "out", part_rows=2)["balanced"]
+    good = next((tmp_path / "out" / "embeddings").glob("photos-00000.*-00000.parquet"))
+    content = good.read_bytes()
+    good.write_bytes(content[:-20])
+    next((tmp_path / "out" / "embeddings").glob("photos-00000.*-last.parquet")).unlink()
+    for _ in range(2):
+        report = embed(shards, tmp_path / "out", part_rows=2)
+        assert not report["balanced"]
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["imbalances"] == report["imbalances"]
+    # Nor is it forgotten where another run has work of its own.
+    write_tar(shards / "photos-00002.tar", sample_members("new", 9))
+    assert not embed(shards, tmp_path / "out", part_rows=2)["balanced"]
+    good.write_bytes(content)
+    assert embed(shards, tmp_path / "out", part_rows=2)["balanced"]
+
+
+def test_what_a_run_stored_that_died_before_it_counted_is_counted_by_the_next(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=1, samples_each=4)
+    embed(shards, tmp_path / "out", part_rows=2)
+    assert not (tmp_path / "out" / UNCOUNTED_FILE).exists()
+    mark_uncounted(str(tmp_path / "out"))
+    part = next((tmp_path / "out" / "embeddings").glob("photos-00000.*-00000.parquet"))
+    part.write_bytes(part.read_bytes()[:-20])
+    report = embed(shards, tmp_path / "out", part_rows=2)
+    assert not report["balanced"]
+    assert not (tmp_path / "out" / UNCOUNTED_FILE).exists()
+
+
+def test_a_run_without_work_is_judged_by_the_errors_of_the_last_one(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "s.tar", [("a.jpg", b"no image"), *sample_members("b", 1)])
+    for _ in range(2):
+        report = embed(tmp_path / "in", tmp_path / "out")
+        assert (report["errors"], report["samples"]) == (1, 2)
+        assert exit_code(report, 0.1) == 5
 
 
 def test_an_empty_shard_is_done_and_gives_no_row(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_parts import embedded, writer
+from test_parts import FINGERPRINT, embedded, writer
 
 from pipeline import ledger
 from pipeline.errors import OutputError
@@ -74,8 +74,11 @@ def test_more_than_ten_thousand_parts_are_counted_by_number_and_not_by_letter(tm
         (["0", "1-last", "2-last"], (0,), ["1-last", "2-last"]),
         (["0", "1-last", "2"], (0,), ["1-last", "2"]),
         (["0", "1", "1-last"], (0,), ["1-last", "1"]),
-        (["0", "1-broken"], (0,), ["1-broken"]),
-        (["0-broken"], (), ["0-broken"]),
+        (["0", "1-broken"], (0,), []),
+        (["0-broken"], (), []),
+        (["0", "1", "1-broken"], (0, 1), ["1-broken"]),
+        (["0", "1", "2-broken", "3-broken"], (0, 1), ["2-broken", "3-broken"]),
+        (["0", "1", "2", "2-broken", "3-broken"], (0, 1, 2), ["2-broken"]),
         (["0", "1-broken", "1-last"], None, ["1-broken"]),
         (["0", "1", "3-broken"], (0, 1), ["3-broken"]),
     ],
@@ -97,7 +100,11 @@ def test_a_broken_shard_is_tried_again_and_counts_as_retried(tmp_path: Path) -> 
     store(str(tmp_path), "1-broken", folder=ERRORS)
     plan = planned(str(tmp_path))
     assert (plan.retried, plan.changed) == (["a"], [])
-    assert plan.stale["a"] == [f"{folder}/a.{TAG}-00001-broken.parquet" for folder in (EMBEDDINGS, ERRORS)]
+    assert plan.stale == {}, "it may never again be read as far"
+    store(str(tmp_path), "1-last")
+    ended = planned(str(tmp_path))
+    assert "a" not in [shard.name for shard in ended.pending]
+    assert ended.stale["a"] == [f"{folder}/a.{TAG}-00001-broken.parquet" for folder in (EMBEDDINGS, ERRORS)]
 
 
 def test_a_changed_shard_is_pending_and_its_old_parts_and_errors_must_go(tmp_path: Path) -> None:
@@ -280,6 +287,29 @@ def test_every_other_imbalance_is_told(tmp_path: Path) -> None:
         assert message in told[name]
 
 
+def test_a_part_of_other_settings_is_no_balance(tmp_path: Path) -> None:
+    writer(tmp_path)(embedded(["a", "b"], name="a"))
+    assert count(SHARDS[:1], str(tmp_path), FINGERPRINT.digest).balanced
+    (fault,) = count(SHARDS[:1], str(tmp_path), "0" * 64).faults
+    assert f"a.{TAG}-00000-last.parquet was made with other settings than 0000" in fault
+
+
+def test_a_broken_end_that_has_more_stays_until_its_part_is_whole(tmp_path: Path) -> None:
+    make = writer(tmp_path)
+    make(embedded(["a", "b"], name="a", end="broken", fault="cut"))
+    stored = (tmp_path / EMBEDDINGS / f"a.{TAG}-00000-broken.parquet").read_bytes()
+    receipts = make(embedded(["a"], name="a", end="broken", fault="Access Denied"))
+    assert (tmp_path / EMBEDDINGS / f"a.{TAG}-00000-broken.parquet").read_bytes() == stored
+    assert receipts.column("num_embedded").to_pylist() == [0]
+    make(embedded(["a", "b", "c"], name="a", end="broken", fault="cut later"))
+    assert count(SHARDS[:1], str(tmp_path)).num_embedded == 3
+    make(embedded(["a", "b", "c", "d"], name="a"))
+    plan = make_plan(SHARDS[:1], str(tmp_path))
+    assert plan.pending == []
+    delete(str(tmp_path), plan.stale["a"])
+    assert count(SHARDS[:1], str(tmp_path)).num_embedded == 4
+
+
 def test_a_fault_after_stored_parts_balances_and_is_tried_again(tmp_path: Path) -> None:
     make = writer(tmp_path)
     make(embedded(["a", "b"], name="a", end=""))
@@ -290,7 +320,7 @@ def test_a_fault_after_stored_parts_balances_and_is_tried_again(tmp_path: Path) 
     assert (counts.num_samples, counts.num_embedded, counts.num_errors, counts.broken) == (3, 3, 0, ["a"])
     plan = make_plan(SHARDS[:1], str(tmp_path))
     assert [shard.stored_parts for shard in plan.pending] == [(0, 1)]
-    assert plan.stale["a"] == [f"{folder}/a.{TAG}-00002-broken.parquet" for folder in (EMBEDDINGS, ERRORS)]
+    assert plan.stale == {}
 
 
 def test_an_output_that_is_no_folder_holds_nothing(tmp_path: Path) -> None:
