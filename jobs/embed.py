@@ -29,7 +29,7 @@ AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, AWS_PROFILE ...) or the machine's role.
 exit codes:
   0    every sample is stored: as an embedding, or in errors/ with its reason
   2    wrong usage or settings; nothing was started
-  3    some shards could not be read to their end; what could be read of them is stored
+  3    some shards could not be read to their end, or went from the input meanwhile; what could be read is stored
   4    the counts do not balance, or the store failed: run the same command again
   5    more errors than --max-error-fraction
   75   another run holds the output; nothing was started
