@@ -15,6 +15,7 @@ index as it was before.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ VECTORS_FILE = "vectors.faiss"
 LISTS_FILE = "lists.ivfdata"
 ROWS_FILE = "rows.parquet"
 PARTS_FILE = "parts.parquet"
-DATA_PREFIX = "data-"
+DATA_NAME = "data-{:05d}"
 FORMAT = 1
 ROW = "row"
 ROWS_SCHEMA = pa.schema(
@@ -93,6 +94,13 @@ class Facts:
         return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def data_number(name: str) -> int | None:
+    """The number of a data folder; None where the name is not exactly as `DATA_NAME` makes it."""
+    digits = re.fullmatch(r"data-([0-9]{5,18})", name)
+    number = int(digits[1]) if digits else -1
+    return number if name == DATA_NAME.format(number) else None
+
+
 class Neighbour(NamedTuple):
     """A row near a query. A higher `score` is nearer; for l2 it is the distance, and a lower one is."""
 
@@ -121,7 +129,7 @@ def read_facts(folder: Path) -> Facts | None:
             raise OutputError(f"{path} is of format {form}, this version reads {FORMAT}")
         values["files"] = {name: (int(size), str(sha256)) for name, (size, sha256) in values["files"].items()}
         facts = Facts(**values)
-        if facts.kind not in KINDS or facts.metric not in METRICS or Path(facts.data).name != facts.data:
+        if facts.kind not in KINDS or facts.metric not in METRICS or data_number(facts.data) is None:
             raise ValueError("unknown kind, metric or data folder")
     except FileNotFoundError:
         return None

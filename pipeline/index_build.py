@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError, SettingsError
 from pipeline.index import (
-    DATA_PREFIX,
+    DATA_NAME,
     INDEX_FILE,
     LISTS_FILE,
     PARTS_FILE,
@@ -31,6 +32,7 @@ from pipeline.index import (
     ROWS_SCHEMA,
     VECTORS_FILE,
     Facts,
+    data_number,
     read_facts,
     read_parts,
 )
@@ -56,7 +58,9 @@ from pipeline.stored import Output, StoredPart, list_stored, open_output, stream
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
 _LOCK_FILE = ".lock"
+_LOCK_TEXT = "jobs/index.py makes an index in this folder\n"
 _PIECE_FILE = "piece-{:05d}.faiss"
+_PIECE_NAME = re.compile(r"piece-[0-9]+\.faiss")
 # An ivf index is laid out anew when it has this many times the rows that its lists were made for.
 _GROWTH = 4
 # Parts that the rows to train lists are drawn from: enough of them to see all of a sorted output.
@@ -148,28 +152,45 @@ def _local(index: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    ours = (INDEX_FILE, _LOCK_FILE, TEMPORARY_FOLDER)
-    others = [
-        name
-        for name in (sorted(os.listdir(folder)) if folder.exists() else [])
-        if name not in ours and not name.startswith(DATA_PREFIX)
-    ]
-    if others and not (folder / INDEX_FILE).exists():
-        raise OutputError(f"{folder} is not empty and no index: it has {others[0]!r}; name another folder")
+    """Hold the folder, which must be new, empty, or that of an index; nothing else is touched."""
+    names = sorted(os.listdir(folder)) if folder.exists() else []
+    if INDEX_FILE not in names:
+        ours = (_LOCK_FILE, TEMPORARY_FOLDER, *(name for name in names if data_number(name) is not None))
+        # A run that died before its first index was whole left its lock, and only then what lies beside it is ours.
+        begun = _LOCK_FILE in names and (folder / _LOCK_FILE).read_text(errors="replace") == _LOCK_TEXT
+        others = [name for name in names if name not in (ours if begun else (_LOCK_FILE,))]
+        if others:
+            raise OutputError(f"{folder} is not empty and no index: it has {others[0]!r}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK_FILE, "w") as file:
+    with open(folder / _LOCK_FILE, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise SettingsError(f"another index.py is at work in {folder}") from error
+        if not file.tell():
+            file.write(_LOCK_TEXT)
+            file.flush()
+        for path in sorted(folder.iterdir()):
+            if data_number(path.name) is not None and not _is_ours(path):
+                raise OutputError(f"{path} has the name of an index's own, and is none: name another folder")
         yield
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a data folder has nothing but what is written here."""
+    ours = (VECTORS_FILE, LISTS_FILE, ROWS_FILE, PARTS_FILE)
+    return (
+        path.is_dir()
+        and not path.is_symlink()
+        and all(name in ours or _PIECE_NAME.fullmatch(name) for name in os.listdir(path))
+    )
 
 
 def _clear(folder: Path, facts: Facts | None) -> None:
     """Remove the data folders that do not count: of a run that died, or of the index before."""
     clear_temporary(str(folder))
-    for path in folder.glob(f"{DATA_PREFIX}*"):
-        if facts is None or path.name != facts.data:
+    for path in folder.iterdir():
+        if data_number(path.name) is not None and (facts is None or path.name != facts.data) and _is_ours(path):
             shutil.rmtree(path)
 
 
@@ -255,8 +276,8 @@ def _plan(source: Output, old: Facts | None, num_rows: int, options: Options) ->
 
 
 def _next_data(old: Facts | None) -> str:
-    number = int(old.data.removeprefix(DATA_PREFIX)) + 1 if old is not None else 0
-    return f"{DATA_PREFIX}{number:05d}"
+    before = data_number(old.data) if old is not None else None
+    return DATA_NAME.format(0 if before is None else before + 1)
 
 
 def _other_layout(old: Facts | None, facts: Facts) -> str:
@@ -369,8 +390,9 @@ def _write_ivf(
         finish()
     merged = merge_on_disk(trained, pieces, data / LISTS_FILE)
     write_index(merged, data / VECTORS_FILE)
-    for path in data.glob(_PIECE_FILE.replace("{:05d}", "*")):
-        path.unlink()
+    for path in data.iterdir():
+        if _PIECE_NAME.fullmatch(path.name):
+            path.unlink()
     return merged
 
 

@@ -379,6 +379,51 @@ def test_a_kill_leaves_the_old_index_usable_and_the_next_run_goes_on(tmp_path: P
     assert sorted(path.name for path in index.iterdir() if path.is_dir()) == [built.facts.data]
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files of a folder but its lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", ["data-00000", "data-2024", "data-x.csv", "data-00000/photo.jpg", ".tmp/x"])
+def test_what_the_user_has_in_a_folder_is_never_removed(name: str, embedded: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / (name if "." in name else f"{name}/vectors.faiss")
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"is not empty and no index: it has '.*'; name another folder"):
+        build(str(embedded), tmp_path / "mine")
+    assert everything(tmp_path / "mine") == {str(mine.relative_to(tmp_path / "mine")): b"mine"}
+
+
+def test_an_index_leaves_what_lies_beside_it_alone_and_refuses_what_has_the_name_of_its_own(
+    embedded: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    build(str(embedded), index)
+    before = everything(index)
+    (index / "data-x.csv").write_bytes(b"mine")
+    (index / "data-2024").mkdir()
+    (index / "data-2024" / "vectors.faiss").write_bytes(b"mine")
+    assert build(str(embedded), index).num_added == 0
+    assert everything(index) == before | {"data-x.csv": b"mine", "data-2024/vectors.faiss": b"mine"}
+    for name in ("data-00001", "data-00007/notes.txt"):
+        (index / name).parent.mkdir(exist_ok=True)
+        (index / name).write_bytes(b"mine")
+        with pytest.raises(OutputError, match=f"{name[:10]} has the name of an index's own, and is none"):
+            build(str(embedded), index)
+        assert (index / name).read_bytes() == b"mine"
+        (index / name).unlink()
+
+
+def test_what_a_first_build_that_was_killed_left_is_cleared_away(embedded: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    build(str(embedded), index)
+    (index / "index.json").unlink()
+    (index / "data-00000").rename(index / "data-00003")
+    assert build(str(embedded), index).facts.num_rows == 14
+    assert sorted(path.name for path in index.iterdir()) == [".lock", "data-00000", "index.json"]
+
+
 def test_two_at_once_are_refused(embedded: Path, tmp_path: Path) -> None:
     import fcntl
 
