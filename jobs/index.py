@@ -30,9 +30,9 @@ The kind, where --kind does not say:
   ivf   lists on disk, of which a search reads some: beyond
 
 Run it again after embed.py: the parts that are new are added. Where a part that is in the index has gone
-from the output or changed, the index is built anew, and that is said. The old index stays usable until the
-new one is whole. How wide searches are is chosen by measuring: the narrowest that finds 95 % of the ten
-nearest, compared with an exact search for 100 of its own rows.
+from the output or changed, or a file of the index is damaged, the index is built anew, and that is said. The
+old index stays usable until the new one is whole. How wide searches are is chosen by measuring: the narrowest
+that finds 95 % of the ten nearest, compared with an exact search for 100 of its own rows.
 
 exit codes:
   0    the index holds what the output holds

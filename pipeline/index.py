@@ -14,6 +14,7 @@ index as it was before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError, SettingsError
 from pipeline.fingerprint import Fingerprint
-from pipeline.index_kinds import KINDS, METRICS, Vectors, prepared, read_index, search_rows
+from pipeline.index_kinds import BUILD_AGAIN, KINDS, METRICS, Vectors, prepared, read_index, search_rows
 from pipeline.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.stored import StoredPart
 
@@ -131,13 +132,33 @@ def read_facts(folder: Path) -> Facts | None:
         facts = Facts(**values)
         if facts.kind not in KINDS or facts.metric not in METRICS or data_number(facts.data) is None:
             raise ValueError("unknown kind, metric or data folder")
+        lists = {LISTS_FILE} if facts.kind == "ivf" else set()
+        if facts.files.keys() != {VECTORS_FILE, ROWS_FILE, PARTS_FILE} | lists:
+            raise ValueError(f"unknown files of {facts.kind}: {', '.join(sorted(facts.files))}")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OutputError(f"{path} is not the index.json of an index: {error!r}") from error
+        raise OutputError(f"{path} is damaged, or not that of an index: {error!r}; name another folder") from error
     if stated != facts.made.digest:
         raise OutputError(f"{path} was changed by hand: its settings do not have the fingerprint {stated}")
     return facts
+
+
+def damage(data: Path, facts: Facts, names: Iterable[str]) -> str:
+    """Which file of a data folder is not as it was written, by all sizes and the contents of `names`, or ""."""
+    for name, (num_bytes, _) in facts.files.items():
+        path = data / name
+        found = f"it has {path.stat().st_size}" if path.is_file() else "it is missing"
+        if found != f"it has {num_bytes}":
+            return f"{path} must have {num_bytes} bytes, {found}"
+    changed = (data / name for name in names if sha256_of(data / name) != facts.files[name][1])
+    return next((f"{path} has changed since it was written" for path in changed), "")
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Index:
@@ -146,17 +167,17 @@ class Index:
     def __init__(self, folder: Path, facts: Facts) -> None:
         self.facts = facts
         self.folder = folder / facts.data
-        for name, (num_bytes, _) in facts.files.items():
-            path = self.folder / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != num_bytes:
-                raise OutputError(f"{path} must have {num_bytes} bytes, it has {found}: build the index again")
+        # The embeddings themselves may be many; damage of the rest would end in lost rows, or in a crash.
+        embeddings = LISTS_FILE if facts.kind == "ivf" else VECTORS_FILE
+        fault = damage(self.folder, facts, facts.files.keys() - {embeddings})
+        if fault:
+            raise OutputError(f"{fault}; {BUILD_AGAIN}")
         self._index = read_index(self.folder / VECTORS_FILE)
         self._rows = pq.ParquetFile(self.folder / ROWS_FILE)
         self._tags: dict[str, str] | None = None
         sizes = {self._index.ntotal, self._rows.metadata.num_rows, facts.num_rows}
         if len(sizes) > 1 or self._index.d != facts.num_features:
-            raise OutputError(f"{folder} does not fit together: its files have {sorted(sizes)} rows; build it again")
+            raise OutputError(f"{folder} does not fit together: its files have {sorted(sizes)} rows; {BUILD_AGAIN}")
 
     def search(self, queries: Vectors, count: int) -> list[list[Neighbour]]:
         """The `count` nearest rows of each query [Q, C], nearest first; fewer where there are fewer rows."""
@@ -176,7 +197,11 @@ class Index:
 
     def search_rows(self, queries: Vectors, count: int) -> tuple[Vectors, np.ndarray[Any, Any]]:
         """Scores and row numbers of the nearest, each [Q, count]; -1 where a search found fewer."""
-        return search_rows(self._index, prepared(queries, self.facts.metric), count, self.facts.width)
+        scores, rows = search_rows(self._index, prepared(queries, self.facts.metric), count, self.facts.width)
+        found = rows >= 0
+        if not np.isfinite(scores[found]).all() or (rows >= self.facts.num_rows).any():
+            raise OutputError(f"{self.folder} is damaged: it has rows or scores that cannot be; {BUILD_AGAIN}")
+        return scores, rows
 
     def names(self, rows: Iterable[int]) -> dict[int, tuple[str, str, int]]:
         """image_id, shard and sample_index of some rows."""

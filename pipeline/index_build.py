@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -32,9 +31,11 @@ from pipeline.index import (
     ROWS_SCHEMA,
     VECTORS_FILE,
     Facts,
+    damage,
     data_number,
     read_facts,
     read_parts,
+    sha256_of,
 )
 from pipeline.index_kinds import (
     IVF_TRAIN_ROWS,
@@ -107,7 +108,8 @@ def build(
 ) -> Built:
     """Make the index of an output in the local folder `index`, or add to it the parts that are new.
 
-    Where a part that is in the index has gone from the output, or changed, all is built anew. Memory holds
+    Where a part that is in the index has gone from the output, or changed, or a file of the index is damaged, all
+    is built anew: sizes are looked at always, contents where something is to be added. Memory holds
     the index if it is flat or hnsw, of an ivf one at most `memory_bytes`, and the files of a few parts.
 
     Raises:
@@ -125,7 +127,10 @@ def build(
             _check_same(folder, old, source, options)
         stored = list_stored(source)
         notes = _notes(stored)
-        kept, new, reason = _compare(source, folder, old, stored)
+        # Without the parts that it has, there is nothing to compare with.
+        fault = "" if old is None else damage(folder / old.data, old, [PARTS_FILE])
+        kept, new, reason = _compare(source, folder, None if fault else old, stored)
+        reason = fault or reason
         num_rows = sum(part.num_rows for part in (*kept, *new))
         if not num_rows:
             raise OutputError(f"{output} has no embeddings: there is nothing to index")
@@ -133,6 +138,9 @@ def build(
         reason = reason or _other_layout(old, facts)
         if old is not None and not reason and not new:
             return Built(old, 0, notes=notes)
+        if old is not None and not reason:
+            # All of it is read to add to it: what is copied is what was written.
+            reason = damage(folder / old.data, old, old.files)
         if reason:
             kept, new = [], [*kept, *new]
             facts = replace(facts, laid_out_rows=num_rows, lists=_lists(facts, options))
@@ -333,10 +341,10 @@ def _write(
         width=found.width,
         recall=round(found.recall, 4),
         recall_queries=found.num_queries,
-        files={path.name: (path.stat().st_size, _settled(path)) for path in sorted(data.iterdir())},
+        files={path.name: (path.stat().st_size, sha256_of(path)) for path in sorted(data.iterdir())},
     )
-    for place in (data, folder):
-        _settle_names(place)
+    for path in (*data.iterdir(), data, folder):
+        _settle(path)
     write_bytes(str(folder), INDEX_FILE, facts.as_json())
     _clear(folder, facts)
     return facts
@@ -453,16 +461,9 @@ class _Rows:
         self._num_waiting -= count
 
 
-def _settled(path: Path) -> str:
-    """sha256 of a file that is on the disk for good."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _settle_names(folder: Path) -> None:
-    """Have the names in a folder on the disk for good."""
-    number = os.open(folder, os.O_RDONLY)
+def _settle(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk for good."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import SettingsError
+from pipeline.errors import OutputError, SettingsError
 from pipeline.stored import unit
 
 KINDS = ("flat", "hnsw", "ivf")
@@ -35,6 +35,7 @@ IVF_TRAIN_ROWS = 64
 _BLOCK_BYTES = 32 * 2**20
 _FIRST_WIDTH = {"flat": 0, "hnsw": 64, "ivf": 8}
 _LARGEST_HNSW_WIDTH = 2048
+BUILD_AGAIN = "remove the folder of the index, and build the index again"
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -128,7 +129,7 @@ def read_index(path: Path, *, is_piece: bool = False) -> Any:
     """Read an index; the lists of an ivf one stay on disk, be they in its file (a piece) or in one of their own.
 
     Raises:
-        SettingsError: it cannot be read.
+        OutputError: it cannot be read.
     """
     faiss = load_faiss()
     # With this flag FAISS maps the lists in the file itself, but would not map those of another file.
@@ -136,8 +137,8 @@ def read_index(path: Path, *, is_piece: bool = False) -> Any:
     try:
         with _stdout_to_stderr():
             return faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR)
-    except RuntimeError as error:
-        raise SettingsError(f"{path} is not a FAISS index: {_last_line(error)}") from error
+    except (RuntimeError, MemoryError) as error:
+        raise OutputError(f"{path} is not a FAISS index: {_last_line(error)}; {BUILD_AGAIN}") from error
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _last_line(error: RuntimeError) -> str:
+def _last_line(error: Exception) -> str:
     """FAISS tells the C++ function and line before what went wrong."""
     return str(error).strip().rpartition("\n")[2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -310,15 +311,68 @@ def test_parts_of_other_settings_and_parts_that_are_cut_are_refused(embedded: Pa
     assert not (tmp_path / "index" / "index.json").exists()
 
 
-@pytest.mark.parametrize("name", ["vectors.faiss", "rows.parquet", "lists.ivfdata"])
-def test_a_damaged_index_is_refused_when_it_is_opened(
+@pytest.mark.parametrize("name", ["vectors.faiss", "rows.parquet", "parts.parquet", "lists.ivfdata"])
+def test_an_index_with_a_file_of_another_size_is_refused_and_the_next_build_makes_it_anew(
     name: str, chosen: tuple[Path, Vectors], tmp_path: Path
 ) -> None:
-    facts = build(str(chosen[0]), tmp_path / "index", Options(kind="ivf")).facts
+    output, values = chosen
+    facts = build(str(output), tmp_path / "index", Options(kind="ivf")).facts
     path = tmp_path / "index" / facts.data / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(OutputError, match="build the index again"):
+    with pytest.raises(OutputError, match=rf"{name} must have \d+ bytes, it has \d+; remove the folder"):
         open_index(tmp_path / "index")
+    built = build(str(output), tmp_path / "index")
+    assert re.search(rf"{name} must have \d+ bytes, it has \d+", built.rebuilt)
+    assert (built.facts.kind, built.num_added) == ("ivf", 3000)
+    (tmp_path / "index" / built.facts.data / name).unlink()
+    assert build(str(output), tmp_path / "index").rebuilt.endswith("it is missing")
+    assert np.mean([row == [number] for number, row in enumerate(numbers(tmp_path / "index", values, 1))]) > 0.98
+
+
+def garble(path: Path, start: int, data: bytes = b"\xff" * 64) -> None:
+    """Overwrite some bytes of a file, which keeps its size."""
+    whole = path.read_bytes()
+    start %= len(whole)
+    path.write_bytes(whole[:start] + data + whole[start + len(data) :])
+
+
+@pytest.mark.parametrize("name", ["vectors.faiss", "rows.parquet", "parts.parquet", "lists.ivfdata"])
+def test_nothing_is_added_to_an_index_whose_bytes_have_changed_but_it_is_made_anew(name: str, tmp_path: Path) -> None:
+    output, values = tmp_path / "out", clusters(3000)
+    store(output, "a", values[:1800])
+    facts = build(str(output), tmp_path / "index", Options(kind="ivf")).facts
+    garble(tmp_path / "index" / facts.data / name, 500)
+    store(output, "b", values[1800:])
+    built = build(str(output), tmp_path / "index")
+    assert built.rebuilt.endswith(f"{name} has changed since it was written")
+    assert (built.facts.num_rows, built.num_added) == (3000, 3000)
+    assert np.mean([row == [number] for number, row in enumerate(numbers(tmp_path / "index", values, 1))]) > 0.98
+
+
+INFINITE = np.float32(np.inf).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "start", "data", "message"),
+    [
+        ("ivf", "vectors.faiss", 500, bytes(64), "vectors.faiss has changed since it was written"),
+        ("flat", "rows.parquet", 64, bytes(64), "rows.parquet has changed since it was written"),
+        ("flat", "parts.parquet", 4, bytes(64), "parts.parquet has changed since it was written"),
+        ("hnsw", "vectors.faiss", 0, bytes(64), "vectors.faiss is not a FAISS index: "),
+        ("flat", "vectors.faiss", -4, INFINITE, "data-00000 is damaged: it has rows or scores that cannot be"),
+        ("ivf", "lists.ivfdata", -8, b"\x7f" * 8, "data-00000 is damaged: it has rows or scores that cannot be"),
+    ],
+    ids=range(6),
+)
+def test_a_search_of_a_damaged_index_names_the_file_and_says_what_to_do(
+    kind: str, name: str, start: int, data: bytes, message: str, tmp_path: Path
+) -> None:
+    values = clusters(50)
+    store(tmp_path / "out", "a", values)
+    facts = build(str(tmp_path / "out"), tmp_path / "index", Options("ip", kind)).facts
+    garble(tmp_path / "index" / facts.data / name, start, data)
+    with pytest.raises(OutputError, match=f"{message}.*; remove the folder of the index, and build the index again"):
+        open_index(tmp_path / "index").search(values, 50)
 
 
 def test_an_index_json_changed_by_hand_is_refused(embedded: Path, tmp_path: Path) -> None:
