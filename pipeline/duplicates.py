@@ -112,6 +112,7 @@ def find_duplicates(
     Raises:
         OutputError: no output, or an index that does not hold it.
         SettingsError: a threshold, pattern or metric that cannot be used.
+        OSError: the disk of `scratch` or of the pairs is full, or the like.
     """
     if not 0.0 < threshold <= 1.0:
         raise SettingsError(f"threshold must be above 0 and at most 1, got {threshold}")
@@ -172,9 +173,7 @@ def _collect(
     total = sum(part.num_rows for part in parts)
     if not total:
         raise OutputError(f"{source.url} has no embeddings: there is nothing to compare")
-    rows = np.lib.format.open_memmap(
-        folder / "unit.npy", mode="w+", dtype=np.float32, shape=(total, source.num_features)
-    )
+    rows = _reserved(folder / "unit.npy", (total, source.num_features))
     ids: list[pa.Table] = []
     done = 0
     for piece in stream(source, parts):
@@ -184,6 +183,25 @@ def _collect(
         on_progress("rows read", done, total)
     rows.flush()
     return rows, pa.concat_tables(ids)
+
+
+def _reserved(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    """A new array in a file that has its space on the disk: without, to write where there is none is death."""
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with _named(path), path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return rows
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name `path` in an error of its disk: which of two disks is full, the system itself does not say."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def _indexed(source: Output, index: Index) -> list[Any]:
@@ -276,8 +294,9 @@ def _spill(pairs: np.ndarray[Any, Any], num_rows: int, folder: Path) -> None:
     order = np.argsort(ranges, kind="stable")
     numbers, starts = np.unique(ranges[order], return_index=True)
     for number, some in zip(numbers, np.split(pairs[order], starts)[1:], strict=True):
-        with (folder / f"pairs-{number}").open("ab") as file:
-            some.tofile(file)
+        path = folder / f"pairs-{number}"
+        with _named(path), path.open("ab") as file:
+            file.write(some.tobytes())
 
 
 def _ordered(pairs: list[Pairs]) -> Pairs:
@@ -296,7 +315,7 @@ def _table(ids: pa.Table, a: Any, b: Any, cosines: Any) -> pa.Table:
 def _written_whole(path: Path) -> Iterator[pq.ParquetWriter]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with pq.ParquetWriter(temporary, PAIRS_SCHEMA, compression="zstd") as writer:
+        with _named(path), pq.ParquetWriter(temporary, PAIRS_SCHEMA, compression="zstd") as writer:
             yield writer
         os.replace(temporary, path)
     finally:

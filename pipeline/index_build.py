@@ -115,6 +115,7 @@ def build(
     Raises:
         OutputError: no output, or a damaged one; an index of other settings; a folder that is no index.
         SettingsError: FAISS is not installed, or another metric than that of the index.
+        OSError: the disk is full, or the like; the index is as it was before.
     """
     options = options or Options()
     load_faiss()
@@ -145,7 +146,13 @@ def build(
             kept, new = [], [*kept, *new]
             facts = replace(facts, laid_out_rows=num_rows, lists=_lists(facts, options))
         before = folder / old.data if old is not None and not reason else None
-        facts = _write(source, folder, facts, before, (kept, new), options.memory_bytes, on_progress)
+        try:
+            facts = _write(source, folder, facts, before, (kept, new), options.memory_bytes, on_progress)
+        except OSError as error:
+            raise OSError(f"the index {folder} cannot be written: {error}") from error
+        finally:
+            # What does not count now: that of the index before, or what was written before a fault.
+            _clear(folder, read_facts(folder))
         return Built(facts, sum(part.num_rows for part in new), reason if old is not None else "", notes)
 
 
@@ -346,7 +353,6 @@ def _write(
     for path in (*data.iterdir(), data, folder):
         _settle(path)
     write_bytes(str(folder), INDEX_FILE, facts.as_json())
-    _clear(folder, facts)
     return facts
 
 

@@ -8,9 +8,11 @@ ivf   lists of embeddings around centroids, on disk. Beyond.
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ IVF_TRAIN_ROWS = 64
 _BLOCK_BYTES = 32 * 2**20
 _FIRST_WIDTH = {"flat": 0, "hnsw": 64, "ivf": 8}
 _LARGEST_HNSW_WIDTH = 2048
+_ROW_NUMBER_BYTES = 8
 BUILD_AGAIN = "remove the folder of the index, and build the index again"
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
@@ -94,9 +97,13 @@ def add_rows(index: Any, values: Vectors, first_row: int) -> None:
 def merge_on_disk(trained: Any, pieces: Sequence[Any], lists_path: Path) -> Any:
     """One ivf index of all rows of ivf `pieces`, with its lists in `lists_path`; they are never in memory at once.
 
-    `trained` is the empty index that they were made of.
+    `trained` is the empty index that they were made of. Raises `OSError` where the disk has no space for the lists.
     """
     faiss = load_faiss()
+    # FAISS writes into a map of the file, where a full disk is death.
+    needed = sum(piece.ntotal for piece in pieces) * (trained.code_size + _ROW_NUMBER_BYTES)
+    if shutil.disk_usage(lists_path.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(lists_path))
     lists = faiss.OnDiskInvertedLists(trained.nlist, trained.code_size, str(lists_path))
     pointers = faiss.InvertedListsPtrVector()
     for piece in pieces:
@@ -122,7 +129,7 @@ def write_index(index: Any, path: Path) -> None:
     try:
         load_faiss().write_index(index, str(path))
     except RuntimeError as error:
-        raise OSError(f"{path} cannot be written: {_last_line(error)}") from error
+        raise OSError(f"{_last_line(error)}: {str(path)!r}") from error
 
 
 def read_index(path: Path, *, is_piece: bool = False) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import test_faults
 from conftest import encode, photo, write_tar
 from outputs import embed
 from PIL import ImageEnhance
@@ -23,6 +24,7 @@ from pipeline.errors import OutputError, SettingsError
 from pipeline.index import open_index
 from pipeline.index_build import Options, build
 
+small_disk = test_faults.small_disk
 PHOTOS = 12
 
 
@@ -165,6 +167,21 @@ def test_an_id_that_does_not_match_is_in_no_group(views: tuple[Path, Path], tmp_
     assert found.recall == 1.0
     nothing = find_duplicates(str(views[1]), tmp_path / "p", 0.5, group_pattern="^(x)")
     assert (nothing.num_true, nothing.recall, nothing.precision) == (0, None, 0.0)
+
+
+@pytest.mark.parametrize("kib", [40, 400])
+def test_a_full_disk_is_told_and_nothing_is_left_on_it(
+    kib: int, small_disk: test_faults.SmallDisk, tmp_path: Path, run_job: Callable[..., Any]
+) -> None:
+    pytest.importorskip("faiss", reason="the extra `index` is not installed")
+    store(tmp_path / "out", "a", np.repeat(clusters(1), 1000, axis=0))
+    build(str(tmp_path / "out"), tmp_path / "index")
+    small_disk.resize(kib)
+    done = run_job("duplicates.py", tmp_path / "out", "--index", tmp_path / "index", "--scratch", small_disk.folder)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert f"No space left on device: '{small_disk.folder}/duplicates-" in done.stderr
+    assert list(small_disk.folder.iterdir()) == []
+    assert not (tmp_path / "duplicates.parquet").exists()
 
 
 def test_an_index_that_is_not_of_the_output_as_it_is_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import test_faults
 from conftest import ROOT, sample_members, write_shards, write_tar
 from outputs import embed
 
@@ -33,6 +34,7 @@ from pipeline.schema import EMBEDDING, END_LAST, END_NONE, STAGES, embedding_fie
 
 faiss = pytest.importorskip("faiss", reason="the extra `index` is not installed")
 
+small_disk = test_faults.small_disk
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -431,6 +433,26 @@ def test_a_kill_leaves_the_old_index_usable_and_the_next_run_goes_on(tmp_path: P
     built = build(str(output), index)
     assert (built.num_added, built.rebuilt, built.facts.num_rows) == (4000, "", 6000)
     assert sorted(path.name for path in index.iterdir() if path.is_dir()) == [built.facts.data]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_is_told_and_leaves_the_index_as_it_was(
+    kind: str, small_disk: test_faults.SmallDisk, tmp_path: Path, run_job: Callable[..., Any]
+) -> None:
+    small_disk.resize(8192)
+    output, index, values = tmp_path / "out", small_disk.folder / "index", clusters(4000, 64)
+    store(output, "a", values[:2000])
+    first = build(str(output), index, Options(kind=kind)).facts
+    store(output, "b", values[2000:])
+    before = everything(index)
+    small_disk.fill(700_000)
+    done = run_job("index.py", output, index)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert f"the index {index} cannot be written: " in done.stderr
+    assert "No space left on device" in done.stderr
+    assert everything(index) == before
+    assert read_facts(index) == first
+    assert sorted(path.name for path in index.iterdir()) == [".lock", "data-00000", "index.json"]
 
 
 def everything(folder: Path) -> dict[str, bytes]:
