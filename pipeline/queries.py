@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.embedder import Embedder
-from pipeline.errors import InputError, SampleError
+from pipeline.errors import InputError, SampleError, SettingsError
 from pipeline.fingerprint import Fingerprint
 from pipeline.recipe import recipe_of
 from pipeline.samples import IMAGE_EXTENSIONS
@@ -62,13 +62,17 @@ class QueryEmbedder:
     """Embeds image files with the backbone, weights, preprocessing and precision that a fingerprint names.
 
     Raises:
+        SettingsError: the device is cuda, and there is none.
         WeightsError: the weights cannot be had, or have another sha256 than those of the run.
     """
 
     def __init__(self, made: Fingerprint, weights: str | None = None, device: str = "auto") -> None:
-        recipe = recipe_of(made, weights)
+        has_gpu = torch.cuda.is_available()
+        if device == "cuda" and not has_gpu:
+            raise SettingsError("device must be one that this machine has, got 'cuda': torch sees no GPU here")
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if has_gpu else "cpu"
+        recipe = recipe_of(made, weights)
         self._decoder = recipe.decoder()
         self._crop = recipe.preprocess.crop
         self._stored = np.dtype(recipe.dtype)

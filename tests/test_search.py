@@ -164,6 +164,12 @@ def test_wrong_usage_ends_with_2_and_says_why(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(index: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(index), str(images), "--device", "cuda"]) == 2
+    assert "got 'cuda': torch sees no GPU here" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_index_is_refused(images: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(output), str(images)]) == 2
     assert "is not an index: it has no index.json" in capsys.readouterr().err
