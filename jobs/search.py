@@ -69,9 +69,9 @@ def _positive(text: str) -> int:
 
 def show(hit: Hit, name: str) -> None:
     """A query with its neighbours, as lines."""
-    print(f"{hit.query.path}  ({name})" if hit.neighbours else f"{hit.query.path}  -")
+    # Paths and ids may hold what a terminal would obey.
+    print(f"{one_line(hit.query.name)}  {f'({name})' if hit.neighbours else '-'}")
     for rank, near in enumerate(hit.neighbours, 1):
-        # An id is the user's, and may hold what a terminal would obey.
         place = f"{one_line(near.shard)}[{near.sample_index}]"
         print(f"  {rank:>3}  {near.score:.6f}  {one_line(near.image_id)}  {place}")
 
@@ -79,7 +79,7 @@ def show(hit: Hit, name: str) -> None:
 def as_dict(hit: Hit) -> dict[str, object]:
     """A query with its neighbours, for JSON."""
     neighbours = [near._asdict() for near in hit.neighbours]
-    return {"query": str(hit.query.path), "reason": hit.query.reason or None, "neighbours": neighbours}
+    return {"query": hit.query.name, "reason": hit.query.reason or None, "neighbours": neighbours}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         for hit in search_images(index, embedder, images, flags.top):
             if hit.query.reason:
                 failed += 1
-                print(f"search.py: {hit.query.path}: {hit.query.reason}", file=sys.stderr)
+                print(f"search.py: {one_line(hit.query.name)}: {hit.query.reason}", file=sys.stderr)
             elif not flags.json:
                 show(hit, score_name(index.facts.metric))
             if flags.json or flags.html:

@@ -29,6 +29,11 @@ class Query(NamedTuple):
     embedding: np.ndarray[Any, np.dtype[np.float32]] | None
     reason: str = ""
 
+    @property
+    def name(self) -> str:
+        """The path as text: bytes that are not UTF-8 are \\xNN, as in ids."""
+        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+
 
 def find_images(paths: Sequence[str]) -> list[Path]:
     """The image files that `paths` name: files as they are, folders by the extensions of their files.

@@ -57,7 +57,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
     found = previews(inputs, facts.settings["image_member"], places, index.tag, facts.settings["input_prefix"])
     rows = [
         Row(
-            Tile(hit.query.path.name, hit.query.reason or "query", preview(hit.query.image)),
+            Tile(Path(hit.query.name).name, hit.query.reason or "query", preview(hit.query.image)),
             near_tiles(hit.neighbours, score_name(facts.metric), found),
         )
         for hit in hits

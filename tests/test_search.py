@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -269,6 +270,19 @@ def test_the_command_shows_no_control_characters(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert len(printed.splitlines()) == 2
+
+
+def test_a_query_whose_name_is_not_utf_8_is_answered_and_shown_escaped(
+    index: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query, page = tmp_path / os.fsdecode(b"caf\xe9\n\xff.jpg"), tmp_path / "page.html"
+    query.write_bytes(encode(photo(2)))
+    assert main([str(index), str(query), "--top", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(r"/caf\xe9\n\xff.jpg  (cosine)")
+    assert main([str(index), str(query), "--json", "--html", str(page), "--input", str(shards)]) == 0
+    (hit,) = json.loads(capsys.readouterr().out)
+    assert hit["query"].endswith("/caf\\xe9\n\\xff.jpg")
+    assert r"caf\xe9\n\xff.jpg" in page.read_text()
 
 
 # Real photos and weights.
