@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import rich.console
 
+from jobs.paths import check_file, check_page, not_empty
 from jobs.progress import ShownProgress
 from pipeline.errors import PipelineError
 
@@ -48,18 +49,30 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("output", metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
-    top.add_argument("--pairs", default="duplicates.parquet", metavar="FILE", help="(default: duplicates.parquet)")
+    top.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+    top.add_argument(
+        "--pairs",
+        type=not_empty,
+        default="duplicates.parquet",
+        metavar="FILE",
+        help="(default: duplicates.parquet)",
+    )
     top.add_argument("--threshold", type=float, default=0.95, metavar="C", help="least cosine (default: 0.95)")
-    top.add_argument("--index", metavar="INDEX", help="look among the nearest in this index, made by index.py")
+    top.add_argument(
+        "--index", type=not_empty, metavar="INDEX", help="look among the nearest in this index, made by index.py"
+    )
     top.add_argument(
         "--group-pattern",
         metavar="REGEX",
         help="print precision and recall, where true duplicates share what the first group of this matches in their "
         "ids, such as '^(.*)-view'",
     )
-    top.add_argument("--scratch", metavar="FOLDER", help="for the embeddings meanwhile (default: the system's)")
-    top.add_argument("--html", metavar="FILE", help=f"write a page of {PAGE_ROWS} images drawn at random as well")
+    top.add_argument(
+        "--scratch", type=not_empty, metavar="FOLDER", help="for the embeddings meanwhile (default: the system's)"
+    )
+    top.add_argument(
+        "--html", type=not_empty, metavar="FILE", help=f"write a page of {PAGE_ROWS} images drawn at random as well"
+    )
     top.add_argument(
         "--input",
         nargs="+",
@@ -96,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = rich.console.Console(highlight=False, soft_wrap=True)
     progress = ShownProgress(out)
     try:
+        check_file("--pairs", flags.pairs)
+        check_page(flags.html, flags.input)
         index = None if flags.index is None else open_index(flags.index)
         with progress.shown():
             found = find_duplicates(

@@ -8,14 +8,16 @@ pip install 'shard-embedder[index]'.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING
 
 import rich.console
 
 from jobs.console import human_bytes
+from jobs.paths import not_empty
 from jobs.progress import ShownProgress
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
     from pipeline.index_build import Built
@@ -50,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("output", metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
-    top.add_argument("index", metavar="INDEX", help="local folder for the index")
+    top.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+    top.add_argument("index", type=not_empty, metavar="INDEX", help="local folder for the index")
     top.add_argument(
         "--metric",
         metavar="M",
@@ -96,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = rich.console.Console(highlight=False, soft_wrap=True)
     progress = ShownProgress(out)
     try:
+        if not math.isfinite(flags.memory):
+            raise SettingsError(f"--memory must be a number of GiB, got {flags.memory}")
         options = Options(flags.metric, flags.kind, int(flags.memory * 2**30))
         with progress.shown():
             built = build(flags.output, flags.index, options, progress)

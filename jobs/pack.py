@@ -25,6 +25,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from webdataset import ShardWriter
 
+from jobs.paths import not_empty
 from pipeline.errors import InputError, OutputError, PipelineError, SettingsError
 from pipeline.samples import IMAGE_EXTENSIONS, split_key
 from pipeline.shards import SUFFIX
@@ -354,6 +355,10 @@ def _print_summary(config: PackConfig, found: Found, packed: Packed) -> None:
         print(_told(found.left_out))
 
 
+def _path(text: str) -> Path:
+    return Path(not_empty(text))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -363,8 +368,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("folder", metavar="FOLDER", type=Path, help="images, in folders of any depth")
-    top.add_argument("shards", metavar="SHARDS", type=Path, help="folder for the shards, made where it is missing")
+    top.add_argument("folder", metavar="FOLDER", type=_path, help="images, in folders of any depth")
+    top.add_argument("shards", metavar="SHARDS", type=_path, help="folder for the shards, made where it is missing")
     top.add_argument("--prefix", metavar="NAME", default="images", help="shards are NAME-00000.tar ... (images)")
     top.add_argument("--max-samples", metavar="N", type=int, default=10_000, help="samples a shard (10000)")
     top.add_argument(

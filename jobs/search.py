@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.paths import check_page, not_empty
 from pipeline.errors import PipelineError
 from pipeline.verify_findings import one_line
 
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("index", metavar="INDEX", help="folder that index.py wrote")
+    top.add_argument("index", type=not_empty, metavar="INDEX", help="folder that index.py wrote")
     top.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or a folder of them")
     top.add_argument("--top", type=_positive, default=5, metavar="N", help="neighbours of each image (default: 5)")
     top.add_argument(
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     top.add_argument("--json", action="store_true", help="print JSON: a list, one object a query")
-    top.add_argument("--html", metavar="FILE", help="write a page with the images as well")
+    top.add_argument("--html", type=not_empty, metavar="FILE", help="write a page with the images as well")
     top.add_argument(
         "--input",
         nargs="+",
@@ -91,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     from pipeline.search import score_name, search_images, search_page  # noqa: PLC0415
 
     try:
+        check_page(flags.html, flags.input)
         images = find_images(flags.images)
         index = open_index(flags.index)
         embedder = QueryEmbedder(index.facts.made, flags.weights, flags.device)

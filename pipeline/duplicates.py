@@ -148,7 +148,7 @@ def _grouping(pattern: str | None) -> Callable[[list[str]], list[int]] | None:
         return None
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise SettingsError(f"the group pattern {pattern!r} is no regular expression: {error}") from error
     if compiled.groups < 1:
         raise SettingsError(f"the group pattern must have a group in parentheses, got {pattern!r}")

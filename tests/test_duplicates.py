@@ -204,7 +204,11 @@ def test_an_index_that_is_not_of_the_output_as_it_is_is_refused(tmp_path: Path) 
         (["--group-pattern", "("], "is no regular expression"),
         (["--group-pattern", "x"], "must have a group in parentheses, got 'x'"),
         (["--index", "nowhere"], "nowhere is not an index"),
-        (["--pairs", "no/such/folder/p.parquet"], "no/such/folder"),
+        (["--group-pattern", "(a{99999999999999999999})"], "is no regular expression"),
+        (["--pairs", "no/such/p.parquet"], "--pairs must be in a folder that is there, got 'no/such/p.parquet'"),
+        (["--pairs", "."], "--pairs must be a file, got the folder '.'"),
+        (["--html", "no/such/page.html"], "--html must be in a folder that is there, got 'no/such/page.html'"),
+        (["--html", "page.html", "--input", "nothing.tar"], "nothing.tar"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_why(
@@ -214,6 +218,14 @@ def test_wrong_usage_ends_with_2_and_says_why(
     monkeypatch.chdir(tmp_path)
     assert main([str(views[1]), *options]) == 2
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [], "it is told before the work, not after"
+
+
+@pytest.mark.parametrize("option", ["--pairs", "--html", "--index", "--scratch"])
+def test_an_empty_path_is_not_taken_for_the_current_folder(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["output", option, ""])
+    assert f"argument {option}: must not be empty, got ''" in capsys.readouterr().err
 
 
 def test_a_threshold_that_is_no_number_is_refused_before_anything_else() -> None:

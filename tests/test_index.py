@@ -608,6 +608,8 @@ def test_the_command_tells_what_it_made(embedded: Path, tmp_path: Path, run_job:
         (["nowhere", "index"], "nowhere is not an output: it has no run.json"),
         (["nowhere", "s3://bucket/index"], "not an output"),
         (["nowhere", "index", "--kind", "tree"], "kind must be one of flat, hnsw, ivf, got 'tree'"),
+        (["nowhere", "index", "--memory", "nan"], "--memory must be a number of GiB, got nan"),
+        (["nowhere", "index", "--memory", "inf"], "--memory must be a number of GiB, got inf"),
         (["nowhere", "index", "--memory", "0"], "memory_bytes must be at least 1048576, got 0"),
     ],
 )

@@ -18,7 +18,7 @@ from conftest import ROOT, encode, photo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.pack import PackConfig, find_images, make_key, pack, parse_bytes
+from jobs.pack import PackConfig, find_images, main, make_key, pack, parse_bytes
 from pipeline.config import Config
 from pipeline.errors import InputError, OutputError, SettingsError
 from pipeline.samples import Pending, SampleReader, split_key
@@ -300,6 +300,17 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, make: Callable[[Path
 def test_settings_that_break_a_rule_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         PackConfig(**{"folder": Path("a"), "shards": Path("b"), **settings})
+
+
+@pytest.mark.parametrize(("arguments", "name"), [(["", "x"], "FOLDER"), (["photos", ""], "SHARDS")])
+def test_an_empty_path_is_not_taken_for_the_current_folder(
+    arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(write_files(tmp_path, "photos/a.jpg"))
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"argument {name}: must not be empty, got ''" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.tar")) == []
 
 
 def test_sizes_are_read_with_and_without_units() -> None:

@@ -147,6 +147,8 @@ def test_more_neighbours_than_there_are_rows_are_all_the_rows(index: Path, image
         (["empty/x.jpg", "--weights", "random:1"], "weights random:1 have sha256"),
         (["empty/x.jpg", "--weights", "no/such.pth"], "weights no/such.pth not found"),
         (["empty/x.jpg", "--html", "page.html", "--input", "nothing.tar"], "nothing.tar"),
+        (["empty/x.jpg", "--html", "no/such.html"], "--html must be in a folder that is there, got 'no/such.html'"),
+        (["empty/x.jpg", "--html", "empty"], "--html must be a file, got the folder 'empty'"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_says_why(
@@ -162,7 +164,9 @@ def test_wrong_usage_ends_with_2_and_says_why(
     if arguments[0] == "empty/x.jpg":
         (tmp_path / "empty" / "x.jpg").write_bytes(encode(photo(1)))
     assert main([str(index), *arguments]) == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == "", "it is told before the work, not after"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
