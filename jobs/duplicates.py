@@ -2,7 +2,8 @@
 """Find the near-duplicates in an output of embed.py: every pair of embeddings above a cosine, as Parquet.
 
 Without --index every pair is compared: exact, and four times the work for twice the images. With the index of
-the output, only the nearest of each are.
+the output, only the nearest of each are: with a flat one exact, while an hnsw or ivf one misses pairs, above
+all where many images are alike.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     from pipeline.duplicates import Found
+    from pipeline.index import Facts
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -83,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def lines_of(found: Found, threshold: float) -> list[str]:
-    """What was found, to print and for the page."""
+def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
+    """What was found, by an index of `facts` or by comparing all: to print and for the page."""
     lines = [f"{found.num_pairs} pairs of cosine {threshold:g} and above among {found.num_rows} embeddings"]
     if found.num_true is not None:
         shares = [
@@ -92,6 +94,11 @@ def lines_of(found: Found, threshold: float) -> list[str]:
             for name, share in (("precision", found.precision), ("recall", found.recall))
         ]
         lines.append(f"{', '.join(shares)} ({found.num_right} pairs of the {found.num_true} that share a group)")
+    if facts is not None and facts.kind != "flat":
+        lines.append(
+            f"looked for in an index of kind {facts.kind}, recall@10 {facts.recall:.3f}: pairs may be missing, above "
+            "all where many images are alike; without --index, or with a flat one, none is"
+        )
     if found.truncated:
         lines.append(
             f"{found.truncated} embeddings have more near-duplicates than were looked for: pairs are missing"
@@ -122,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
                 scratch=flags.scratch,
                 on_progress=progress,
             )
-        lines = lines_of(found, flags.threshold)
+        lines = lines_of(found, flags.threshold, None if index is None else index.facts)
         for line in lines:
             out.print(line, markup=False)
         out.print(f"written to {flags.pairs}", markup=False)

@@ -1,7 +1,8 @@
 """Near-duplicates: pairs of embeddings above a cosine, and the groups that they tie together.
 
 Without an index every pair is compared, blockwise: exact, and work that grows with the square of the rows.
-With one, only the nearest of each row are: for outputs of millions.
+With one, only the nearest of each row are: for outputs of millions. An approximate index misses pairs, above all of
+many equal rows, which crowd each other out of the lists and links that a search looks at.
 """
 
 from __future__ import annotations

@@ -93,6 +93,19 @@ def test_an_index_finds_the_same_pairs(kind: str, tmp_path: Path) -> None:
     assert len(pairs) >= 0.95 * len(expected) > 100
 
 
+@pytest.mark.parametrize(("kind", "is_told"), [("flat", False), ("hnsw", True), ("ivf", True)])
+def test_an_approximate_index_is_told_with_its_recall_on_the_output_and_the_page(
+    kind: str, is_told: bool, views: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("faiss", reason="the extra `index` is not installed")
+    index, pairs, page = (str(tmp_path / name) for name in ("index", "pairs.parquet", "page.html"))
+    facts = build(str(views[1]), index, Options(kind=kind)).facts
+    assert main([str(views[1]), "--index", index, "--pairs", pairs, "--html", page, "--input", str(views[0])]) == 0
+    line = f"looked for in an index of kind {kind}, recall@10 {facts.recall:.3f}: pairs may be missing"
+    assert (line in capsys.readouterr().out) == is_told
+    assert (line in Path(page).read_text()) == is_told
+
+
 def test_a_row_with_more_near_duplicates_than_were_looked_for_is_told(tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="the extra `index` is not installed")
     values = np.repeat(clusters(1), 100, axis=0)
