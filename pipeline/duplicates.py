@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import OutputError, SettingsError
@@ -53,8 +54,6 @@ _PAIRS_AT_ONCE = 2**21
 _FOUND = np.dtype([("key", np.int64), ("cosine", np.float32)])
 _NUM_RANGES = 256
 _WRITE_ROWS = 65536
-# Pairs that a page is drawn from.
-_DRAWN_FROM = 200_000
 
 Progress = Callable[[str, int, int], None]
 Pairs = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]  # rows a < rows b, cosines
@@ -332,21 +331,38 @@ class Duplicates(NamedTuple):
 
 
 def draw_duplicates(pairs_path: str | Path, count: int, most_near: int) -> list[Duplicates]:
-    """Some rows that are first in a pair, drawn at random, each with the nearest of its pairs."""
+    """Some of all rows that are first in a pair, drawn at random, each with the nearest of its pairs.
+
+    Memory holds those drawn, and some pairs: the file is read twice.
+    """
     file = pq.ParquetFile(pairs_path)
-    table = next(file.iter_batches(_DRAWN_FROM), None)
-    if table is None:
-        return []
-    found: dict[Place, Duplicates] = {}
-    for row in table.to_pylist():
-        place = row["shard_a"], row["sample_index_a"]
-        near = found.setdefault(place, Duplicates(row["id_a"], place, [])).near
-        near.append(Neighbour(row["id_b"], row["shard_b"], row["sample_index_b"], row["score"]))
-    drawn = random.Random(0).sample(list(found.values()), min(count, len(found)))
-    for one in drawn:
-        one.near.sort(key=lambda neighbour: -neighbour.score)
-        del one.near[most_near:]
-    return drawn
+    total = 0
+    for _, numbers in _numbered(file, ["shard_a", "sample_index_a"]):
+        total = int(numbers[-1]) + 1
+    drawn = random.Random(0).sample(range(total), min(count, total))
+    found: dict[int, Duplicates] = {}
+    for batch, numbers in _numbered(file, PAIRS_SCHEMA.names):
+        chosen = np.flatnonzero(np.isin(numbers, drawn))
+        for number, row in zip(numbers[chosen].tolist(), batch.take(pa.array(chosen)).to_pylist(), strict=True):
+            one = found.setdefault(number, Duplicates(row["id_a"], (row["shard_a"], row["sample_index_a"]), []))
+            one.near.append(Neighbour(row["id_b"], row["shard_b"], row["sample_index_b"], row["score"]))
+        for one in found.values():
+            one.near.sort(key=lambda neighbour: -neighbour.score)
+            del one.near[most_near:]
+    return [found[number] for number in drawn]
+
+
+def _numbered(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, np.ndarray[Any, Any]]]:
+    """Pairs, some at a time, and which of the rows that are first in a pair is first in each, counted from 0."""
+    number, last = -1, None
+    for batch in file.iter_batches(_WRITE_ROWS, columns=columns):
+        shards, rows = batch.column("shard_a"), batch.column("sample_index_a")
+        is_new = np.ones(len(batch), bool)
+        is_new[0] = (shards[0].as_py(), rows[0].as_py()) != last
+        is_new[1:] = pc.or_(pc.not_equal(shards[1:], shards[:-1]), pc.not_equal(rows[1:], rows[:-1]))
+        numbers = number + np.cumsum(is_new)
+        yield batch, numbers
+        number, last = int(numbers[-1]), (shards[-1].as_py(), rows[-1].as_py())
 
 
 def duplicates_page(

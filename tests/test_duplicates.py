@@ -19,7 +19,7 @@ from PIL import ImageEnhance
 from test_index import clusters, store
 
 from jobs.duplicates import main
-from pipeline.duplicates import PAIRS_SCHEMA, find_duplicates
+from pipeline.duplicates import PAIRS_SCHEMA, draw_duplicates, find_duplicates
 from pipeline.errors import OutputError, SettingsError
 from pipeline.index import open_index
 from pipeline.index_build import Options, build
@@ -171,6 +171,31 @@ def test_views_of_one_photo_are_found_and_precision_and_recall_told(
     heads = len({row["id_a"] for row in pairs})
     assert text.count('<figure class="head">') == heads
     assert not re.search(r"(src|href)=\"(?!data:)", text)
+
+
+def test_a_page_is_drawn_from_all_pairs_however_many_one_image_has(tmp_path: Path) -> None:
+    """One image 700 times at the front is 244,650 pairs, and 20 others are there twice behind it."""
+    values = np.concatenate([np.repeat(clusters(1), 700, axis=0), np.tile(np.eye(24)[:20], (2, 1))])
+    store(tmp_path / "out", "a", values.astype(np.float32))
+    assert find_duplicates(str(tmp_path / "out"), tmp_path / "pairs", 0.999).num_pairs == 700 * 699 // 2 + 20
+    drawn = draw_duplicates(tmp_path / "pairs", 1000, 6)
+    assert sorted(one.place[1] for one in drawn) == [*range(699), *range(700, 720)]
+    assert all(len(one.near) == min(6, 699 - one.place[1]) for one in drawn if one.place[1] < 700)
+    assert all(
+        [near.sample_index - 20 for near in one.near] == [one.place[1]] for one in drawn if one.place[1] >= 700
+    )
+    some = draw_duplicates(tmp_path / "pairs", 100, 6)
+    assert len({one.place for one in some}) == 100
+    assert any(one.place[1] >= 700 for one in some)
+    assert some == draw_duplicates(tmp_path / "pairs", 100, 6)
+    for one in some:
+        assert [near.score for near in one.near] == sorted((near.score for near in one.near), reverse=True)
+
+
+def test_without_a_pair_nothing_is_drawn(tmp_path: Path) -> None:
+    store(tmp_path / "out", "a", np.eye(24, dtype=np.float32))
+    assert find_duplicates(str(tmp_path / "out"), tmp_path / "pairs", 0.9).num_pairs == 0
+    assert draw_duplicates(tmp_path / "pairs", 10, 6) == []
 
 
 def test_an_id_that_does_not_match_is_in_no_group(views: tuple[Path, Path], tmp_path: Path) -> None:
