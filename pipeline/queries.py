@@ -25,7 +25,6 @@ class Query(NamedTuple):
     """An image file with its embedding, float32 [C], or the reason why it has none."""
 
     path: Path
-    image: bytes
     embedding: np.ndarray[Any, np.dtype[np.float32]] | None
     reason: str = ""
 
@@ -110,16 +109,13 @@ class QueryEmbedder:
 
     def _embed(self, paths: list[Path]) -> Iterator[Query]:
         pixels = np.zeros((len(paths), *self._crop, 3), np.uint8)
-        images: list[bytes] = []
         reasons: list[str] = []
         for row, path in enumerate(paths):
-            image, reason = b"", ""
+            reason = ""
             try:
-                image = path.read_bytes()
-                pixels[row] = self._decoder.decode(image)
+                pixels[row] = self._decoder.decode(path.read_bytes())
             except (OSError, SampleError) as error:
                 reason = str(error)
-            images.append(image)
             reasons.append(reason)
         good = np.flatnonzero([not reason for reason in reasons])
         embedded = dict(zip(good.tolist(), self._values(pixels, good), strict=True)) if len(good) else {}
@@ -128,7 +124,7 @@ class QueryEmbedder:
             reason = reasons[row]
             if embedding is not None and not np.isfinite(embedding).all():
                 embedding, reason = None, "not finite: the embedding has NaN or infinite values"
-            yield Query(path, images[row], embedding, reason)
+            yield Query(path, embedding, reason)
 
     def _values(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
         """As the run would have stored them: rounded to its dtype."""

@@ -10,12 +10,12 @@ import numpy as np
 
 from pipeline.index import Index, Neighbour
 from pipeline.pages import Row, Tile, near_tiles, page
-from pipeline.previews import preview, previews
+from pipeline.previews import Preview, preview, previews
 from pipeline.queries import BATCH_SIZE, Query, QueryEmbedder
 
 
 class Hit(NamedTuple):
-    """A query and its nearest, nearest first; none where the query has a reason."""
+    """A query, without its embedding, and its nearest, nearest first; none where the query has a reason."""
 
     query: Query
     neighbours: list[Neighbour]
@@ -36,12 +36,19 @@ def _search(index: Index, queries: list[Query], count: int) -> Iterator[Hit]:
     embeddings = [query.embedding for query in queries if query.embedding is not None]
     found = iter(index.search(np.stack(embeddings), count)) if embeddings else iter(())
     for query in queries:
-        yield Hit(query, next(found) if query.embedding is not None else [])
+        yield Hit(query._replace(embedding=None), next(found) if query.embedding is not None else [])
 
 
 def score_name(metric: str) -> str:
     """What a score is called."""
     return {"cosine": "cosine", "ip": "inner product", "l2": "distance"}[metric]
+
+
+def _preview(path: Path) -> Preview:
+    try:
+        return preview(path.read_bytes())
+    except OSError as error:
+        return Preview(None, str(error))
 
 
 def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str:
@@ -57,7 +64,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
     found = previews(inputs, facts.settings["image_member"], places, index.tag, facts.settings["input_prefix"])
     rows = [
         Row(
-            Tile(Path(hit.query.name).name, hit.query.reason or "query", preview(hit.query.image)),
+            Tile(Path(hit.query.name).name, hit.query.reason or "query", _preview(hit.query.path)),
             near_tiles(hit.neighbours, score_name(facts.metric), found),
         )
         for hit in hits

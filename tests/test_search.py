@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import encode, photo, sample_members, write_shards, write_tar
+from conftest import ROOT, encode, photo, sample_members, write_shards, write_tar
 from outputs import embed
 
 from jobs.search import main
@@ -287,6 +289,32 @@ def test_a_query_whose_name_is_not_utf_8_is_answered_and_shown_escaped(
     (hit,) = json.loads(capsys.readouterr().out)
     assert hit["query"].endswith("/caf\\xe9\n\\xff.jpg")
     assert r"caf\xe9\n\xff.jpg" in page.read_text()
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from pipeline.index import open_index
+from pipeline.queries import QueryEmbedder
+from pipeline.search import search_images, search_page
+folder, image = map(Path, sys.argv[1:])
+index = open_index(folder)
+embedder = QueryEmbedder(index.facts.made, device="cpu")
+for count in (1, 300):
+    hits = list(search_images(index, embedder, [image] * count, 1))
+    search_page(index, hits, [])
+    status = Path("/proc/self/status").read_text()
+    print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024)
+"""
+
+
+def test_the_bytes_of_queries_do_not_stay_in_memory(index: Path, tmp_path: Path) -> None:
+    """Those of 300 files of 2 MiB would be 600 MiB."""
+    (tmp_path / "one.jpg").write_bytes(encode(photo(1)) + bytes(2**21))
+    command = [sys.executable, "-c", _PEAK, str(index), str(tmp_path / "one.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    one, many = map(int, done.stdout.split())
+    assert many < one + 200
 
 
 # Real photos and weights.
