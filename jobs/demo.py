@@ -63,7 +63,7 @@ _EPILOG = """\
 Without --images the demo needs no download but the weights: it takes the photos that scikit-image ships,
 makes a dozen augmented views of each, and asks how often the nearest neighbour of a view is a view of the
 same photo. With --images your own images are packed as they are, and a neighbour is right where it lies in
-the same folder. Run again, the demo embeds only what has changed.
+the same folder. Run again on the same images and settings, the demo embeds nothing; on others, all of them.
 
 Weights are torchvision's DEFAULT; where they cannot be downloaded, random ones, and it says so.
 """
