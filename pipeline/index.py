@@ -200,7 +200,10 @@ class Index:
         scores, rows = search_rows(self._index, prepared(queries, self.facts.metric), count, self.facts.width)
         found = rows >= 0
         if not np.isfinite(scores[found]).all() or (rows >= self.facts.num_rows).any():
-            raise OutputError(f"{self.folder} is damaged: it has rows or scores that cannot be; {BUILD_AGAIN}")
+            raise OutputError(
+                f"{self.folder} gives rows or scores that cannot be: it is damaged, or was made of embeddings that "
+                f"are no finite numbers; {BUILD_AGAIN}"
+            )
         return scores, rows
 
     def names(self, rows: Iterable[int]) -> dict[int, tuple[str, str, int]]:

@@ -361,8 +361,8 @@ INFINITE = np.float32(np.inf).tobytes()
         ("flat", "rows.parquet", 64, bytes(64), "rows.parquet has changed since it was written"),
         ("flat", "parts.parquet", 4, bytes(64), "parts.parquet has changed since it was written"),
         ("hnsw", "vectors.faiss", 0, bytes(64), "vectors.faiss is not a FAISS index: "),
-        ("flat", "vectors.faiss", -4, INFINITE, "data-00000 is damaged: it has rows or scores that cannot be"),
-        ("ivf", "lists.ivfdata", -8, b"\x7f" * 8, "data-00000 is damaged: it has rows or scores that cannot be"),
+        ("flat", "vectors.faiss", -4, INFINITE, "data-00000 gives rows or scores that cannot be: it is damaged"),
+        ("ivf", "lists.ivfdata", -8, b"\x7f" * 8, "data-00000 gives rows or scores that cannot be: it is damaged"),
     ],
     ids=range(6),
 )
