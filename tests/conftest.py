@@ -134,6 +134,38 @@ def ray_session(s3_server: S3Server) -> None:
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
+class SmallDisk:
+    """A file system of a few hundred KiB in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def resize(self, kib: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(self.folder)], check=True)
+
+    def fill(self, leave_bytes: int) -> Path:
+        """Take all of the space but `leave_bytes` with one file, and return it."""
+        space = os.statvfs(self.folder)
+        ballast = self.folder / "ballast"
+        ballast.write_bytes(bytes(space.f_bavail * space.f_frsize - leave_bytes))
+        return ballast
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        pytest.skip(f"a small disk cannot be made: {error}")
+    if done.returncode != 0:
+        pytest.skip(f"a small disk cannot be made: {done.stderr.strip()}")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that are free now, low enough for SeaweedFS to add 10000."""
     ports: list[int] = []

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import test_faults
-from conftest import encode, photo, write_tar
+from conftest import SmallDisk, encode, photo, write_tar
 from outputs import embed
 from PIL import ImageEnhance
 from test_index import clusters, store
@@ -24,7 +23,6 @@ from pipeline.errors import OutputError, SettingsError
 from pipeline.index import open_index
 from pipeline.index_build import Options, build
 
-small_disk = test_faults.small_disk
 PHOTOS = 12
 
 
@@ -209,7 +207,7 @@ def test_an_id_that_does_not_match_is_in_no_group(views: tuple[Path, Path], tmp_
 
 @pytest.mark.parametrize("kib", [40, 400])
 def test_a_full_disk_is_told_and_nothing_is_left_on_it(
-    kib: int, small_disk: test_faults.SmallDisk, tmp_path: Path, run_job: Callable[..., Any]
+    kib: int, small_disk: SmallDisk, tmp_path: Path, run_job: Callable[..., Any]
 ) -> None:
     pytest.importorskip("faiss", reason="the extra `index` is not installed")
     store(tmp_path / "out", "a", np.repeat(clusters(1), 1000, axis=0))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import S3Server, sample_members, write_tar
+from conftest import S3Server, SmallDisk, sample_members, write_tar
 from faults.proxy import FaultProxy
 
 from jobs.embed import main
@@ -154,38 +154,6 @@ def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_
     direct.get(f"{s3_url}/out/", str(tmp_path / "whole"), recursive=True)
     assert rows(tmp_path / "whole") == rows(tmp_path / "expected")
     assert not rows(tmp_path / "whole", "errors")
-
-
-class SmallDisk:
-    """A file system of a few hundred KiB in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def resize(self, kib: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={kib}k", str(self.folder)], check=True)
-
-    def fill(self, leave_bytes: int) -> Path:
-        """Take all of the space but `leave_bytes` with one file, and return it."""
-        space = os.statvfs(self.folder)
-        ballast = self.folder / "ballast"
-        ballast.write_bytes(bytes(space.f_bavail * space.f_frsize - leave_bytes))
-        return ballast
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        pytest.skip(f"a small disk cannot be made: {error}")
-    if done.returncode != 0:
-        pytest.skip(f"a small disk cannot be made: {done.stderr.strip()}")
-    yield SmallDisk(folder)
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def stored(output: Path) -> dict[str, bytes]:

@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import test_faults
-from conftest import ROOT, sample_members, write_shards, write_tar
+from conftest import ROOT, SmallDisk, sample_members, write_shards, write_tar
 from outputs import embed
 
 from jobs.index import main
@@ -34,7 +33,6 @@ from pipeline.schema import EMBEDDING, END_LAST, END_NONE, STAGES, embedding_fie
 
 faiss = pytest.importorskip("faiss", reason="the extra `index` is not installed")
 
-small_disk = test_faults.small_disk
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -437,7 +435,7 @@ def test_a_kill_leaves_the_old_index_usable_and_the_next_run_goes_on(tmp_path: P
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_disk_is_told_and_leaves_the_index_as_it_was(
-    kind: str, small_disk: test_faults.SmallDisk, tmp_path: Path, run_job: Callable[..., Any]
+    kind: str, small_disk: SmallDisk, tmp_path: Path, run_job: Callable[..., Any]
 ) -> None:
     small_disk.resize(8192)
     output, index, values = tmp_path / "out", small_disk.folder / "index", clusters(4000, 64)
