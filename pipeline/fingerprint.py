@@ -152,4 +152,6 @@ def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:
         "versions": fingerprint.versions,
     }
     if not create(output, RUN_FILE, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode()):
-        follow(fingerprint, read_fingerprint(output))
+        made = read_fingerprint(output)
+        if made is not None and made.digest != fingerprint.digest:
+            follow(fingerprint, made)

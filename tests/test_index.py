@@ -24,7 +24,7 @@ from outputs import embed
 from jobs.index import main
 from pipeline.config import Config, parse
 from pipeline.errors import OutputError, SettingsError
-from pipeline.fingerprint import Fingerprint, read_fingerprint, write_fingerprint
+from pipeline.fingerprint import RUN_FILE, Fingerprint, read_fingerprint, write_fingerprint
 from pipeline.index import ROWS_FILE, open_index, read_facts
 from pipeline.index_build import Options, build
 from pipeline.index_kinds import FLAT_ROWS, KINDS, METRICS, choose_kind, num_lists
@@ -300,9 +300,11 @@ def test_parts_of_other_settings_and_parts_that_are_cut_are_refused(embedded: Pa
     output = Path(shutil.copytree(embedded, tmp_path / "out"))
     made = read_fingerprint(str(output))
     assert made is not None
+    (output / RUN_FILE).unlink()
     write_fingerprint(str(output), Fingerprint({**made.settings, "precision": "bf16"}, made.versions))
     with pytest.raises(OutputError, match=r"was made with other settings than run\.json"):
         build(str(output), tmp_path / "index")
+    (output / RUN_FILE).unlink()
     write_fingerprint(str(output), made)
     path = next((output / "embeddings").iterdir())
     path.write_bytes(path.read_bytes()[:-9])
