@@ -10,13 +10,13 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jobs.console_json import make_console
+from jobs.usage import Parser
 from pipeline import config as settings
 from pipeline.config import Config
 from pipeline.errors import SettingsError
-from pipeline.redact import redact
 from pipeline.schema import KEEP_TYPES
 
 EXIT_USAGE = 2
@@ -37,17 +37,10 @@ exit codes:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Shows no secret that was mistyped."""
-
-    def error(self, message: str) -> NoReturn:
-        super().error(redact(message))
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line. Every default is None here: `Config` holds the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    top = _Parser(
+    top = Parser(
         prog="embed.py",
         description=__doc__,
         epilog=_EPILOG,

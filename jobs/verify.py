@@ -16,7 +16,9 @@ import rich.console
 from rich.filesize import decimal
 
 from jobs.progress import ShownProgress
+from jobs.usage import Parser
 from pipeline.errors import PipelineError
+from pipeline.redact import redact
 from pipeline.storage import join
 from pipeline.verify import THREADS, verify
 from pipeline.verify_findings import RULES, Verdict
@@ -42,7 +44,7 @@ exit codes:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="verify.py",
         description=__doc__,
         epilog=_EPILOG,
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.json:
             _write_json(verdict, flags.json)
     except (PipelineError, OSError) as error:
-        print(f"verify.py: {error}", file=sys.stderr)
+        print(f"verify.py: {redact(str(error))}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("verify.py: interrupted", file=sys.stderr)

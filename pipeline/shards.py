@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import InputError, SettingsError
-from pipeline.redact import has_secret
+from pipeline.redact import REFUSAL, has_secret
 from pipeline.storage import (
     FileInfo,
     describe,
@@ -71,9 +71,12 @@ def find_shards(inputs: Iterable[str]) -> ShardSet:
 
     Raises:
         InputError: nothing found, a named shard is missing, or the store refuses.
-        SettingsError: malformed braces, or two stores in one input.
+        SettingsError: credentials, malformed braces, or two stores in one input.
     """
     inputs = list(inputs)
+    # Before anything that shows one of them.
+    if any(map(has_secret, inputs)):
+        raise SettingsError(f"input {REFUSAL}")
     patterns = [pattern for spec in inputs for pattern in _expand_list(spec)]
     if not patterns:
         raise InputError(f"no shard is named in input {' '.join(inputs)}")

@@ -170,6 +170,22 @@ def test_broken_braces_are_refused(place: str) -> None:
         find_shards([f"{place}/{{0..99999999}}.tar"])
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "https://127.0.0.1:9/b/a.tar?X-Amz-Signature=hunter2",
+        "s3://bkt/{0..99999999}.tar?X-Amz-Signature=hunter2",
+        "s3://bkt/{a,b.tar?token=hunter2",
+        "s3://key:hunter2@bkt/*.tar",
+        "s3://bkt/list.txt?sig=hunter2&.txt",
+    ],
+)
+def test_an_input_that_carries_credentials_is_refused_whoever_asks_and_not_shown(spec: str) -> None:
+    with pytest.raises(SettingsError, match="input must not carry credentials") as caught:
+        find_shards(["plain.tar", spec])
+    assert "hunter2" not in str(caught.value)
+
+
 def test_an_input_lies_in_one_store(tmp_path: Path, s3_url: str) -> None:
     write_bytes(str(tmp_path), "a.tar", b"")
     with pytest.raises(SettingsError, match="must lie in one store, got 2"):

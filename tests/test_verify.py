@@ -764,6 +764,16 @@ def test_the_command_refuses_wrong_usage_with_2(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mistake", [["--input"], [], ["--threads"]])
+def test_the_command_shows_no_secret_of_what_it_refuses(
+    mistake: list[str], good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code([str(good), *mistake, "https://127.0.0.1:9/b/a.tar?X-Amz-Signature=hunter2"]) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("verify.py: ")
+    assert "hunter2" not in said.out + said.err
+
+
 def exit_code(arguments: list[str]) -> object:
     try:
         return main(arguments)
