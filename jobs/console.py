@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -47,6 +47,14 @@ def human_s(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
+class _Sums(NamedTuple):
+    """What is done, of a run or of a pass."""
+
+    num_shards: int = 0
+    read_bytes: int = 0
+    wall_s: float = 0.0
+
+
 class Console:
     """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere; errors to standard error.
 
@@ -61,6 +69,8 @@ class Console:
         self._total_bytes = 1
         self._num_shards = 0
         self._tally: Tally | None = None
+        # The sums of the run when this pass began.
+        self._before = _Sums()
         self._rate = 0.0
         self._last_part = 0.0
         self._recent: deque[tuple[float, int]] = deque()
@@ -160,16 +170,28 @@ class Console:
         waits = f"  no part stored for {human_s(silent_s)}" if silent_s > _SILENT_S else ""
         self._out.print(f"{human_s(seconds)}  {self._state()}{waits}")
 
+    def _sums(self) -> _Sums:
+        """Of the run until now."""
+        tally = self._tally
+        return _Sums() if tally is None else _Sums(tally.num_shards, tally.read_bytes, tally.wall_s)
+
+    @property
+    def _pass(self) -> _Sums:
+        """Of this pass until now: the sums of a run grow from pass to pass, what there is to do does not."""
+        now, before = self._sums(), self._before
+        return _Sums(
+            now.num_shards - before.num_shards, now.read_bytes - before.read_bytes, now.wall_s - before.wall_s
+        )
+
     @property
     def _share(self) -> float:
         """Of the bytes of this pass, those that are read."""
-        return min(self._tally.read_bytes / self._total_bytes, 1.0) if self._tally else 0.0
+        return min(self._pass.read_bytes / self._total_bytes, 1.0)
 
     @property
     def _left_s(self) -> float | None:
-        if self._tally is None or not self._share:
-            return None
-        return self._tally.wall_s * (1 - self._share) / self._share
+        share = self._share
+        return self._pass.wall_s * (1 - share) / share if share else None
 
     def _state(self) -> str:
         tally = self._tally
@@ -177,14 +199,16 @@ class Console:
             return "starting"
         left = "?" if self._left_s is None else human_s(self._left_s)
         return (
-            f"{tally.num_embedded} images  {self._rate:.0f}/s  {tally.num_shards}/{self._num_shards} shards  "
+            f"{tally.num_embedded} images  {self._rate:.0f}/s  {self._pass.num_shards}/{self._num_shards} shards  "
             f"{tally.num_errors} errors  ETA {left}"
         )
 
     def begin_pass(self, number: int, pending: list[Pending]) -> None:
         """Say which pass begins, where it is not the first."""
+        self._before = self._sums()
         self._total_bytes = sum(shard.num_bytes for shard in pending) or 1
         self._num_shards = len(pending)
+        self._show()
         if number > 1:
             self._out.print(f"pass {number}: {len(pending)} shards are not complete, and are run again")
 
@@ -198,6 +222,9 @@ class Console:
         recent = now - since > 1
         self._rate = (tally.num_embedded - before) / (now - since) if recent else tally.num_embedded / tally.wall_s
         self._tally = tally
+        self._show()
+
+    def _show(self) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._share, description=self._state())
 

@@ -36,7 +36,8 @@ class JsonConsole(Console):
     """Writes an object a line: `time` (UTC, ISO 8601), `level`, `run`, `event`, and what the event has to say.
 
     Errors come on standard output, too: in the order of things. Events are `plan`, `waiting`, `resources`, `pass`,
-    `progress` (every 30 s), `problem`, `error`, `summary`, and at last `end` with the exit code.
+    `progress` (every 30 s), `problem`, `error`, `summary`, and at last `end` with the exit code. Of `progress`, the
+    shards and `left_s` are of the pass, and the other numbers of the run.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class JsonConsole(Console):
             errors=tally.num_errors if tally else 0,
             read_bytes=tally.read_bytes if tally else 0,
             images_per_s=round(self._rate, 2),
-            num_shards_done=tally.num_shards if tally else 0,
+            num_shards_done=self._pass.num_shards,
             num_shards=self._num_shards,
             left_s=None if self._left_s is None else round(self._left_s, 1),
         )

@@ -16,6 +16,7 @@ from jobs import console, embed
 from jobs.console import Console, human_bytes, human_s
 from jobs.console_json import JsonConsole
 from pipeline.report import Tally
+from pipeline.samples import Pending
 
 
 def test_sizes_and_times_are_shown_as_people_say_them() -> None:
@@ -89,6 +90,40 @@ def test_a_log_for_machines_tells_what_was_wrong_and_no_secret(capsys: pytest.Ca
     said = capsys.readouterr()
     assert "hunter" not in said.out + said.err
     assert [line["event"] for line in lines_of(said.out)] == ["waiting", "error"]
+
+
+def pending(count: int) -> list[Pending]:
+    return [Pending(f"s{number}", "", 1000, "") for number in range(count)]
+
+
+def test_progress_and_the_time_left_are_of_the_pass_and_images_of_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tally = Tally(started=time.monotonic() - 900)
+    for shown in (Console(), JsonConsole()):
+        shown.begin_pass(1, pending(100))
+        tally.num_shards, tally.num_embedded, tally.read_bytes = 90, 900, 90_000
+        shown.part(tally)
+        shown._progress_line(900.0, 0.0)
+        shown.begin_pass(2, pending(10))
+        shown._progress_line(900.0, 0.0)
+        tally.num_shards, tally.num_embedded, tally.read_bytes = 91, 910, 91_000
+        tally.started -= 1000
+        shown.part(tally)
+        shown._progress_line(1900.0, 0.0)
+    said = capsys.readouterr().out.splitlines()
+    text = [line.partition("/s  ")[2][:-1] for line in said[:4] if "ETA" in line]
+    # Without their last digit: the clock goes on.
+    assert text == [
+        "90/100 shards  0 errors  ETA 0:01:4",
+        "0/10 shards  0 errors  ETA ",
+        "1/10 shards  0 errors  ETA 2:30:0",
+    ]
+    told = [line for line in lines_of("\n".join(said[4:])) if line["event"] == "progress"]
+    assert [(line["num_shards_done"], line["num_shards"]) for line in told] == [(90, 100), (0, 10), (1, 10)]
+    assert [line["embedded"] for line in told] == [900, 900, 910]
+    assert told[1]["left_s"] is None
+    assert told[2]["left_s"] == pytest.approx(9000, rel=0.01)
 
 
 def test_progress_for_machines_comes_even_when_nothing_moves_and_has_its_numbers_apart(
