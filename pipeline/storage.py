@@ -30,6 +30,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
+    ProfileNotFound,
 )
 from fsspec.implementations.local import LocalFileSystem
 
@@ -59,10 +60,9 @@ _LASTING = (
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ParamValidationError,
 )
+# What botocore says before it asks the store.
+_NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 
 _T = TypeVar("_T")
 _given_up = threading.Event()
@@ -309,6 +309,7 @@ def with_retries(what: str, call: Callable[[], _T]) -> _T:
     Raises:
         ShardError: transient, when every attempt failed.
         FileNotFoundError, PermissionError and other lasting errors: at once, as they are.
+        PermissionError, OSError: at once, where there are no credentials, or no such name can be.
     """
     started = time.monotonic()
     attempt = 0
@@ -316,6 +317,12 @@ def with_retries(what: str, call: Callable[[], _T]) -> _T:
         attempt += 1
         try:
             result = call()
+        except _NO_CREDENTIALS as error:
+            raise PermissionError(
+                f"{what} takes credentials, by the environment or the machine's role: {error}"
+            ) from error
+        except ParamValidationError as error:
+            raise OSError(f"{what}: {' '.join(str(error).split())}") from error
         except Exception as error:
             if not _may_pass(error):
                 _given_up.clear()  # the store has answered

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from jobs import verify
 from pipeline import storage
 from pipeline.errors import SettingsError, ShardChangedError, ShardError
 from pipeline.storage import (
@@ -48,6 +50,18 @@ NAMES = [
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh folder on local disk, and a fresh prefix on S3."""
     return str(tmp_path / "place") if request.param == "disk" else request.getfixturevalue("s3_url")
+
+
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine that has no credentials of S3, and has not spoken with it before."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage._filesystem.cache_clear()
+    yield
+    storage._filesystem.cache_clear()
 
 
 def listed(url: str, *, recursive: bool = True) -> list[str]:
@@ -339,3 +353,32 @@ def test_deleting_takes_thousands_and_stops_at_nothing_missing(tmp_path: Path) -
         write_bytes(str(tmp_path), f"a/{number}", b"x")
     delete(str(tmp_path), [f"a/{number}" for number in range(2500)])
     assert listed(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "bucket", "kind", "message"),
+    [
+        ({}, "bkt", PermissionError, "Unable to locate credentials"),
+        ({"AWS_ACCESS_KEY_ID": "x"}, "bkt", PermissionError, "missing: AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_PROFILE": "nowhere"}, "bkt", PermissionError, "profile .nowhere. could not be found"),
+        ({}, "bad bucket!", OSError, 'Invalid bucket name "bad bucket!"'),
+    ],
+)
+@pytest.mark.usefixtures("no_credentials")
+def test_what_s3_is_never_asked_is_an_error_at_once_that_names_the_thing(
+    environment: dict[str, str],
+    bucket: str,
+    kind: type[OSError],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{bucket}/out/run.json"
+    started = time.monotonic()
+    with pytest.raises(kind, match=f"reading {url}.*{message}"):
+        read_bytes(url)
+    assert verify.main([f"s3://{bucket}/out"]) == 2
+    assert time.monotonic() - started < storage.RETRY_S / 4
+    assert re.search(f"^verify.py: {url} cannot be read: .*{message}.*\n$", capsys.readouterr().err)
