@@ -268,12 +268,13 @@ def _name(inside: str, path: str) -> str:
     name = path[len(inside) :].removesuffix(SUFFIX)
     base = name.rpartition("/")[2]
     try:
-        size = len(base.encode())
+        # All of it: the prefix is told in run.json.
+        path.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"shard {path!a} cannot name its output: its name must be UTF-8") from error
+        raise InputError(f"shard {path!a} cannot name its output: its path must be UTF-8") from error
     if not path.startswith(inside) or _NO_NAME.search(name):
         raise InputError(f"shard {path} cannot name its output: it must lie below {inside}, and no `..` in its path")
-    if size > _MAX_BASENAME_BYTES:
+    if len(base.encode()) > _MAX_BASENAME_BYTES:
         raise InputError(
             f"shard {path} cannot name its output: its name must have at most {_MAX_BASENAME_BYTES} bytes"
         )

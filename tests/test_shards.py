@@ -237,10 +237,11 @@ def test_a_name_too_long_for_its_output_is_refused(tmp_path: Path) -> None:
         find_shards([str(tmp_path)])
 
 
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.tar")).write_bytes(b"")
+@pytest.mark.parametrize("name", [b"in/\xff.tar", b"in/\xff/a.tar", b"\xff/in/a.tar"])
+def test_a_name_that_is_not_utf8_is_refused_be_it_of_the_shard_or_of_a_folder(tmp_path: Path, name: bytes) -> None:
+    write_bytes(str(tmp_path), os.fsdecode(name), b"")
     with pytest.raises(InputError, match="must be UTF-8"):
-        find_shards([str(tmp_path)])
+        find_shards([f"{tmp_path}/{os.fsdecode(name.partition(b'in')[0])}in"])
 
 
 def test_a_linked_folder_counts_and_a_loop_ends(tmp_path: Path) -> None:
