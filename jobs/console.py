@@ -63,7 +63,8 @@ class Console:
 
     def __init__(self) -> None:
         self.run = uuid.uuid4().hex[:12]
-        self._out = rich.console.Console(highlight=False, soft_wrap=True)
+        # Names are shown as they are: none is markup.
+        self._out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total_bytes = 1
@@ -111,7 +112,7 @@ class Console:
 
     def waiting(self, why: str) -> None:
         """Say what the run waits for before it begins."""
-        self._out.print(f"waiting   {why}", markup=False)
+        self._out.print(f"waiting   {why}")
 
     def resources(self, job: Job, resources: Resources) -> None:
         """Say what will do it."""
@@ -245,17 +246,17 @@ class Console:
         ]
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            self._out.print(f"{name:{width}}  {value}", markup=False)
+            self._out.print(f"{name:{width}}  {value}")
         for name, fault in report["broken_shards"].items():
-            self._out.print(f"BROKEN    {name}: {fault}", style="bold red", markup=False)
+            self._out.print(f"BROKEN    {name}: {fault}", style="bold red")
         for name in report["missing_shards"]:
-            self._out.print(f"MISSING   {name}: not complete after all passes", style="bold red", markup=False)
+            self._out.print(f"MISSING   {name}: not complete after all passes", style="bold red")
         for text in report["imbalances"]:
-            self._out.print(f"IMBALANCE {text}", style="bold red", markup=False)
+            self._out.print(f"IMBALANCE {text}", style="bold red")
         for text in report["problems"]:
-            self._out.print(f"PROBLEM   {text}", style="yellow", markup=False)
+            self._out.print(f"PROBLEM   {text}", style="yellow")
         verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
-        self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.html", markup=False)
+        self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.html")
         self.report_fault(report)
 
     def report_fault(self, report: dict[str, Any]) -> None:

@@ -103,9 +103,9 @@ def recompute_of(flags: argparse.Namespace) -> Recompute | None:
 def show(verdict: Verdict, out: rich.console.Console) -> None:
     """Every finding and note as a line, and what was read."""
     for finding in verdict.findings:
-        out.print(f"WRONG {finding}", style="red", markup=False)
+        out.print(f"WRONG {finding}", style="red")
     for note in verdict.notes:
-        out.print(f"note  {note}", markup=False)
+        out.print(f"note  {note}")
     broken = f", {verdict.broken_shards} of them broken" if verdict.broken_shards else ""
     cosine = verdict.lowest_cosine
     lowest = "" if cosine is None else f", the lowest cosine is {cosine:.6f}"
@@ -117,14 +117,14 @@ def show(verdict: Verdict, out: rich.console.Console) -> None:
         ("recomputed", f"{verdict.recomputed} embeddings{lowest}"),
     ]
     for name, value in rows:
-        out.print(f"{name:<12}{value}", markup=False)
+        out.print(f"{name:<12}{value}")
     for name in verdict.to_delete():
-        out.print(f"MEND  delete {join(verdict.output, name)}", markup=False)
+        out.print(f"MEND  delete {join(verdict.output, name)}")
     if verdict.mended_by_a_run:
         then = "then run" if verdict.to_delete() else "run"
-        out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing", markup=False)
+        out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing")
     wrong = f"NOT PROVEN: {len(verdict.findings)} findings in {verdict.output}"
-    out.print(f"proven: {verdict.output}" if verdict.proven else wrong, markup=False)
+    out.print(f"proven: {verdict.output}" if verdict.proven else wrong)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = top.parse_args(arguments)
     if not flags.input and (flags.recompute or flags.weights):
         top.error("--recompute and --weights need --input: without the images nothing can be computed again")
-    out = rich.console.Console(highlight=False, soft_wrap=True, stderr=flags.json == "-")
+    out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=flags.json == "-")
     progress = ShownProgress(out)
     try:
         with progress.shown():

@@ -73,6 +73,18 @@ def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
     assert (end["level"], end["exit_code"]) == ("info", 0)
 
 
+def test_brackets_and_colons_of_a_name_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=1)
+    monkeypatch.chdir(tmp_path)
+    asked = ["--input", "in/[o-q]*.tar", "--output", "g[/x]/:key:/out", "--weights", "random:0"]
+    assert embed.main([*asked, "--backbone", "squeezenet1_1", "--image-size", "64", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "input     in/[o-q]*.tar: 1 shards\n" in said
+    assert f"output    {tmp_path}/g[/x]/:key:/out (new)\n" in said
+
+
 def test_a_log_for_machines_tells_what_was_wrong_and_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
     assert embed.main(["--log-format", "json", "--output", "s3://key:hunter2@bkt/out", "--input", "in"]) == 2
     assert embed.main(["--log-format", "json", "--dry-run", "--output", "out", "--input", "/no/such/*.tar"]) == 2
