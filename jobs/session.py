@@ -51,6 +51,24 @@ def _terminate(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def _connect() -> None:
+    """Have Ray; a SIGTERM that its own handler takes meanwhile, which would end with 15, ends as ever."""
+    try:
+        connect()
+    except SystemExit as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    finally:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _shut_down() -> None:
+    """End Ray, which leaves SIGTERM as the system has it: that would kill, with the lease held and no last word."""
+    try:
+        ray.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
 def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     """Run the job, and return its exit code."""
     try:
@@ -107,9 +125,7 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
     try:
         with foreseen_engine(job, plan.pending) as choose:
             if plan.pending:
-                connect()
-                # ray.init has set handlers of its own.
-                signal.signal(signal.SIGTERM, _terminate)
+                _connect()
             with console.progress():
                 report = run(job, plan, watcher, choose)
     except OutputError as error:
@@ -118,7 +134,7 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
         return EXIT_UNBALANCED
     finally:
         # Before the lease ends, so that no worker writes after it.
-        ray.shutdown()
+        _shut_down()
     if plan.pending or not report["balanced"]:
         console.summary(report)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -193,6 +194,41 @@ def test_a_stopped_driver_loses_nothing_and_no_finished_shard_is_opened_again(
     assert after == stored(undisturbed / "out")
     assert {name: after[name] for name in before} == before
     assert not (out / ".tmp").exists()
+
+
+def begun_ray(pid: int) -> bool:
+    """Whether a process is inside `ray.init`, which starts others."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return any(Path(f"/proc/{child}/comm").read_text() == "gcs_server\n" for child in children)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["while Ray starts", "after Ray has ended"])
+def test_a_job_that_is_stopped_where_ray_has_a_say_about_signals_still_says_how_it_ends(
+    moment: str, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    out = tmp_path / "out"
+    options = ("--input", str(tmp_path / "in"), "--output", str(out), *SMALL, "--precision", "fp32")
+    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), *options, "--log-format", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    awaited = "plan" if moment == "while Ray starts" else "summary"
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if f'"event": "{awaited}"' in line:
+            break
+    while awaited == "plan" and not begun_ray(process.pid):
+        assert process.poll() is None, lines
+        time.sleep(0.02)
+    process.terminate()
+    lines += process.communicate(timeout=120)[0].splitlines()
+    end = json.loads(lines[-1])
+    assert (end["event"], end["exit_code"]) == ("end", process.returncode), lines
+    # In the second case all is stored, and the page alone is given up.
+    assert process.returncode in ((143,) if awaited == "plan" else (0, 143)), lines
+    assert not (out / ".lease").exists()
 
 
 def keeps_access_times(folder: Path) -> bool:
