@@ -253,6 +253,9 @@ class Console:
             self._out.print(f"MISSING   {name}: not complete after all passes", style="bold red")
         for text in report["imbalances"]:
             self._out.print(f"IMBALANCE {text}", style="bold red")
+        unlisted = report["num_imbalances"] - len(report["imbalances"])
+        if unlisted:
+            self._out.print(f"IMBALANCE and {unlisted} more, which are not listed", style="bold red")
         for text in report["problems"]:
             self._out.print(f"PROBLEM   {text}", style="yellow")
         verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"

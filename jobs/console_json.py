@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _INFO, _WARNING, _ERROR = "info", "warning", "error"
 # Of the report, what the line of the summary has; the rest is in report.json.
 _SUMMARY = (
-    "output", "balanced", "samples", "embedded", "errors", "errors_by_reason", "shards", "images_per_s",
-    "slowest_stage", "stage_busy", "wall_s", "first_part_s", "device", "num_devices", "precision", "engine",
-    "device_hours", "device_hours_per_million_images", "price", "price_per_million_images",
+    "output", "balanced", "num_imbalances", "samples", "embedded", "errors", "errors_by_reason", "shards",
+    "images_per_s", "slowest_stage", "stage_busy", "wall_s", "first_part_s", "device", "num_devices",
+    "precision", "engine", "device_hours", "device_hours_per_million_images", "price", "price_per_million_images",
 )  # fmt: skip
 
 

@@ -116,9 +116,10 @@ def make_report(
 ) -> dict[str, Any]:
     """The report of a run, as it is stored in `report.json`.
 
-    Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
-    earlier run has not counted them or found that they do not balance. `problems` is what went
-    wrong with the engine on the way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
+Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
+    earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run stored
+    itself. Lists are cut, and have their number beside them. `problems` is what went wrong with the engine on the
+    way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
     images of the parts stored in it, and the seconds that each stage worked on them; `stage_workers` is how many
     workers of a stage can be busy at once, on average. `num_devices` is the most that there were at once;
     `device_hours` counts each for as long as it was there.
@@ -168,6 +169,7 @@ def make_report(
         "broken_shards": {name: tally.faults.get(name, "broken") for name in counts.broken[:MAX_LISTED]},
         "missing_shards": counts.missing[:MAX_LISTED],
         "imbalances": counts.faults[:MAX_LISTED],
+        "num_imbalances": len(counts.faults),
         "problems": problems,
         "report_fault": None,
         "kept_nulls": tally.kept_nulls,

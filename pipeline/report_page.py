@@ -119,7 +119,7 @@ def _verdict(report: Mapping[str, Any]) -> tuple[str, str, str]:
     shards = report["shards"]
     if not report["balanced"]:
         missing = f"{words.count(shards['missing'], 'shard')} not complete, " if shards["missing"] else ""
-        found = words.count(len(report["imbalances"]), "disagreement")
+        found = words.count(report["num_imbalances"], "disagreement")
         return "bad", "Not balanced", f"{missing}{found} in what is stored. Run the same command again."
     if _was_idle(report):
         return "", "Nothing to do", f"All {words.count(shards['found'], 'shard')} had been embedded before."
@@ -208,11 +208,13 @@ def _facts(report: Mapping[str, Any]) -> str:
 
 def _errors(report: Mapping[str, Any]) -> str:
     reasons = list(report["errors_by_reason"].items())
-    if not reasons:
+    stored, total = report["errors"], sum(times for _, times in reasons)
+    if not stored and not reasons:
         said = "no sample was read" if _was_idle(report) else "every sample became an embedding"
         return f"<p>No errors: {said}.</p>"
+    if not reasons:
+        return f"<p>{words.count(stored, 'error')}, stored before this run, with the reasons in errors/.</p>"
     reasons.sort(key=lambda item: -item[1])
-    total = sum(times for _, times in reasons)
     rows = "".join(
         f'<tr><td>{safe(reason, 80)}</td><td class="n">{times:,}</td>'
         f'<td class="n wide">{words.share(times / total)}</td>'
@@ -220,12 +222,19 @@ def _errors(report: Mapping[str, Any]) -> str:
         for reason, times in reasons[:MAX_REASONS]
     )
     rest = reasons[MAX_REASONS:]
+    # Parts that were there before have their reasons in errors/ alone; a broken shard's fault is a row and no sample.
+    in_all = (
+        ""
+        if total == stored
+        else f" The reasons are of what this run stored; {words.count(stored, 'sample')} of its shards failed in all."
+    )
     more = f"{len(rest):,} more kinds of reason, {words.count(sum(times for _, times in rest), 'error')}"
     return (
         '<table><thead><tr><th>reason</th><th class="n">errors</th><th class="n wide">of all errors</th>'
         f"<th>an example: shard, image_id, and what was wrong</th></tr></thead><tbody>{rows}</tbody></table>"
         + (f'<p class="note">And {more}.</p>' if rest else "")
-        + '<p class="note">Each is a row in errors/, with its sample.</p>'
+        + '<p class="note">Each is a row in errors/, with its sample.'
+        + f"{in_all}</p>"
     )
 
 
@@ -236,7 +245,7 @@ def _lists(report: Mapping[str, Any]) -> str:
         (
             _list("Broken shards", broken, shards["broken"]),
             _list("Missing shards: not complete after all passes", report["missing_shards"], shards["missing"]),
-            _list("Disagreements in what is stored", report["imbalances"], len(report["imbalances"])),
+            _list("Disagreements in what is stored", report["imbalances"], report["num_imbalances"]),
             _list("Problems on the way", report["problems"], len(report["problems"])),
             _list("The report itself", [report["report_fault"]] if report["report_fault"] else [], 1),
         )

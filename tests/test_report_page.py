@@ -20,10 +20,13 @@ from conftest import encode, photo, sample_members, write_shards, write_tar
 from outputs import embed
 from PIL import Image
 
+from jobs.console import Console
+from jobs.console_json import JsonConsole
 from pipeline.config import parse
 from pipeline.flow import Watcher, run
-from pipeline.ledger import make_plan
+from pipeline.ledger import Counts, make_plan
 from pipeline.prepare import prepare
+from pipeline.report import Tally, make_report
 from pipeline.report_charts import axis
 from pipeline.report_page import MAX_REASONS, draw_page, write_page
 from pipeline.report_time import make_bins, spread
@@ -184,6 +187,37 @@ def test_a_run_with_nothing_to_do_shows_what_is_stored(tmp_path: Path) -> None:
     assert "cosine 0." in text
 
 
+def test_errors_that_an_earlier_run_stored_are_told_and_their_reasons_are_not_claimed_to_be_known(
+    tmp_path: Path,
+) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    report, shards = done(tmp_path / "in", tmp_path / "out")
+
+    def told(errors: int, reasons: dict[str, int]) -> str:
+        return read(draw_page({**report, "errors": errors, "errors_by_reason": reasons}, shards, set(), None))
+
+    assert "No errors: no sample was read" in told(0, {})
+    before = told(3, {})
+    assert "3 errors, stored before this run, with the reasons in errors/" in before
+    assert "No errors" not in before
+    assert "reasons are of what this run stored; 5 samples of its shards failed in all" in told(5, {"empty": 2})
+    assert "reasons are of" not in told(2, {"empty": 2})
+
+
+def test_imbalances_that_are_not_listed_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    job = prepare(embed(tmp_path / "in", tmp_path / "out"))
+    counts = Counts(faults=[f"s{number}: part 0 is missing" for number in range(150)])
+    report = make_report(Tally(), counts, job, make_plan(job.shards, job.config.output), None, [])
+    text = read(draw_page(report, {}, set(), None))
+    assert "150 disagreements in what is stored." in text
+    assert "And 50 more, which are not listed." in text
+    Console().summary(report)
+    assert "IMBALANCE and 50 more, which are not listed\n" in capsys.readouterr().out
+    JsonConsole().summary(report)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["num_imbalances"] == 150
+
+
 @pytest.mark.parametrize("num_images", [0, 1, 2])
 def test_outputs_of_hardly_any_rows_have_a_page(num_images: int, tmp_path: Path) -> None:
     members = [member for seed in range(num_images) for member in sample_members(f"k{seed}", seed)]
@@ -232,6 +266,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, whole: tuple[Pat
         "missing_shards": [_HOSTILE] * 100,
         "problems": [_HOSTILE],
         "imbalances": ["x"],
+        "num_imbalances": 1,
         "backbone": _HOSTILE,
         "input": [_HOSTILE] * 1000,
         "balanced": False,
