@@ -21,7 +21,7 @@ from pipeline.errors import PipelineError
 from pipeline.redact import redact
 from pipeline.storage import join
 from pipeline.verify import THREADS, verify
-from pipeline.verify_findings import RULES, Verdict
+from pipeline.verify_findings import RULES, Verdict, one_line
 from pipeline.verify_recompute import RECOMPUTE_IMAGES, Recompute
 
 EXIT_PROVEN = 0
@@ -100,7 +100,7 @@ def recompute_of(flags: argparse.Namespace) -> Recompute | None:
     return Recompute(None if count == "all" else count, flags.weights, flags.seed, required=asked)
 
 
-def show(verdict: Verdict, out: rich.console.Console) -> None:
+def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> None:
     """Every finding and note as a line, and what was read."""
     for finding in verdict.findings:
         out.print(f"WRONG {finding}", style="red")
@@ -109,17 +109,18 @@ def show(verdict: Verdict, out: rich.console.Console) -> None:
     broken = f", {verdict.broken_shards} of them broken" if verdict.broken_shards else ""
     cosine = verdict.lowest_cosine
     lowest = "" if cosine is None else f", the lowest cosine is {cosine:.6f}"
+    none = "" if verdict.tars_compared else ": no stored shard is in the input, unchanged and readable"
     rows = [
         ("shards", f"{verdict.shards}{broken}"),
         ("parts", f"{verdict.parts}, {decimal(verdict.num_bytes)} with their errors"),
         ("samples", f"{verdict.samples}: {verdict.embedded} embedded, {verdict.errors} errors"),
-        ("tars", f"{verdict.tars_compared} compared" if verdict.tars_compared else "not compared: no --input"),
+        ("tars", f"{verdict.tars_compared} compared{none}" if with_input else "not compared: no --input"),
         ("recomputed", f"{verdict.recomputed} embeddings{lowest}"),
     ]
     for name, value in rows:
         out.print(f"{name:<12}{value}")
     for name in verdict.to_delete():
-        out.print(f"MEND  delete {join(verdict.output, name)}")
+        out.print(f"MEND  delete {one_line(join(verdict.output, name))}")
     if verdict.mended_by_a_run:
         then = "then run" if verdict.to_delete() else "run"
         out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing")
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             verdict = verify(
                 flags.output, flags.input, recompute_of(flags), threads=flags.threads, on_progress=progress
             )
-        show(verdict, out)
+        show(verdict, out, with_input=bool(flags.input))
         if flags.json:
             _write_json(verdict, flags.json)
     except (PipelineError, OSError) as error:

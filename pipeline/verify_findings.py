@@ -39,7 +39,7 @@ RULES = {
 
 # A part with one of these is made again where it is deleted; what the others find is not mended so.
 _REMADE = frozenset(
-    {"errors-missing", "errors-alone", "unreadable", "schema", "fingerprint", "metadata", "checksum", "counts"}
+    {"errors-missing", "unreadable", "schema", "fingerprint", "metadata", "checksum", "counts"}
     | {"sample-index", "shard-column", "not-finite", "tar-id", "recompute"}
 )
 # A run finds these by itself.
@@ -89,9 +89,10 @@ class Verdict:
         return not self.findings
 
     def to_delete(self) -> list[str]:
-        """Parts below the output that must go, so that a run makes them and their errors anew."""
+        """What must go below the output: parts, which a run then makes anew with their errors, and errors of none."""
         spoiled = {finding.file.partition("/")[2] for finding in self.findings if finding.rule in _REMADE}
-        return [f"embeddings/{name}" for name in sorted(spoiled) if name.endswith(".parquet")]
+        alone = {finding.file for finding in self.findings if finding.rule == "errors-alone"}
+        return sorted({f"embeddings/{name}" for name in spoiled if name.endswith(".parquet")} | alone)
 
     @property
     def mended_by_a_run(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -762,6 +763,35 @@ def test_the_command_refuses_wrong_usage_with_2(
 ) -> None:
     assert exit_code(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_says_why_no_tar_was_compared(
+    good: Path, own_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in own_shards.iterdir():
+        os.utime(path, (1, 1))
+    assert main([str(good)]) == 0
+    assert "tars        not compared: no --input\n" in capsys.readouterr().out
+    assert main([str(good), "--input", str(own_shards), "--recompute", "0"]) == 1
+    said = capsys.readouterr().out
+    assert "tars        0 compared: no stored shard is in the input, unchanged and readable\n" in said
+
+
+def test_the_command_says_to_delete_files_that_are_there_and_shows_no_name_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("plain", "esc\x1b[31m"):
+        write_tar(tmp_path / "in" / f"{name}.tar", shard_members(0))
+    embed(tmp_path / "in", tmp_path / "out")
+    (alone,) = (tmp_path / "out" / "embeddings").glob("plain.*-00001.parquet")
+    alone.unlink()
+    (cut_off,) = (tmp_path / "out" / "embeddings").glob("esc*-00000.parquet")
+    cut_off.write_bytes(b"")
+    assert main([str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    advice = re.findall(r"^MEND  delete (.+)$", said, re.MULTILINE)
+    assert advice == [str(cut_off).replace("\x1b", "\\x1b"), f"{tmp_path}/out/errors/{alone.name}"]
 
 
 @pytest.mark.parametrize("mistake", [["--input"], [], ["--threads"]])
