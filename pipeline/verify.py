@@ -51,7 +51,7 @@ def verify(
     groups = _groups(_list(output, verdict), shards, verdict)
     sources: list[Source] = []
     for group, parts, tar in _checked(output, expected, groups, threads, on_progress):
-        check_group(group, parts, verdict)
+        check_group(group, parts, expected.image_member, verdict)
         if tar is not None:
             compare(group, parts, tar, verdict)
             if tar.fault is None and not group.is_broken:

@@ -30,7 +30,7 @@ RULES = {
     "not-finite": "embeddings have no NaN and no infinite value",
     "length": "embeddings have the L2 length 1 where they were normalized",
     "constant": "the values within one embedding are not all the same",
-    "all-alike": "the embeddings of a shard are not all the same",
+    "all-alike": "the embeddings of a shard are not all the same, where its images are not",
     "tar-unreadable": "a shard of the input can be read",
     "tar-count": "a shard has as many samples as its tar",
     "tar-id": "image_id is that of the tar's sample at sample_index",

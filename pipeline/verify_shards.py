@@ -8,12 +8,16 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
+from pipeline.errors import ShardError
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName
 from pipeline.schema import END_BROKEN, END_NONE
 from pipeline.shards import Shard
 from pipeline.verify_findings import Verdict, few
 from pipeline.verify_parts import Part
-from pipeline.verify_tars import Tar
+from pipeline.verify_tars import Tar, is_one_image
+
+# Fewer embeddings that are one and the same may well be of one picture.
+_ALIKE_AT_LEAST = 5
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Group:
         return f"{EMBEDDINGS}/{self.parts[0].shard}.{self.parts[0].tag}-*"
 
 
-def check_group(group: Group, parts: list[Part], verdict: Verdict) -> None:
+def check_group(group: Group, parts: list[Part], image_member: str | None, verdict: Verdict) -> None:
     """The parts of one shard version as a whole."""
     _check_order(group, parts, verdict)
     if group.is_broken:
@@ -49,10 +53,22 @@ def check_group(group: Group, parts: list[Part], verdict: Verdict) -> None:
         verdict.errors += int((part.errors.indices >= 0).sum())
     verdict.parts += len(parts)
     _check_ids(group, parts, verdict)
-    num_rows = sum(len(part.embedded.ids) for part in parts)
+    _check_alike(group, parts, image_member, verdict)
+
+
+def _check_alike(group: Group, parts: list[Part], image_member: str | None, verdict: Verdict) -> None:
+    """Whether all embeddings are one, and the images are not, as far as the input shows them."""
+    rows = [index for part in parts for index, _ in part.embedded.samples()]
     alike = {part.alike for part in parts if part.embedded.ids}
-    if num_rows > 1 and len(alike) == 1 and None not in alike:
-        verdict.find(group.where, "all-alike", f"its {num_rows} embeddings are one and the same")
+    if len(rows) < _ALIKE_AT_LEAST or len(alike) > 1 or None in alike:
+        return
+    try:
+        if group.shard is not None and is_one_image(group.shard, image_member, set(rows)):
+            return
+    except (OSError, ShardError):
+        pass  # comparing the shard with its tar tells it
+    shown = "" if group.shard is not None else "; with --input it is told whether its images are, too"
+    verdict.find(group.where, "all-alike", f"its {len(rows)} embeddings are one and the same{shown}")
 
 
 def _check_order(group: Group, parts: list[Part], verdict: Verdict) -> None:

@@ -14,8 +14,8 @@ from typing import IO, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import Field
-from pipeline.errors import ShardError
-from pipeline.samples import MAX_METADATA_BYTES, image_rank
+from pipeline.errors import SampleError, ShardError
+from pipeline.samples import MAX_METADATA_BYTES, _literal, image_rank
 from pipeline.shards import Shard
 from pipeline.storage import ShardStream, describe, locate
 
@@ -84,6 +84,18 @@ def images(
             if data is not None:
                 found[index] = data
     return found
+
+
+def is_one_image(shard: Shard, image_member: str | None, wanted: set[int]) -> bool:
+    """Whether the `wanted` samples of a shard have the same image, byte for byte. Raises as `images` does."""
+    first: bytes | None = None
+    with _opened(shard) as tar:
+        for _, members in (sample for index, sample in enumerate(tar.samples()) if index in wanted):
+            data = _image(tar, members, image_member)
+            if data is None or (first is not None and data != first):
+                return False
+            first = data
+    return first is not None
 
 
 def mean_sample_bytes(shard: Shard) -> float | None:
@@ -179,13 +191,19 @@ def _user_id(tar: _TarReader, members: _Members, field: Field) -> str | None:
     if data is None:
         return None
     if not field.path and wanted != "json":
-        return data.decode("utf-8", "backslashreplace").strip("\r\n")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    for name in field.path:
-        value = value.get(name) if isinstance(value, dict) else None
+        if field.type == "string":
+            return data.decode("utf-8", "backslashreplace").strip("\r\n")
+        try:
+            value = _literal(data)
+        except SampleError:
+            return None
+    else:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
+        for name in field.path:
+            value = value.get(name) if isinstance(value, dict) else None
     return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 

@@ -334,7 +334,7 @@ def test_a_vector_of_one_value_is_found(value: float, planted: Path) -> None:
     assert "sample 2 ('000-0002')" in finding.value
 
 
-def test_a_shard_whose_embeddings_are_all_alike_is_found(planted: Path) -> None:
+def test_a_shard_whose_embeddings_are_all_alike_is_found_unless_its_images_are(planted: Path, shards: Path) -> None:
     vector = np.linspace(0, 1, 512, dtype=np.float32)
 
     def plant(values: np.ndarray[Any, Any]) -> None:
@@ -342,8 +342,19 @@ def test_a_shard_whose_embeddings_are_all_alike_is_found(planted: Path) -> None:
 
     for part in range(3):
         rewrite(part_path(planted, part), set_vectors(plant))
-    (finding,) = verify(str(planted)).findings
-    assert (finding.rule, finding.value) == ("all-alike", "its 5 embeddings are one and the same")
+    for inputs, more in (([], "; with --input it is told whether its images are, too"), ([str(shards)], "")):
+        (finding,) = verify(str(planted), inputs).findings
+        assert (finding.rule, finding.value) == ("all-alike", f"its 5 embeddings are one and the same{more}")
+
+
+def test_a_shard_of_one_image_many_times_is_proven_against_its_tar_and_of_few_without_it(tmp_path: Path) -> None:
+    image = encode(photo(1))
+    for count, rules in ((2, set()), (6, {"all-alike"})):
+        folder, output = tmp_path / f"in{count}", str(tmp_path / f"out{count}")
+        write_tar(folder / "s.tar", [(f"{key}.jpg", image) for key in range(count)])
+        embed(folder, output)
+        assert {finding.rule for finding in verify(output).findings} == rules
+        assert verify(output, [str(folder)], ALL).findings == []
 
 
 def test_a_vector_of_another_length_is_found(shards: Path, tmp_path: Path) -> None:
@@ -505,6 +516,17 @@ def test_ids_swapped_between_two_rows_are_found_where_ids_are_a_field(shards: Pa
     (finding,) = verify(str(tmp_path / "out"), [str(shards)]).findings
     assert finding.rule == "tar-id"
     assert "sample 0 is 'photo-2', the tar has 'photo-0'" in finding.value
+
+
+def test_ids_of_a_member_with_a_number_are_read_as_the_job_reads_them(tmp_path: Path) -> None:
+    members = [
+        [(f"{key}.jpg", encode(photo(key))), (f"{key}.cls", text)] for key, text in enumerate((b"007\n", b"1_0"))
+    ]
+    write_tar(tmp_path / "in" / "s.tar", [member for sample in members for member in sample])
+    embed(tmp_path / "in", tmp_path / "out", id="cls")
+    assert verify(str(tmp_path / "out"), [str(tmp_path / "in")]).findings == []
+    (path,) = (tmp_path / "out" / "embeddings").iterdir()
+    assert pq.read_table(path).column(IMAGE_ID).to_pylist() == ["7", "1_0"]
 
 
 def test_samples_that_were_lost_before_they_were_counted_are_found(planted: Path, shards: Path) -> None:
