@@ -116,7 +116,7 @@ def make_report(
 ) -> dict[str, Any]:
     """The report of a run, as it is stored in `report.json`.
 
-Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
+    Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
     earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run stored
     itself. Lists are cut, and have their number beside them. `problems` is what went wrong with the engine on the
     way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
