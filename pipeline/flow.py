@@ -19,7 +19,7 @@ from pipeline.config import Config
 from pipeline.decode import Decoder
 from pipeline.embedder import Embedder, Source
 from pipeline.engine import Choose, choose_engine
-from pipeline.errors import ClusterError, InputError, ShardError
+from pipeline.errors import ClusterError, SettingsError, ShardError
 from pipeline.fingerprint import write_fingerprint
 from pipeline.isolated import IsolatedDecoder
 from pipeline.ledger import Counts, Plan, count, make_plan
@@ -310,7 +310,7 @@ def _listed_again(job: Job, shards: list[Shard], problems: list[str]) -> list[Sh
     """The input as it is now: a shard may have changed, or gone, since the run began."""
     try:
         return find_shards(job.config.input).shards
-    except InputError as error:
+    except SettingsError as error:
         problems.append(str(error))
         return shards
 

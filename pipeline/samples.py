@@ -352,7 +352,7 @@ def _lookup(sample: _Sample, item: Field) -> Any:
     if len(member.data) > MAX_METADATA_BYTES:
         raise SampleError(f"metadata too large: {extension} has {len(member.data)} bytes")
     if not item.path and extension != "json":
-        return _text(member.data) if item.type == "string" else _literal(member.data)
+        return _text(member.data) if item.type == "string" else literal(member.data)
     if extension not in sample.parsed:
         sample.parsed[extension] = _parsed(member.data)
     value = sample.parsed[extension]
@@ -375,7 +375,7 @@ def _text(data: bytes) -> str:
         raise SampleError(f"broken text: not UTF-8: {error.reason}") from error
 
 
-def _literal(data: bytes) -> Any:
+def literal(data: bytes) -> Any:
     """A member that holds one number or word, such as `.cls`."""
     text = _text(data).strip()
     # Python's numbers may have underscores, and digits of any script.

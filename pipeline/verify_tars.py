@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import Field
 from pipeline.errors import SampleError, ShardError
-from pipeline.samples import MAX_METADATA_BYTES, _literal, image_rank
+from pipeline.samples import MAX_METADATA_BYTES, image_rank, literal
 from pipeline.shards import Shard
 from pipeline.storage import ShardStream, describe, locate
 
@@ -194,7 +194,7 @@ def _user_id(tar: _TarReader, members: _Members, field: Field) -> str | None:
         if field.type == "string":
             return data.decode("utf-8", "backslashreplace").strip("\r\n")
         try:
-            value = _literal(data)
+            value = literal(data)
         except SampleError:
             return None
     else:
