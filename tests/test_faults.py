@@ -117,7 +117,7 @@ LASTING = [
 ]
 if os.environ.get("EMBED_TEST_FAULTS") != "all":
     # Each of the others takes a worker for a minute, and is tried in test_network.py with less patience.
-    LASTING = LASTING[:3]
+    LASTING = LASTING[:2]
 
 
 @pytest.mark.slow
