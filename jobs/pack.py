@@ -27,7 +27,7 @@ from webdataset import ShardWriter
 
 from jobs.paths import not_empty
 from pipeline.errors import InputError, OutputError, PipelineError, SettingsError
-from pipeline.samples import IMAGE_EXTENSIONS, split_key
+from pipeline.samples import IMAGE_EXTENSIONS, printable, split_key
 from pipeline.shards import SUFFIX
 
 EXIT_OK = 0
@@ -205,11 +205,6 @@ def _escaped(text: str, also: str) -> str:
         else "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
         for character in text
     )
-
-
-def printable(text: str) -> str:
-    """`text` with bytes that are not UTF-8 written as \\xNN."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def pack(config: PackConfig, found: Found, on_image: Callable[[], None] = lambda: None) -> Packed:

@@ -176,8 +176,9 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         _begin(job)
         counts = counted or _counted(job, shards, {shard.name for shard in shards}, problems)
         return _finish(job, plan, None, tally, counts, problems)
-    job, source, resources = _decide(job, plan.pending, watcher, choose, problems)
+    resources = plan_resources(config, watcher.on_wait)
     tally.devices = devices = DeviceTime(resources.requests[0], resources.num_actors[1], tally.started, alive_nodes())
+    job, source, resources = _decide(job, plan.pending, resources, watcher, choose, problems)
     watcher.on_resources(job, resources)
     _begin(job)
     mark_uncounted(config.output)
@@ -221,10 +222,9 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
 
 
 def _decide(
-    job: Job, pending: list[Pending], watcher: Watcher, choose: Choose, problems: list[str]
+    job: Job, pending: list[Pending], resources: Resources, watcher: Watcher, choose: Choose, problems: list[str]
 ) -> tuple[Job, Source, Resources]:
-    """What the cluster has, and what computes there: with it the job, and what the actors are to load."""
-    resources = plan_resources(job.config, watcher.on_wait)
+    """What computes, in which precision and batches: job and resources with it, and what the actors are to load."""
     engine = choose(job, pending, resources.device, resources.fast_precisions())
     if engine.note is not None:
         problems.append(f"slower than it could be: {engine.note}")

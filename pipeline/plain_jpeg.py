@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.decode import TURNS, Decoder, Header, Preprocess, resized_size
+from pipeline.decode import Decoder, Header, Preprocess, resized_size
 from pipeline.errors import SampleError, SettingsError
 from pipeline.schema import (
     ENCODED,
@@ -150,7 +150,7 @@ class JpegForwarder:
 
     def _is_for_device(self, header: Header) -> bool:
         height, width = header.height, header.width
-        if header.orientation in TURNS and TURNS[header.orientation][0] % 2:
+        if header.orientation > 4:  # turned by a quarter
             height, width = width, height
         new_height, new_width = resized_size(height, width, self._decoder.preprocess)
         most_pixels = max(height * width, height * new_width, new_height * new_width)

@@ -14,7 +14,7 @@ from pipeline.embedder import Embedder
 from pipeline.errors import InputError, SampleError, SettingsError
 from pipeline.fingerprint import Fingerprint
 from pipeline.recipe import recipe_of
-from pipeline.samples import IMAGE_EXTENSIONS
+from pipeline.samples import IMAGE_EXTENSIONS, printable
 from pipeline.stored import PIECE_BYTES
 from pipeline.torch_runner import SharedWeights
 
@@ -31,7 +31,7 @@ class Query(NamedTuple):
     @property
     def name(self) -> str:
         """The path as text: bytes that are not UTF-8 are \\xNN, as in ids."""
-        return os.fsencode(self.path).decode("utf-8", "backslashreplace")
+        return printable(str(self.path))
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:

@@ -184,12 +184,12 @@ class SampleReader:
     def _row(self, sample: _Sample) -> tuple[dict[str, Any], str, str | None]:
         """The sample's row, its key, and its id where that is of its own. Its image is None where it has a reason."""
         key, own_id = sample.key, None
-        row: dict[str, Any] = {"image_id": _printable(key), "member": None, "image": None, "nulls": 0}
+        row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "nulls": 0}
         row["kept"] = [None] * len(self._config.keep)
         image = sample.image
-        row["member"] = _printable(image.name if image is not None else sample.first_name)
+        row["member"] = printable(image.name if image is not None else sample.first_name)
         try:
-            if _printable(key) != key:
+            if printable(key) != key:
                 raise SampleError("key is not UTF-8: its bytes are shown escaped")
             if sample.problem is not None:
                 raise SampleError(sample.problem)
@@ -326,7 +326,7 @@ def _confirmed(error: ShardError, stream: ShardStream) -> ShardError:
     return error
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` with bytes that are not UTF-8 escaped as \\xNN; equal to `text` where there are none."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
