@@ -25,6 +25,7 @@ from rich.table import Table
 from jobs import bench_runs as runs
 from jobs.bench_runs import BenchError, Metrics, Settings
 from jobs.bench_shards import photo_shards, tiny_shards
+from jobs.usage import Parser, at_least, local_path
 from pipeline.config import Config
 from pipeline.errors import PipelineError, SettingsError
 
@@ -156,39 +157,49 @@ GOALS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     lines = "\n".join(f"  {name:10} {text}" for name, (_, text) in CASES.items())
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="bench.py",
         description=__doc__,
         epilog=f"cases:\n{lines}\n\nWhat each measures, and how: infra/bench/README.md",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     top.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help="what to measure; see below")
     top.add_argument("--backbone", default="resnet50", help="a torchvision ResNet (default: resnet50)")
-    top.add_argument("--image-size", type=int, metavar="N", help="input size (default: that of the weights)")
+    top.add_argument("--image-size", type=at_least(1), metavar="N", help="input size (default: that of the weights)")
     top.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where the backbone runs (default: cpu)"
     )
     top.add_argument("--precision", default="auto", help="of the job; the baselines are fp32 (default: auto)")
-    top.add_argument("--images", type=int, default=2048, metavar="N", help="photos (default: 2048)")
+    top.add_argument("--images", type=at_least(1), default=2048, metavar="N", help="photos (default: 2048)")
     top.add_argument(
-        "--images-a-shard", type=int, default=128, metavar="N", help="photos a shard, and so a part (default: 128)"
+        "--images-a-shard",
+        type=at_least(1),
+        default=128,
+        metavar="N",
+        help="photos a shard, and so a part (default: 128)",
     )
     top.add_argument(
-        "--stage-images", type=int, default=512, metavar="N", help="photos of a stage alone (default: 512)"
+        "--stage-images", type=at_least(1), default=512, metavar="N", help="photos of a stage alone (default: 512)"
     )
-    top.add_argument("--tiny-shards", type=int, default=10_000, metavar="N", help="of `tiny` (default: 10000)")
-    top.add_argument("--plan-shards", type=int, default=1_000_000, metavar="N", help="of `plan` (default: 1000000)")
+    top.add_argument(
+        "--tiny-shards", type=at_least(1), default=10_000, metavar="N", help="of `tiny` (default: 10000)"
+    )
+    top.add_argument(
+        "--plan-shards", type=at_least(1), default=1_000_000, metavar="N", help="of `plan` (default: 1000000)"
+    )
     top.add_argument(
         "--sized", nargs="+", default=runs.SIZED, metavar="NAME", help="of `sizing` (default: the usual ones)"
     )
-    top.add_argument("--repeats", type=int, default=3, metavar="N", help="of all cases in turn (default: 3)")
-    top.add_argument("--data", type=Path, metavar="FOLDER", help="keep the shards here (default: make them anew)")
-    top.add_argument("--scratch", type=Path, metavar="FOLDER", help="for what is embedded (default: a temporary one)")
-    top.add_argument("--output", type=Path, metavar="FILE", help="write all figures here, as JSON")
+    top.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="of all cases in turn (default: 3)")
+    top.add_argument(
+        "--data", type=local_path, metavar="FOLDER", help="keep the shards here (default: make them anew)"
+    )
+    top.add_argument(
+        "--scratch", type=local_path, metavar="FOLDER", help="for what is embedded (default: a temporary one)"
+    )
+    top.add_argument("--output", type=local_path, metavar="FILE", help="write all figures here, as JSON")
     return top
 
 
@@ -367,15 +378,12 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark, and return its exit code: 0 whether or not the goals hold."""
-    flags = parser().parse_args(arguments)
-    for name in ("images", "images_a_shard", "stage_images", "tiny_shards", "plan_shards", "repeats"):
-        if getattr(flags, name) < 1:
-            print(f"bench.py: {name} must be at least 1, got {getattr(flags, name)}", file=sys.stderr)
-            return EXIT_USAGE
+    top = parser()
+    flags = top.parse_args(arguments)
     try:
         result = run(flags)
     except (PipelineError, BenchError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        top.tell(error)
         return EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED
     show(result["figures"], result["goals"])
     if flags.output is not None:

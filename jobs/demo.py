@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import filecmp
 import math
 import os
@@ -28,6 +27,7 @@ import rich.console
 import rich.panel
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
+from jobs.usage import Parser, local_path
 from pipeline.config import Config, Field
 from pipeline.errors import InputError, OutputError, PipelineError, WeightsError
 from pipeline.parts import EMBEDDINGS
@@ -525,17 +525,19 @@ def _step(number: int, text: str) -> None:
     _OUT.print(f"\n[{number}] {text}", style="bold green", markup=False)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="demo.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    top.add_argument("--images", metavar="FOLDER", type=Path, help="your own images (default: scikit-image's photos)")
-    top.add_argument("--output", metavar="FOLDER", type=Path, default=Path("demo"), help="for all it makes (demo)")
+    top.add_argument(
+        "--images", metavar="FOLDER", type=local_path, help="your own images (default: scikit-image's photos)"
+    )
+    top.add_argument(
+        "--output", metavar="FOLDER", type=local_path, default=Path("demo"), help="for all it makes (demo)"
+    )
     top.add_argument("--backbone", metavar="NAME", default="resnet18", help="(resnet18)")
     top.add_argument("--weights", metavar="W", help="as for embed.py (DEFAULT, or random:0 where it cannot be had)")
     return top
@@ -543,19 +545,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo, and return its exit code: 0, 2 where it cannot start, or that of the job that failed."""
-    flags = parser().parse_args(arguments)
+    top = parser()
+    flags = top.parse_args(arguments)
     try:
         images = flags.images and flags.images.resolve()
         run_demo(images, flags.output.resolve(), flags.backbone, flags.weights)
         return EXIT_OK
     except DemoError as error:
-        print(f"demo.py: {error}", file=sys.stderr)
+        top.tell(error)
         return error.code
     except (PipelineError, OSError) as error:
-        print(f"demo.py: {error}", file=sys.stderr)
+        top.tell(error)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("demo.py: interrupted; run it again to go on", file=sys.stderr)
+        top.tell("interrupted; run it again to go on")
         return 128 + signal.SIGINT
 
 

@@ -8,15 +8,15 @@ all where many images are alike.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich.console
 
-from jobs.paths import check_file, check_page, not_empty
+from jobs.paths import check_file, check_page
 from jobs.progress import ShownProgress
+from jobs.usage import Parser, not_empty
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -42,14 +42,12 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="duplicates.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     top.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
     top.add_argument(
@@ -108,12 +106,13 @@ def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Find them, and return the exit code."""
-    flags = parser().parse_args(arguments)
+    top = parser()
+    flags = top.parse_args(arguments)
     # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
     from pipeline.duplicates import draw_duplicates, duplicates_page, find_duplicates, tags_of  # noqa: PLC0415
     from pipeline.index import open_index  # noqa: PLC0415
 
-    out = rich.console.Console(highlight=False, soft_wrap=True)
+    out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     progress = ShownProgress(out)
     try:
         check_file("--pairs", flags.pairs)
@@ -131,18 +130,18 @@ def main(arguments: list[str] | None = None) -> int:
             )
         lines = lines_of(found, flags.threshold, None if index is None else index.facts)
         for line in lines:
-            out.print(line, markup=False)
-        out.print(f"written to {flags.pairs}", markup=False)
+            out.print(line)
+        out.print(f"written to {flags.pairs}")
         if flags.html:
             drawn = draw_duplicates(flags.pairs, PAGE_ROWS, PAGE_NEAR)
             tags = tags_of(flags.output)
             text = duplicates_page(flags.output, drawn, lines, flags.input, tags.get)
             Path(flags.html).write_text(text, encoding="utf-8")
     except (PipelineError, OSError) as error:
-        print(f"duplicates.py: {error}", file=sys.stderr)
+        top.tell(error)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("duplicates.py: interrupted", file=sys.stderr)
+        top.tell("interrupted")
         return EXIT_INTERRUPTED
     return EXIT_OK
 

@@ -37,15 +37,13 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line. Every default is None here: `Config` holds the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     top = Parser(
         prog="embed.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
     def add(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:

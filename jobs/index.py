@@ -7,7 +7,6 @@ pip install 'shard-embedder[index]'.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from typing import TYPE_CHECKING
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING
 import rich.console
 
 from jobs.console import human_bytes
-from jobs.paths import not_empty
 from jobs.progress import ShownProgress
+from jobs.usage import Parser, not_empty
 from pipeline.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
@@ -43,14 +42,12 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="index.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     top.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
     top.add_argument("index", type=not_empty, metavar="INDEX", help="local folder for the index")
@@ -71,9 +68,9 @@ def show(built: Built, index: str, out: rich.console.Console) -> None:
     """What was done, and what the index is now."""
     facts = built.facts
     for note in built.notes:
-        out.print(f"note  {note}", markup=False)
+        out.print(f"note  {note}")
     if built.rebuilt:
-        out.print(f"built anew: {built.rebuilt}", style="yellow", markup=False)
+        out.print(f"built anew: {built.rebuilt}", style="yellow")
     elif not built.num_added:
         out.print("nothing to do: the index holds what the output holds")
     size = sum(num_bytes for num_bytes, _ in facts.files.values())
@@ -86,16 +83,17 @@ def show(built: Built, index: str, out: rich.console.Console) -> None:
         ("recall@10", f"{facts.recall:.3f} of exact search, on {facts.recall_queries} of its rows{width}"),
     ]
     for name, value in rows:
-        out.print(f"{name:<11}{value}", markup=False)
+        out.print(f"{name:<11}{value}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Build or add, and return the exit code."""
-    flags = parser().parse_args(arguments)
+    top = parser()
+    flags = top.parse_args(arguments)
     # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
     from pipeline.index_build import Options, build  # noqa: PLC0415
 
-    out = rich.console.Console(highlight=False, soft_wrap=True)
+    out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     progress = ShownProgress(out)
     try:
         if not math.isfinite(flags.memory):
@@ -105,10 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
             built = build(flags.output, flags.index, options, progress)
         show(built, flags.index, out)
     except (PipelineError, OSError) as error:
-        print(f"index.py: {error}", file=sys.stderr)
+        top.tell(error)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("index.py: interrupted; the index is as it was before", file=sys.stderr)
+        top.tell("interrupted; the index is as it was before")
         return EXIT_INTERRUPTED
     return EXIT_OK
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -25,7 +24,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from webdataset import ShardWriter
 
-from jobs.paths import not_empty
+from jobs.usage import Parser, at_least, local_path
 from pipeline.errors import InputError, OutputError, PipelineError, SettingsError
 from pipeline.samples import IMAGE_EXTENSIONS, printable, split_key
 from pipeline.shards import SUFFIX
@@ -350,23 +349,19 @@ def _print_summary(config: PackConfig, found: Found, packed: Packed) -> None:
         print(_told(found.left_out))
 
 
-def _path(text: str) -> Path:
-    return Path(not_empty(text))
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="pack.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    top.add_argument("folder", metavar="FOLDER", type=_path, help="images, in folders of any depth")
-    top.add_argument("shards", metavar="SHARDS", type=_path, help="folder for the shards, made where it is missing")
+    top.add_argument("folder", metavar="FOLDER", type=local_path, help="images, in folders of any depth")
+    top.add_argument(
+        "shards", metavar="SHARDS", type=local_path, help="folder for the shards, made where it is missing"
+    )
     top.add_argument("--prefix", metavar="NAME", default="images", help="shards are NAME-00000.tar ... (images)")
-    top.add_argument("--max-samples", metavar="N", type=int, default=10_000, help="samples a shard (10000)")
+    top.add_argument("--max-samples", metavar="N", type=at_least(1), default=10_000, help="samples a shard (10000)")
     top.add_argument(
         "--max-bytes",
         metavar="N",
@@ -390,7 +385,8 @@ def _terminate(number: int, frame: object) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Pack, and return the exit code."""
-    flags = vars(parser().parse_args(arguments))
+    top = parser()
+    flags = vars(top.parse_args(arguments))
     signal.signal(signal.SIGTERM, _terminate)
     try:
         flags["max_bytes"] = parse_bytes(flags["max_bytes"])
@@ -403,13 +399,13 @@ def main(arguments: list[str] | None = None) -> int:
         _print_summary(config, found, packed)
         return EXIT_OK
     except PipelineError as error:
-        print(f"pack.py: {error}", file=sys.stderr)
+        top.tell(error)
         return EXIT_USAGE
     except OSError as error:
-        print(f"pack.py: {error}; SHARDS has no whole new set of shards", file=sys.stderr)
+        top.tell(f"{error}; SHARDS has no whole new set of shards")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("pack.py: interrupted; SHARDS has no whole new set of shards", file=sys.stderr)
+        top.tell("interrupted; SHARDS has no whole new set of shards")
         return 128 + signal.SIGINT
 
 

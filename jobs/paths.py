@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import SettingsError
-
-
-def not_empty(text: str) -> str:
-    """The type of an argument that names a place: an empty one would be the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
-    return text
 
 
 def check_file(name: str, path: str) -> None:

@@ -7,13 +7,13 @@ stand in it. Needs the extra `index`: pip install 'shard-embedder[index]'.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.paths import check_page, not_empty
+from jobs.paths import check_page
+from jobs.usage import Parser, at_least, not_empty
 from pipeline.errors import PipelineError
 from pipeline.verify_findings import one_line
 
@@ -33,18 +33,16 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="search.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     top.add_argument("index", type=not_empty, metavar="INDEX", help="folder that index.py wrote")
     top.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or a folder of them")
-    top.add_argument("--top", type=_positive, default=5, metavar="N", help="neighbours of each image (default: 5)")
+    top.add_argument("--top", type=at_least(1), default=5, metavar="N", help="neighbours of each image (default: 5)")
     top.add_argument(
         "--weights", metavar="W", help="the weights, where they cannot be had by the name in the index: a path or URL"
     )
@@ -59,13 +57,6 @@ def parser() -> argparse.ArgumentParser:
         help="for --html: the shards, as named for embed.py (default: where they lay then)",
     )
     return top
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def show(hit: Hit, name: str) -> None:
@@ -85,7 +76,8 @@ def as_dict(hit: Hit) -> dict[str, object]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Search, and return the exit code."""
-    flags = parser().parse_args(arguments)
+    top = parser()
+    flags = top.parse_args(arguments)
     # torch takes seconds to import: who asks for help, or mistypes, shall not wait for it.
     from pipeline.index import open_index  # noqa: PLC0415
     from pipeline.queries import QueryEmbedder, find_images  # noqa: PLC0415
@@ -101,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         for hit in search_images(index, embedder, images, flags.top):
             if hit.query.reason:
                 failed += 1
-                print(f"search.py: {one_line(hit.query.name)}: {hit.query.reason}", file=sys.stderr)
+                top.tell(f"{one_line(hit.query.name)}: {hit.query.reason}")
             elif not flags.json:
                 show(hit, score_name(index.facts.metric))
             if flags.json or flags.html:
@@ -111,10 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.html:
             Path(flags.html).write_text(search_page(index, hits, flags.input), encoding="utf-8")
     except (PipelineError, OSError) as error:
-        print(f"search.py: {error}", file=sys.stderr)
+        top.tell(error)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("search.py: interrupted", file=sys.stderr)
+        top.tell("interrupted")
         return EXIT_INTERRUPTED
     return EXIT_SOME_FAILED if failed else EXIT_OK
 

@@ -1,16 +1,56 @@
-"""A command line whose errors show no secret."""
+"""What the command lines share: the parser, whose errors show no secret, and types of arguments."""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
 
 from pipeline.redact import redact
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows no secret that was mistyped."""
+    """A command's: texts stay as they are written, options are not shortened, and no secret is shown."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """End with 2 and the message."""
+        """End with 2, the usage and the message."""
         super().error(redact(message))
+
+    def tell(self, error: object) -> None:
+        """Print what went wrong after the usage was right."""
+        print(f"{self.prog}: {redact(str(error))}", file=sys.stderr)
+
+
+def not_empty(text: str) -> str:
+    """The type of an argument that names a place: an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
+    return text
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that is a path on this machine."""
+    return Path(not_empty(text))
+
+
+def at_least(least: int, *words: str) -> Callable[[str], int | str]:
+    """The type of an argument that is a whole number, or one of `words`, which stay as they are."""
+    rule = " or ".join([*(f"`{word}`" for word in words), f"a whole number of at least {least}"])
+
+    def parse(text: str) -> int | str:
+        if text in words:
+            return text
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+        return number
+
+    return parse

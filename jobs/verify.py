@@ -16,9 +16,8 @@ import rich.console
 from rich.filesize import decimal
 
 from jobs.progress import ShownProgress
-from jobs.usage import Parser
+from jobs.usage import Parser, at_least, not_empty
 from pipeline.errors import PipelineError
-from pipeline.redact import redact
 from pipeline.storage import join
 from pipeline.verify import THREADS, verify
 from pipeline.verify_findings import RULES, Verdict, one_line
@@ -42,16 +41,14 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     top = Parser(
         prog="verify.py",
         description=__doc__,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    top.add_argument("output", metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+    top.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
     top.add_argument(
         "--input",
         nargs="+",
@@ -61,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument(
         "--recompute",
-        type=_count,
+        type=at_least(0, "all"),
         metavar="N",
         help="with --input: embed N images again, drawn at random, or `all`; 0 for none "
         f"(default: {RECOMPUTE_IMAGES}, where the weights can be had)",
@@ -69,26 +66,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--weights", metavar="W", help="weights to embed with (default: those that run.json names)")
     top.add_argument("--seed", type=int, default=0, metavar="N", help="draws the images (default: 0)")
     top.add_argument(
-        "--threads", type=_positive, default=THREADS, metavar="N", help=f"parts read at once (default: {THREADS})"
+        "--threads", type=at_least(1), default=THREADS, metavar="N", help=f"parts read at once (default: {THREADS})"
     )
     top.add_argument("--json", metavar="FILE", help="write the verdict there as JSON, - for standard output alone")
     return top
-
-
-def _count(text: str) -> int | str:
-    if text == "all":
-        return text
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be `all` or at least 0, got {number}")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def recompute_of(flags: argparse.Namespace) -> Recompute | None:
@@ -145,10 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
         if flags.json:
             _write_json(verdict, flags.json)
     except (PipelineError, OSError) as error:
-        print(f"verify.py: {redact(str(error))}", file=sys.stderr)
+        top.tell(error)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("verify.py: interrupted", file=sys.stderr)
+        top.tell("interrupted")
         return EXIT_INTERRUPTED
     return EXIT_PROVEN if verdict.proven else EXIT_WRONG
 

@@ -134,7 +134,7 @@ def test_an_unknown_case_is_refused_with_the_known_ones(run_job: RunJob) -> None
     assert done.returncode == 2
     assert "no-model" in done.stderr
     done = run_job("bench.py", "stages", "--repeats", "0")
-    assert (done.returncode, "repeats must be at least 1, got 0" in done.stderr) == (2, True)
+    assert (done.returncode, "--repeats: must be a whole number of at least 1, got '0'" in done.stderr) == (2, True)
     done = run_job("bench.py", "sizing", "--sized", "resnet18", "resnet5")
     assert (done.returncode, "unknown backbone 'resnet5'" in done.stderr) == (2, True)
 

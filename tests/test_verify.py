@@ -775,8 +775,10 @@ def test_the_command_names_each_fault_on_a_line_and_exits_with_1(
     [
         (["nowhere"], "nowhere is not an output: it has no run.json"),
         (["nowhere", "--recompute", "3"], "--recompute and --weights need --input"),
-        (["nowhere", "--input", "x", "--recompute", "-1"], "must be `all` or at least 0, got -1"),
-        (["nowhere", "--threads", "0"], "must be at least 1, got 0"),
+        (["nowhere", "--input", "x", "--recompute", "-1"], "must be `all` or a whole number of at least 0, got '-1'"),
+        (["nowhere", "--threads", "0"], "must be a whole number of at least 1, got '0'"),
+        (["nowhere", "--threads", "x"], "argument --threads: must be a whole number of at least 1, got 'x'"),
+        ([""], "argument OUTPUT: must not be empty, got ''"),
         ([], "the following arguments are required: OUTPUT"),
     ],
 )
