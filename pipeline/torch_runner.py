@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import ray
@@ -124,13 +124,28 @@ def _folded(backbone: nn.Module) -> nn.Module:
         return backbone
 
 
+class _Batch(NamedTuple):
+    """A batch that the device computes, or has computed."""
+
+    features: Tensor  # in host memory, the padding's too
+    copied: torch.cuda.Event | None  # when they are there; None where they are already
+    num_images: int  # without the padding
+
+    def fetch(self) -> np.ndarray[Any, Any]:
+        """Its embeddings, when the device is done with them."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.features.numpy()[: self.num_images].copy()
+
+
 class TorchRunner:
     """One backbone on one device.
 
     Calls of `embed` from several threads take turns in one that is the runner's own: CUDA graphs belong to the
-    thread that recorded them. Batches have one fixed shape (the last is padded), so that an embedding does not
-    depend on what else is in its batch. Where the device's memory does not hold a batch they are halved, for good;
-    kernels of another shape may round the last bit otherwise.
+    thread that recorded them. A turn ends when the call's last batch is on its way: while a GPU computes that, the
+    next call's first is copied to it. Batches have one fixed shape (the last is padded), so that an embedding does
+    not depend on what else is in its batch. Where the device's memory does not hold a batch they are halved, for
+    good; kernels of another shape may round the last bit otherwise.
 
     With `compiled`, torch.compile fuses what is between the convolutions, and on a GPU replays CUDA graphs. That
     takes a C compiler and some ten seconds for each batch size; torch keeps what it made on disk, for the next actor.
@@ -170,12 +185,15 @@ class TorchRunner:
     def use_batches_of(self, batch_size: int) -> None:
         """Compute in batches of so many images from now on."""
         self._batch_size = batch_size
-        # One buffer more than batches in flight, so that none is filled while it is still copied from.
-        self._buffers = [
-            torch.empty((batch_size, *self._crop, 3), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-            for _ in range(_IN_FLIGHT + 1)
-        ]
-        self._next_buffer = 0
+        on_gpu = self._device.type == "cuda"
+        # Each with what says when it has been copied from, which is waited for before it is filled again.
+        self._buffers = deque(
+            (
+                torch.empty((batch_size, *self._crop, 3), dtype=torch.uint8, pin_memory=on_gpu),
+                torch.cuda.Event(blocking=True) if on_gpu else None,  # type: ignore[no-untyped-call]
+            )
+            for _ in range(_IN_FLIGHT)
+        )
 
     def memory_share(self) -> float:
         """Of the device's memory, what torch has held at most; 0 on CPUs, whose memory is for others, too."""
@@ -190,16 +208,22 @@ class TorchRunner:
         Raises:
             torch.OutOfMemoryError: not even one image fits into the device's memory.
         """
-        return self._thread.submit(self._fitting, pixels, rows).result()
+        done, in_flight = self._thread.submit(self._launched, pixels, rows).result()
+        return np.concatenate([*done, *(batch.fetch() for batch in in_flight)])
 
-    def _fitting(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _launched(
+        self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]
+    ) -> tuple[list[np.ndarray[Any, Any]], deque[_Batch]]:
+        """All batches of a call, in sizes that fit: the embeddings of the first, and the last ones in flight."""
         while True:
             try:
-                return self._embed(pixels, rows)
+                return self._launch_all(pixels, rows)
             except torch.OutOfMemoryError:
                 if self._batch_size == 1:
                     raise
             # Outside of the handler, whose traceback holds what fills the memory.
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             self.use_batches_of(self._batch_size // 2)
             if self._is_compiled:
                 # Recorded graphs hold the memory that they were recorded with.
@@ -207,55 +231,50 @@ class TorchRunner:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _embed(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _launch_all(
+        self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]
+    ) -> tuple[list[np.ndarray[Any, Any]], deque[_Batch]]:
         # What is on the device is chosen there: an upload for each batch would wait for the batch before.
         chosen = (
             torch.from_numpy(np.ascontiguousarray(rows)).to(pixels.device) if isinstance(pixels, Tensor) else rows
         )
-        in_flight: deque[tuple[Tensor, Any, int]] = deque()
+        in_flight: deque[_Batch] = deque()
         done: list[np.ndarray[Any, Any]] = []
-
-        def finish() -> None:
-            features, copied, count = in_flight.popleft()
-            if copied is not None:
-                copied.synchronize()
-            done.append(features.numpy()[:count].copy())
-
         with torch.inference_mode():
             for start in range(0, len(rows), self._batch_size):
                 if len(in_flight) == _IN_FLIGHT:
-                    finish()
-                batch = chosen[start : start + self._batch_size]
-                in_flight.append((*self._launch(pixels, batch), len(batch)))
-            while in_flight:
-                finish()
-        return np.concatenate(done)
+                    done.append(in_flight.popleft().fetch())
+                in_flight.append(self._launch(pixels, chosen[start : start + self._batch_size]))
+        return done, in_flight
 
-    def _launch(self, pixels: Any, batch: Any) -> tuple[Tensor, Any]:
-        """Start one batch on the device; the result is there when the event is, or at once without one."""
+    def _launch(self, pixels: Any, batch: Any) -> _Batch:
+        """Start one batch on the device."""
         features = self._network(
             self._gathered(pixels, batch) if isinstance(pixels, Tensor) else self._copied(pixels, batch)
         )
         if self._device.type != "cuda":
-            return features, None
+            return _Batch(features, None, len(batch))
         host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
         host.copy_(features, non_blocking=True)
         # Whoever waits for it shall not keep a core busy, which decodes meanwhile.
         copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         copied.record()
-        return host, copied
+        return _Batch(host, copied, len(batch))
 
     def _copied(self, pixels: np.ndarray[Any, Any], batch: np.ndarray[Any, Any]) -> Tensor:
         """A batch on its way to the device, padded."""
-        buffer = self._buffers[self._next_buffer]
-        self._next_buffer = (self._next_buffer + 1) % len(self._buffers)
+        buffer, free = self._buffers[0]
+        self._buffers.rotate(-1)
+        if free is not None:
+            free.synchronize()
         staged = buffer.numpy()
         np.take(pixels, batch, axis=0, out=staged[: len(batch)], mode="clip")
         staged[len(batch) :] = 0
-        if self._copies is None:
+        if self._copies is None or free is None:
             return buffer
         with torch.cuda.stream(self._copies):
             copied = buffer.to(self._device, non_blocking=True)
+            free.record()
         computes = torch.cuda.current_stream(self._device)
         computes.wait_stream(self._copies)
         # Its memory is the other stream's, and is not to be given away before the batch is computed.

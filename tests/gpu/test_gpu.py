@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,18 @@ def test_every_run_gives_the_same_bits_whatever_is_in_flight(precision: str) -> 
     # A buffer that is filled again while it is still copied from would show here.
     assert np.array_equal(actor.embed(images, rows[:16]), first[:16])
     assert np.array_equal(actor.embed(images, rows[:3]), first[:3])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parts_of_two_threads_get_the_bits_that_each_gets_alone(compiled: bool) -> None:
+    """The first batch of one is copied while the last of the other are computed."""
+    images, order = pictures(150), np.arange(150)
+    actor = embedder("resnet18", "cuda", "bf16", compiled=compiled)
+    parts = [order[:70], order[70:], order[::-1], order[:16], order[:1]] * 8
+    alone = [actor.embed(images, rows) for rows in parts]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda rows: actor.embed(images, rows), parts))
+    assert all(np.array_equal(got, wanted) for got, wanted in zip(together, alone, strict=True))
 
 
 def test_rows_keep_their_order_over_many_batches() -> None:
