@@ -30,7 +30,7 @@ SMALLEST, LARGEST = 16, 1024
 GAIN = 0.03
 # Beside a batch the device has to hold what it decodes, and memory that falls to pieces.
 _MEMORY_SHARE = 0.75
-# Pixels of a batch: on a GPU bound by the memory of the host that four of them pin, on a CPU by what a backbone
+# Pixels of a batch: on a GPU bound by the memory of the host that three of them pin, on a CPU by what a backbone
 # needs for a pixel, which is some hundred bytes.
 _MAX_PIXELS = {"cuda": 80 * 2**20, "cpu": 8 * 2**20}
 _MEASURE_S = 20.0
