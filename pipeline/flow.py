@@ -332,9 +332,9 @@ def _task_tables(pending: list[Pending]) -> list[pa.Table]:
     total = sum(shard.num_bytes for shard in pending)
     limit = max(_TASK_BYTES, total // _MAX_TASKS)
     groups: list[list[Pending]] = []
-    size = limit
+    size = 0
     for shard in pending:
-        if size + shard.num_bytes > limit:
+        if not groups or size + shard.num_bytes > limit:
             groups.append([])
             size = 0
         groups[-1].append(shard)

@@ -375,6 +375,19 @@ def test_an_empty_shard_is_done_and_gives_no_row(tmp_path: Path) -> None:
     assert make_plan(job_for(tmp_path / "in", tmp_path / "out").shards, str(tmp_path / "out")).pending == []
 
 
+def test_shards_of_no_bytes_are_broken_and_cost_the_others_nothing(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    for name in ("a", "b", "z"):
+        (tmp_path / "in" / f"{name}.tar").write_bytes(b"")
+    first = embed(tmp_path / "in", tmp_path / "out")
+    assert (first["balanced"], first["embedded"]) == (True, 2)
+    # Only they are pending now.
+    again = embed(tmp_path / "in", tmp_path / "out")
+    for report in (first, again):
+        assert report["broken_shards"] == dict.fromkeys("abz", "empty file: 0 bytes")
+        assert exit_code(report, 1.0) == 3
+
+
 def test_a_limited_run_takes_on_whole_shards_and_the_next_goes_on(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=3)
     assert embed(shards, tmp_path / "out", limit=2)["shards"]["done_now"] == 2
