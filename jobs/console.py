@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from pipeline import report_words as words
 from pipeline.config import AUTO
 from pipeline.redact import redact
 
@@ -86,7 +87,7 @@ class Console:
         say(f"backbone  {job.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
         kind = f"{settings['features']} [{shape}] {settings['dtype']}"
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")
-        say(f"input     {' '.join(job.config.input)}: {len(job.shards)} shards")
+        say(f"input     {' '.join(job.config.input)}: {words.count(len(job.shards), 'shard')}")
         say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))
         more = [
             f"{len(names)} {what}"
@@ -106,7 +107,7 @@ class Console:
                 took = "by the front of the first shard; no run of this output tells how fast they go"
             else:
                 took = f"{human_s(estimated.seconds)} at the rate of the last run, start-up included"
-            say(f"estimate  {estimated.num_samples} samples, {took}")
+            say(f"estimate  {words.count(estimated.num_samples, 'sample')}, {took}")
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
 
@@ -211,7 +212,7 @@ class Console:
         self._num_shards = len(pending)
         self._show()
         if number > 1:
-            self._out.print(f"pass {number}: {len(pending)} shards are not complete, and are run again")
+            self._out.print(f"pass {number}: {words.count(len(pending), 'shard')} not complete, which run again")
 
     def part(self, tally: Tally) -> None:
         """Show that one more part is stored."""
@@ -269,7 +270,7 @@ class Console:
 
     def nothing_to_do(self, num_shards: int) -> None:
         """Say that every shard was done before."""
-        self._out.print(f"nothing to do: all {num_shards} shards are done")
+        self._out.print(f"nothing to do: {words.count(num_shards, 'shard')}, all done")
 
     @staticmethod
     def _price(report: dict[str, Any]) -> list[tuple[str, str]]:

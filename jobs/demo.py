@@ -28,6 +28,7 @@ import rich.panel
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from jobs.usage import Parser, local_path
+from pipeline import report_words as words
 from pipeline.config import Config, Field
 from pipeline.errors import InputError, OutputError, PipelineError, WeightsError
 from pipeline.parts import EMBEDDINGS
@@ -421,7 +422,11 @@ def show_parquet(output: Path) -> None:
     num_bytes = sum(part.stat().st_size for part in parts)
     rows = sum(map(len, tables))
     say = _OUT.print
-    say(f"\n{folder}: {rows} rows in {len(parts)} parts, {num_bytes / 1e6:.1f} MB", style="bold", markup=False)
+    say(
+        f"\n{folder}: {words.count(rows, 'row')} in {words.count(len(parts), 'part')}, {num_bytes / 1e6:.1f} MB",
+        style="bold",
+        markup=False,
+    )
     say("columns", style="bold")
     for field in tables[0].schema:
         say(f"  {field.name:14}{field.type}" + ("" if field.nullable else " not null"), markup=False)

@@ -17,6 +17,7 @@ import rich.console
 from jobs.paths import check_file, check_page
 from jobs.progress import ShownProgress
 from jobs.usage import Parser, not_empty
+from pipeline import report_words as words
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def parser() -> Parser:
 
 def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
     """What was found, by an index of `facts` or by comparing all: to print and for the page."""
-    lines = [f"{found.num_pairs} pairs of cosine {threshold:g} and above among {found.num_rows} embeddings"]
+    lines = [
+        f"{words.count(found.num_pairs, 'pair')} of cosine {threshold:g} and above "
+        f"among {words.count(found.num_rows, 'embedding')}"
+    ]
     if found.num_true is not None:
         shares = [
             f"{name} {'-' if share is None else format(share, '.4f')}"
@@ -99,7 +103,8 @@ def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
         )
     if found.truncated:
         lines.append(
-            f"{found.truncated} embeddings have more near-duplicates than were looked for: pairs are missing"
+            f"{words.count(found.truncated, 'embedding')} with more near-duplicates than were looked for: "
+            "pairs are missing"
         )
     return lines
 

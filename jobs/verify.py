@@ -17,6 +17,7 @@ from rich.filesize import decimal
 
 from jobs.progress import ShownProgress
 from jobs.usage import Parser, at_least, not_empty
+from pipeline import report_words as words
 from pipeline.errors import PipelineError
 from pipeline.storage import join
 from pipeline.verify import THREADS, verify
@@ -105,7 +106,7 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
     if verdict.mended_by_a_run:
         then = "then run" if verdict.to_delete() else "run"
         out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing")
-    wrong = f"NOT PROVEN: {len(verdict.findings)} findings in {verdict.output}"
+    wrong = f"NOT PROVEN: {words.count(len(verdict.findings), 'finding')} in {verdict.output}"
     out.print(f"proven: {verdict.output}" if verdict.proven else wrong)
 
 

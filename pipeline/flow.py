@@ -14,6 +14,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from pipeline import report_words as words
 from pipeline.batch_size import settle
 from pipeline.config import Config
 from pipeline.decode import Decoder
@@ -262,7 +263,9 @@ def _counted(job: Job, shards: list[Shard], names: set[str], problems: list[str]
     counts.vanished.extend(sorted(names - {shard.name for shard in shards}))
     if counts.vanished:
         gone = ", ".join(counts.vanished[:4]) + (" ..." if len(counts.vanished) > 4 else "")
-        problems.append(f"{len(counts.vanished)} shards went from the input before the end of the run: {gone}")
+        problems.append(
+            f"{words.count(len(counts.vanished), 'shard')} went from the input before the end of the run: {gone}"
+        )
     return counts
 
 

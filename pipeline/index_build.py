@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import report_words as words
 from pipeline.errors import OutputError, SettingsError
 from pipeline.index import (
     DATA_NAME,
@@ -232,7 +233,9 @@ def _notes(stored: list[StoredPart]) -> list[str]:
     shards = unfinished(stored)
     if not shards:
         return []
-    return [f"{len(shards)} shards are not whole yet, such as {shards[0]!r}: what is stored of them is indexed"]
+    return [
+        f"{words.count(len(shards), 'shard')} not whole yet, such as {shards[0]!r}: what is stored there is indexed"
+    ]
 
 
 def _compare(

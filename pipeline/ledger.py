@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from pipeline import report_words as words
 from pipeline.errors import OutputError, ShardError
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName, read_facts, version_tag
 from pipeline.samples import Pending
@@ -228,7 +229,8 @@ def _count_shard(
             num_faults = 1 if name.end == END_BROKEN else 0
             if facts.num_rows + num_errors != num_samples + num_faults:
                 raise OutputError(
-                    f"{name} has {facts.num_rows} embeddings and {num_errors} errors for {num_samples} samples"
+                    f"{name} has {words.count(facts.num_rows, 'embedding')} and {words.count(num_errors, 'error')} "
+                    f"for {words.count(num_samples, 'sample')}"
                 )
             counts.num_samples += num_samples
             counts.num_embedded += facts.num_rows

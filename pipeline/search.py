@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline import report_words as words
 from pipeline.index import Index, Neighbour
 from pipeline.pages import Row, Tile, near_tiles, page
 from pipeline.previews import Preview, preview, previews
@@ -70,7 +71,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
         for hit in hits
     ]
     said = [
-        f"{len(hits)} queries in {facts.num_rows} embeddings of {facts.output}",
+        f"{words.count(len(hits), 'query image')} in {words.count(facts.num_rows, 'embedding')} of {facts.output}",
         f"{facts.settings['backbone']}, weights {facts.versions.get('weights', '?')}; {facts.kind} index, "
         f"recall@10 {facts.recall:.3f}",
     ]

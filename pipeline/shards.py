@@ -15,6 +15,7 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline import report_words as words
 from pipeline.errors import InputError, SettingsError
 from pipeline.redact import REFUSAL, has_secret
 from pipeline.storage import (
@@ -250,7 +251,9 @@ def _named(fs: fsspec.AbstractFileSystem, named: dict[str, list[str]]) -> Iterat
         total = sum(map(len, named.values()))
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         names = ", ".join(to_url(fs, path) for path in sorted(missing)[:4])
-        raise InputError(f"{len(missing)} of {total} shards named in the input are missing: {names}{more}")
+        raise InputError(
+            f"{len(missing)} of {words.count(total, 'shard')} named in the input not found: {names}{more}"
+        )
 
 
 def _look(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo | None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline import report_words as words
 from pipeline.errors import OutputError, ShardError
 from pipeline.fingerprint import RUN_FILE, Fingerprint, read_fingerprint
 from pipeline.ledger import list_parts
@@ -93,8 +94,8 @@ def list_stored(output: Output) -> list[StoredPart]:
     twice = sorted(shard for shard, versions in tags.items() if len(versions) > 1)
     if twice:
         raise OutputError(
-            f"{len(twice)} shards are stored in two versions, such as {twice[0]!r}: a run has replaced a shard and "
-            "is not done; run embed.py to its end first"
+            f"{words.count(len(twice), 'shard')} stored in two versions, such as {twice[0]!r}: a run has replaced "
+            "a shard and is not done; run embed.py to its end first"
         )
     return [part for _, part in sorted(found)]
 

@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pipeline import report_words as words
 from pipeline.errors import OutputError, ShardError
 from pipeline.fingerprint import RUN_FILE
 from pipeline.lease import LEASE_FOLDER
@@ -135,7 +136,9 @@ def _groups(stored: dict[str, set[PartName]], shards: dict[str, Shard], verdict:
     for name in sorted(shards.keys() - tags.keys()):
         verdict.find(f"{EMBEDDINGS}/{name}.*", "shard-missing", f"no part of {shards[name].url}")
     if elsewhere and shards:
-        verdict.notes.append(f"{elsewhere} shards are stored and not in this input: not compared with their tars")
+        verdict.notes.append(
+            f"{words.count(elsewhere, 'shard')} stored and not in this input: not compared with any tar"
+        )
     verdict.shards = len(tags)
     return groups
 

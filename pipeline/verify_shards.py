@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
+from pipeline import report_words as words
 from pipeline.errors import ShardError
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName
 from pipeline.schema import END_BROKEN, END_NONE
@@ -124,7 +125,8 @@ def compare(group: Group, parts: list[Part], tar: Tar, verdict: Verdict) -> None
         verdict.tars_compared += 1
         lost = _lost(parts, tar) if are_whole else []
         if lost:
-            value = f"{len(lost)} samples that tarfile finds in its tar are not stored: {few(map(ascii, lost))}"
+            names = few(map(ascii, lost))
+            value = f"tarfile finds {words.count(len(lost), 'sample')} in its tar beyond those stored: {names}"
             verdict.find(group.where, "tar-count", value)
         return
     if tar.fault is not None:

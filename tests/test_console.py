@@ -38,7 +38,7 @@ def test_without_a_terminal_a_line_comes_even_when_nothing_moves(
 
 def test_a_run_with_nothing_to_do_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     Console().nothing_to_do(4)
-    assert capsys.readouterr().out == "nothing to do: all 4 shards are done\n"
+    assert capsys.readouterr().out == "nothing to do: 4 shards, all done\n"
 
 
 def lines_of(text: str) -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def test_brackets_and_colons_of_a_name_are_shown_as_they_are(
     asked = ["--input", "in/[o-q]*.tar", "--output", "g[/x]/:key:/out", "--weights", "random:0"]
     assert embed.main([*asked, "--backbone", "squeezenet1_1", "--image-size", "64", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "input     in/[o-q]*.tar: 1 shards\n" in said
+    assert "input     in/[o-q]*.tar: 1 shard\n" in said
     assert f"output    {tmp_path}/g[/x]/:key:/out (new)\n" in said
 
 

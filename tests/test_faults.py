@@ -200,7 +200,7 @@ def test_a_full_disk_ends_the_job_with_its_path_and_with_space_again_the_next_go
     small_disk.fill(4096)
     unreported = run_job(*job, out)
     assert unreported.returncode == 4, unreported.stdout + unreported.stderr
-    assert "nothing to do: all 20 shards are done" in unreported.stdout
+    assert "nothing to do: 20 shards, all done" in unreported.stdout
     message = f"the report cannot be stored: OSError: [Errno 28] No space left on device: '{out}/report."
     assert message in unreported.stderr
     assert "run the same command again" in unreported.stderr

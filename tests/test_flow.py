@@ -325,7 +325,7 @@ def test_a_shard_that_vanishes_during_a_run_is_told(tmp_path: Path) -> None:
 
     report = run(job, make_plan(job.shards, job.config.output), Watcher(lambda *_: None, remove, lambda tally: None))
     assert (report["balanced"], report["samples"], report["shards"]["vanished"]) == (True, 2, 1)
-    assert "1 shards went from the input before the end of the run: photos-00001" in report["problems"]
+    assert "1 shard went from the input before the end of the run: photos-00001" in report["problems"]
     assert exit_code(report, 1.0) == 3
 
 

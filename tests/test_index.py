@@ -256,7 +256,7 @@ def test_a_shard_that_is_not_whole_is_indexed_as_far_as_it_is_and_told(embedded:
     last.unlink()
     built = build(str(output), tmp_path / "index")
     assert built.facts.num_rows == 13
-    assert built.notes == ["1 shards are not whole yet, such as 'photos-00001': what is stored of them is indexed"]
+    assert built.notes == ["1 shard not whole yet, such as 'photos-00001': what is stored there is indexed"]
 
 
 # What is refused.
@@ -292,7 +292,7 @@ def test_another_metric_feature_maps_strange_folders_and_two_versions_are_refuse
     embed(own, tmp_path / "twice")
     write_tar(own / "photos-00001.tar", sample_members("x", 1))
     embed(own, tmp_path / "twice")
-    with pytest.raises(OutputError, match="1 shards are stored in two versions, such as 'photos-00001'"):
+    with pytest.raises(OutputError, match="1 shard stored in two versions, such as 'photos-00001'"):
         build(str(tmp_path / "twice"), tmp_path / "other")
 
 

@@ -230,7 +230,7 @@ NAMES = {
     [
         ("embeddings/first", "a: part 0 is missing"),
         ("errors/first", "a: .* has 2 embeddings and 0 errors for 3 samples"),
-        ("errors/broken", "d.e: .* has 1 embeddings and 0 errors for 1 samples"),
+        ("errors/broken", "d.e: .* has 1 embedding and 0 errors for 1 sample"),
     ],
 )
 def test_a_part_that_is_gone_is_an_imbalance(tmp_path: Path, part: str, message: str) -> None:

@@ -146,7 +146,7 @@ def test_named_shards_that_are_missing_are_an_error_that_names_the_first(place: 
     expected = [f"{place}/train/{number:05d}.tar" for number in range(3, last + 1)] + [f"{place}/val/00007.tar"]
     more = f" and {len(expected) - 4} more" if len(expected) > 4 else ""
     assert str(caught.value) == (
-        f"{len(expected)} of {last + 2} shards named in the input are missing: {', '.join(expected[:4])}{more}"
+        f"{len(expected)} of {last + 2} shards named in the input not found: {', '.join(expected[:4])}{more}"
     )
 
 

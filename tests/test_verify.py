@@ -580,7 +580,7 @@ def test_a_changed_shard_and_a_new_one_are_found_and_a_removed_one_told(own_shar
     verdict = verify(str(output), [str(own_shards)])
     files = {(rule, file.partition(".")[0]) for rule, file in found(verdict)}
     assert files == {("old-version", "embeddings/photos-00000"), ("shard-missing", "embeddings/new")}
-    assert any(note.startswith("1 shards are stored and not in this input") for note in verdict.notes)
+    assert any(note.startswith("1 shard stored and not in this input") for note in verdict.notes)
 
 
 def test_a_stale_version_beside_the_present_one_is_found(own_shards: Path, tmp_path: Path) -> None:
@@ -674,7 +674,7 @@ def test_a_readable_sample_that_a_broken_shard_lost_is_found(shards: Path, tmp_p
         rewrite(path, lambda table: table.slice(0, 0) if EMBEDDING in table.column_names else table, **empty)
     verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")])
     assert {rule for rule, _ in found(verdict)} == {"shard-broken", "tar-count"}
-    assert "1 samples that tarfile finds in its tar are not stored: '000-0006'" in [
+    assert "tarfile finds 1 sample in its tar beyond those stored: '000-0006'" in [
         finding.value for finding in verdict.findings
     ]
 
