@@ -58,6 +58,10 @@ class Stages:
             config, self.job.with_engine(self.engine.name, self.precision).fingerprint, self.job.shape
         )
 
+    def decode(self, table: pa.Table) -> pa.Table:
+        """Parts with pixels of parts with images."""
+        return pa.concat_tables(self.decoder(table))
+
     def embedder(
         self,
         num_threads: int,
@@ -145,13 +149,13 @@ def decode(settings: Settings) -> dict[str, float | str]:
     def plain(data: bytes) -> object:
         return transform(Image.open(io.BytesIO(data)).convert("RGB"))
 
-    stages.decoder(tables[0])
+    stages.decode(tables[0])
     plain(images[0])
     # Halves of each in turn, so that what else happens on the machine meets both.
     ours_s = plain_s = 0.0
     for table in tables:
         data = [image for _, samples in part_rows(table) for image in samples.field(IMAGE).to_pylist()]
-        ours_s += _timed(lambda table=table: stages.decoder(table))  # type: ignore[misc]
+        ours_s += _timed(lambda table=table: stages.decode(table))  # type: ignore[misc]
         plain_s += _timed(lambda data=data: [plain(image) for image in data])  # type: ignore[misc]
     return {"decode_images_per_s": len(images) / ours_s, "decode_pil_images_per_s": len(images) / plain_s}
 
@@ -178,15 +182,15 @@ def _prepare_decoding(settings: Settings, barrier: Any) -> None:
     settings = replace(settings, part_rows=_PART_ROWS)
     stages = Stages(settings, settings.shards)
     tables = stages.samples(settings.stage_images)
-    stages.decoder(tables[0])
-    _decoding[:] = [stages.decoder, tables]
+    stages.decode(tables[0])
+    _decoding[:] = [stages.decode, tables]
     barrier.wait()
 
 
 def _decode_part(number: int) -> int:
-    decoder, tables = _decoding
+    decode, tables = _decoding
     table = tables[number % len(tables)]
-    decoder(table)
+    decode(table)
     return _num_samples([table])
 
 
@@ -237,7 +241,7 @@ def embed_and_write(settings: Settings) -> dict[str, float | str]:
     """The embed stage with all cores, or on the GPU, and the write stage on one core."""
     stages = Stages(settings, settings.shards)
     embedder = stages.embedder(settings.cores)
-    decoded = [stages.decoder(table) for table in stages.samples(settings.stage_images)]
+    decoded = [stages.decode(table) for table in stages.samples(settings.stage_images)]
     num_images = _num_samples(decoded)
     embedder(decoded[0])
     embedded: list[pa.Table] = []
@@ -262,7 +266,7 @@ def tiny_work(settings: Settings) -> dict[str, float | str]:
 
     def run(shard: Pending) -> None:
         for table in stages.reader.parts(shard):
-            stages.writer(embedder(stages.decoder(table)))
+            stages.writer(embedder(stages.decode(table)))
 
     def run_all() -> None:
         for shard in shards:

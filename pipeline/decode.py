@@ -111,6 +111,14 @@ class Header(NamedTuple):
     orientation: int
 
 
+@contextmanager
+def pillow_does_not_warn() -> Iterator[None]:
+    """Pillow warns of what it reads in spite of faults. For a part: a filter for each image would cost time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
+
+
 class Decoder:
     """Decodes by the rules of one job."""
 
@@ -122,13 +130,12 @@ class Decoder:
         self._max_pixels = max_pixels
         self._ignore_orientation = ignore_orientation
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Parts with encoded images in, the same parts with pixels out."""
-        with warnings.catch_warnings():
-            # Pillow warns of what it reads in spite of faults; a filter for each image would cost time.
-            warnings.filterwarnings("ignore", module="PIL")
-            return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Parts with encoded images in, the same parts with pixels out: one by one, as these may be far larger."""
+        for values, samples in part_rows(table):
+            yield self._part(values, samples)
 
+    @pillow_does_not_warn()
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         start = self.clock()
         height, width = self.preprocess.crop

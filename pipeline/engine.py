@@ -162,7 +162,7 @@ class _Trial:
         )
         with ThreadPoolExecutor(len(self._shards)) as pool:
             fronts = pool.map(lambda shard: next(reader.parts(shard._replace(stored_parts=()))), self._shards)
-            return _pixels(decoder(pa.concat_tables(fronts)), self._job.preprocess.crop)
+            return _pixels(pa.concat_tables(decoder(pa.concat_tables(fronts))), self._job.preprocess.crop)
 
     @property
     def is_real(self) -> bool:

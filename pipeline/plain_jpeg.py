@@ -9,12 +9,12 @@ and is seen by no such look.
 from __future__ import annotations
 
 import re
-import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.decode import Decoder, Header, Preprocess, resized_size
+from pipeline.decode import Decoder, Header, Preprocess, pillow_does_not_warn, resized_size
 from pipeline.errors import SampleError, SettingsError
 from pipeline.schema import (
     ENCODED,
@@ -105,12 +105,12 @@ class JpegForwarder:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Parts with encoded images in, the same parts with what a device is to decode (`encoded_field`) out."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")
-            return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
+        for values, samples in part_rows(table):
+            yield self._part(values, samples)
 
+    @pillow_does_not_warn()
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         start = self._decoder.clock()
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()

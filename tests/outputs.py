@@ -43,5 +43,6 @@ def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
     writer = PartWriter(config, job.fingerprint, job.shape)
     for shard in job.shards:
         for part in reader.parts(Pending(*shard)):
-            writer(embedder(decoder(part)))
+            for decoded in decoder(part):
+                writer(embedder(decoded))
     return config

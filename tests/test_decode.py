@@ -451,12 +451,26 @@ def part(files: list[bytes | None]) -> pa.Table:
     return part_row(values, pa.array(rows, kind))
 
 
+def decoded(files: list[bytes | None]) -> list[tuple[dict[str, Any], pa.StructArray]]:
+    """The parts that a part of these files becomes."""
+    return [one for table in make_decoder()(part(files)) for one in part_rows(table)]
+
+
+def test_parts_are_decoded_one_at_a_time_as_they_are_asked_for() -> None:
+    files = [encode(photo(seed)) for seed in range(3)]
+    tables = make_decoder()(pa.concat_tables([part([file]) for file in files]))
+    for file in files:
+        ((_, samples),) = part_rows(next(tables))
+        assert np.array_equal(samples.field(PIXELS).flatten().to_numpy(), make_decoder().decode(file).reshape(-1))
+    assert next(tables, None) is None
+
+
 def test_neighbours_of_a_bad_image_are_unharmed_bit_for_bit() -> None:
     good = [encode(photo(i)) for i in range(6)]
     bad = [b"", good[0][:300], png_header(9000, 9000), b"text", None]
     mixed = [file for pair in zip(good, [*bad, good[5]], strict=True) for file in pair]
-    ((_, alone),) = part_rows(make_decoder()(part(list(good))))
-    ((_, among),) = part_rows(make_decoder()(part(mixed)))
+    ((_, alone),) = decoded(list(good))
+    ((_, among),) = decoded(mixed)
     assert among.field(PIXELS).take(pa.array([0, 2, 4, 6, 8, 10])).equals(alone.field(PIXELS))
     reasons = among.field(REASON).to_pylist()
     assert [reason is not None for reason in reasons] == [file in bad for file in mixed]
@@ -473,7 +487,7 @@ def test_neighbours_of_a_bad_image_are_unharmed_bit_for_bit() -> None:
 
 def test_a_part_without_samples_and_one_without_images_pass() -> None:
     for files in ([], [None], [None, None]):
-        ((values, samples),) = part_rows(make_decoder()(part(list(files))))
+        ((values, samples),) = decoded(list(files))
         assert len(samples) == values["num_samples"] == len(files)
         assert samples.field(PIXELS).null_count == len(files)
         assert IMAGE not in [samples.type.field(i).name for i in range(samples.type.num_fields)]
@@ -511,7 +525,7 @@ def test_pillows_warnings_about_a_file_stay_out_of_the_log() -> None:
     palette = encode(photo(1).quantize(8), "PNG", transparency=b"\0\1\2")
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        make_decoder()(part([file, large, palette]))
+        decoded([file, large, palette])
     assert [str(warning.message) for warning in shown] == []
 
 

@@ -132,7 +132,8 @@ def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> 
     }
     rows = [{SAMPLE_INDEX: index, "image": data} for index, data in enumerate(images)]
     table = part_row(values, pa.array(rows, sample_type(image_field(), ())))
-    ((_, samples),) = part_rows(embedder(decoder(table)))
+    (decoded,) = decoder(table)
+    ((_, samples),) = part_rows(embedder(decoded))
     assert samples.field(REASON).null_count == len(images)
     column = samples.field(EMBEDDING)
     return column.flatten().to_numpy().reshape(len(images), -1).astype(np.float64)

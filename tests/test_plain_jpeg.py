@@ -134,7 +134,7 @@ def test_a_part_keeps_its_rows_and_the_reasons_that_it_has() -> None:
     values |= dict.fromkeys(("name", "url", "version", "end", "fault"), "")
     values |= {"fault_transient": False, "ignored_members": 0, "kept_nulls": 0, "read_bytes": 0}
     values |= {f"{stage}_s": 0.0 for stage in ("read", "decode", "embed", "write")}
-    table = JpegForwarder(decoder())(part_row(values, pa.array(rows, kind)))
+    (table,) = JpegForwarder(decoder())(part_row(values, pa.array(rows, kind)))
     ((told, samples),) = part_rows(table)
     assert told["decode_s"] > 0.0
     assert samples.field("image_id").to_pylist() == ["0", "1", "2", "3"]
