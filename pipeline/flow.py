@@ -50,6 +50,8 @@ _TASK_BYTES = 32 * 2**20
 _MAX_TASKS = 20_000
 # Parts below this travel many to a block; a larger part is a block of its own.
 _BLOCK_BYTES = 32 * 2**20
+_RESERVED_SHARE = 0.1
+_LONE_STORE_SHARE = 0.75
 _RETRIES = 3
 _PARTS_AT_ONCE = 2
 # Spot machines may stay away for many minutes.
@@ -111,7 +113,7 @@ def read_and_decode(
     pending: list[Pending], config: Config, decoder: Decoder | JpegForwarder, resources: Resources
 ) -> Dataset:
     """The first half of the flow: shards to parts of samples with pixels, or with what the device is to decode."""
-    _set_up_engine()
+    _set_up_engine(resources)
     # Unlike `from_arrow` it runs no task to look at each table, and waits for none.
     shards = ray.data.from_blocks(_task_tables(pending))
     samples = shards.map_batches(
@@ -119,6 +121,7 @@ def read_and_decode(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.read_cpus,
+        memory=resources.read_memory,
         ray_remote_args_fn=_task_retries,
     )
     return samples.map_batches(
@@ -295,8 +298,12 @@ def _watch_nodes(resources: Resources, config: Config, watcher: Watcher, devices
         FlowCallback.watch = None
 
 
-def _set_up_engine() -> None:
+def _set_up_engine(resources: Resources) -> None:
     context = DataContext.get_current()
+    # Ray Data keeps half of what it may fill of the object store in equal shares for the stages; here decoding needs
+    # nearly all. Of a store it fills half; that of a lone node may be filled further, up to where Ray spills.
+    context.op_resource_reservation_ratio = _RESERVED_SHARE
+    context.override_object_store_memory_limit_fraction = _LONE_STORE_SHARE if resources.num_nodes == 1 else None
     context.custom_execution_callback_classes = [FlowCallback]
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False

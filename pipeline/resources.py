@@ -20,6 +20,9 @@ _CORES_PER_ACTOR = 16
 # What an actor reserves, not what it uses: where a node is lost, its actors start again on those that are left,
 # and must leave decoding room beside them.
 _ACTOR_CPUS = 0.3
+# What a read task reserves, not what it uses: of more readers the parts that wait would fill the object store, and
+# keep decoding from it (infra/bench/README.md). This is one for each core of a machine with 4 GB a core.
+_READ_MEMORY = 5 * 2**29
 # GPUs older than these compute fp16 fast and bf16 slowly or not at all.
 _FP16_GPUS = ("P4", "P100", "V100", "T4", "K80")
 _LOOK_EVERY_S = 2.0
@@ -38,7 +41,9 @@ class Resources:
     num_threads: int | None
     batch_size: int | None  # None: the engine's own
     total_cpus: float
+    num_nodes: int
     decode_cpus: float
+    read_memory: int | None  # bytes, None where no node tells its own
     batch_rates: tuple[tuple[int, float], ...] = ()  # images/s by batch size, where it was measured
     read_cpus: float = 0.25  # less would start many more workers than cores, each of which takes seconds of one
     write_cpus: float = 0.2
@@ -119,6 +124,7 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     # task after one that ended only when it looks again, up to ten times a second: asking for whole cores, a node of
     # 8 decoded on 5. This way there are at least as many tasks as cores, and half as many again on large clusters.
     decode_cpus = 0.33 if min(cpus, default=1.0) < 8 else 0.5
+    memories = [node["memory"] for node in nodes if node.get("CPU") and node.get("memory")]
     # Where actors may be.
     places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
     gpus = sum(int(node.get("GPU", 0)) for node in places)
@@ -137,7 +143,9 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
         num_threads=None if device == "cuda" else max(1, int(sum(place_cpus) // num_actors[1])),
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
         total_cpus=sum(cpus) or 1.0,
+        num_nodes=len(nodes),
         decode_cpus=decode_cpus,
+        read_memory=min(_READ_MEMORY, int(min(memories) // 2)) if memories else None,
     )
     lacking = missing(resources.requests, nodes)
     if lacking is not None and config.needs_gpu and not gpus:
