@@ -9,12 +9,18 @@ from typing import Any
 
 import ray
 
+from jobs.console import human_bytes
 from pipeline.errors import ClusterError
 from pipeline.storage import describe
 
+_SHARED_MEMORY = "/dev/shm"
 
-def connect() -> None:
+
+def connect() -> str | None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
+
+    Returns:
+        What will make it slow, if anything is seen to.
 
     Raises:
         ClusterError: neither is possible.
@@ -38,3 +44,20 @@ def connect() -> None:
         raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
     # The flow tells what fails in a pass, in a line.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    return _store_on_disk() if options else None
+
+
+def _store_on_disk() -> str | None:
+    """Ray says it itself only in a log that it is told not to write."""
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # no Linux
+        return None
+    size = status.f_blocks * status.f_frsize
+    if size >= store:
+        return None
+    return (
+        f"{_SHARED_MEMORY} has {human_bytes(size)}, so Ray keeps its objects on disk: give it {human_bytes(store)} "
+        "(docker run --shm-size, in Kubernetes a volume with medium: Memory)"
+    )

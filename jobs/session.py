@@ -51,14 +51,16 @@ def _terminate(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _connect() -> None:
+def _connect(console: Console) -> None:
     """Have Ray; a SIGTERM that its own handler takes meanwhile, which would end with 15, ends as ever."""
     try:
-        connect()
+        slow = connect()
     except SystemExit as stop:
         raise SystemExit(128 + signal.SIGTERM) from stop
     finally:
         signal.signal(signal.SIGTERM, _terminate)
+    if slow is not None:
+        console.warning(slow)
 
 
 def _shut_down() -> None:
@@ -125,7 +127,7 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
     try:
         with foreseen_engine(job, plan.pending) as choose:
             if plan.pending:
-                _connect()
+                _connect(console)
             with console.progress():
                 report = run(job, plan, watcher, choose)
     except OutputError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -229,6 +230,20 @@ def test_a_job_that_is_stopped_where_ray_has_a_say_about_signals_still_says_how_
     # In the second case all is stored, and the page alone is given up.
     assert process.returncode in ((143,) if awaited == "plan" else (0, 143)), lines
     assert not (out / ".lease").exists()
+
+
+@pytest.mark.slow
+def test_a_small_shared_memory_is_told_of(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    options = ("--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *SMALL, "--precision", "fp32")
+    inside = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    own = ["unshare", "--mount", "sh", "-c", inside, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a /dev/shm of its own cannot be made for a process: unshare --mount, and root, are needed")
+    command = [*own, sys.executable, str(ROOT / "jobs" / "embed.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING   /dev/shm has 64.0 MiB, so Ray keeps its objects on disk: give it " in done.stdout
 
 
 def keeps_access_times(folder: Path) -> bool:
