@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from pipeline import report_words as words
 from pipeline.config import AUTO
 from pipeline.redact import redact
+from pipeline.schema import SHARD_FAULT
 
 if TYPE_CHECKING:
     from pipeline.ledger import Plan
@@ -124,10 +125,9 @@ class Console:
         if job.config.batch_size == AUTO:
             self._out.print(f"batches   {self._batches(resources)}")
         if job.config.device == "auto" and resources.device == "cpu":
-            self._out.print(
-                "WARNING   Ray has no GPU here: the backbone runs on CPU, which is slow. "
-                "Say --device cpu if that is meant, --device cuda to refuse it.",
-                style="bold yellow",
+            self.warning(
+                "Ray has no GPU here: the backbone runs on CPU, which is slow. "
+                "Say --device cpu if that is meant, --device cuda to refuse it."
             )
 
     @staticmethod
@@ -238,7 +238,8 @@ class Console:
             ("samples", str(report["samples"])),
             ("embedded", str(report["embedded"])),
             ("errors", str(report["errors"])),
-            *((f"  {reason}", str(number)) for reason, number in report["errors_by_reason"].items()),
+            # A shard's fault is no sample's error, and is told below.
+            *((f"  {reason}", str(n)) for reason, n in report["errors_by_reason"].items() if reason != SHARD_FAULT),
             ("images/s", f"{report['images_per_s']:.1f}"),
             ("slowest stage", self._stages(report)),
             ("wall time", human_s(report["wall_s"])),
@@ -283,6 +284,10 @@ class Console:
     def _stages(report: dict[str, Any]) -> str:
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report["stage_busy"].items())
         return f"{report['slowest_stage'] or '-'} (busy: {busy})"
+
+    def warning(self, message: str) -> None:
+        """What may not be meant."""
+        self._out.print(f"WARNING   {message}", style="bold yellow")
 
     def error(self, message: str) -> None:
         """One error, on standard error."""

@@ -36,8 +36,8 @@ class JsonConsole(Console):
     """Writes an object a line: `time` (UTC, ISO 8601), `level`, `run`, `event`, and what the event has to say.
 
     Errors come on standard output, too: in the order of things. Events are `plan`, `waiting`, `resources`, `pass`,
-    `progress` (every 30 s), `problem`, `error`, `summary`, and at last `end` with the exit code. Of `progress`, the
-    shards and `left_s` are of the pass, and the other numbers of the run.
+    `progress` (every 30 s), `problem`, `error`, `summary` or `nothing to do`, and at last `end` with the exit code.
+    Of `progress`, the shards and `left_s` are of the pass, and the other numbers of the run.
     """
 
     def __init__(self) -> None:
@@ -69,6 +69,8 @@ class JsonConsole(Console):
             num_pending=len(plan.pending),
             num_changed=len(plan.changed),
             num_retried=len(plan.retried),
+            num_elsewhere=plan.elsewhere,
+            limit=job.config.limit,
             pending_bytes=plan.pending_bytes,
             estimated_samples=None if estimated is None else estimated.num_samples,
             estimated_s=None if estimated is None or estimated.seconds is None else round(estimated.seconds, 1),
@@ -82,7 +84,7 @@ class JsonConsole(Console):
         """What will do it."""
         self._say(_INFO, "resources", engine=job.engine, job_precision=job.precision, **dataclasses.asdict(resources))
         if job.config.device == "auto" and resources.device == "cpu":
-            self._say(_WARNING, "problem", message="Ray has no GPU here: the backbone runs on CPU, which is slow")
+            self.warning("Ray has no GPU here: the backbone runs on CPU, which is slow")
 
     def _is_live(self) -> bool:
         return False
@@ -126,6 +128,10 @@ class JsonConsole(Console):
     def nothing_to_do(self, num_shards: int) -> None:
         """Every shard was done before."""
         self._say(_INFO, "nothing to do", num_shards=num_shards)
+
+    def warning(self, message: str) -> None:
+        """What may not be meant."""
+        self._say(_WARNING, "problem", message=message)
 
     def error(self, message: str) -> None:
         """One error."""

@@ -32,7 +32,7 @@ exit codes:
   3    some shards could not be read to their end, or went from the input meanwhile; what could be read is stored
   4    the counts do not balance, or the store failed: run the same command again
   5    more errors than --max-error-fraction
-  75   another run holds the output; nothing was started
+  75   another run holds the output: nothing was started, or it took over and this one stopped
   130  interrupted (143 by SIGTERM): run the same command again to go on
 """
 
@@ -70,7 +70,7 @@ def parser() -> Parser:
     add(
         model,
         "weights",
-        "DEFAULT, a name such as IMAGENET1K_V1, a path or URL (.pth, .safetensors), or random[:SEED]",
+        "DEFAULT, a name such as IMAGENET1K_V1, a path or URL (.pth, .pt, .safetensors), or random[:SEED]",
         metavar="W",
     )
     add(model, "preprocess", "whose preprocessing to use for weights from a file or random", metavar="NAME")
@@ -100,11 +100,21 @@ def parser() -> Parser:
     out = top.add_argument_group("embeddings")
     add(out, "dtype", "type of the stored values", choices=settings.DTYPES)
     add(out, "normalize", "scale each embedding to L2 length 1", **flag)
-    add(out, "part_rows", "samples a Parquet part", metavar="N")
+    add(
+        out,
+        "part_rows",
+        "samples a Parquet part, which ends sooner where its images and texts are 512 MiB",
+        metavar="N",
+    )
 
     compute = top.add_argument_group("compute")
     add(compute, "device", "where the backbone runs", choices=settings.DEVICES)
-    add(compute, "precision", "auto is bf16 or fp16 where the device has it, else fp32", choices=settings.PRECISIONS)
+    add(
+        compute,
+        "precision",
+        "auto is bf16 or fp16, where the device has it and images of the input show that it is close to fp32",
+        choices=settings.PRECISIONS,
+    )
     add(
         compute,
         "batch_size",
@@ -125,7 +135,12 @@ def parser() -> Parser:
         **flag,
     )
     add(compute, "price_per_hour", "money a device-hour: the report then says what the run cost", metavar="PRICE")
-    add(compute, "actors", "backbones at once, at least and at most (default: one a GPU)", metavar="MIN:MAX")
+    add(
+        compute,
+        "actors",
+        "backbones at once, at least and at most (default: one a GPU, or on CPUs one for every 16 of a node)",
+        metavar="MIN:MAX",
+    )
     add(
         compute,
         "actor_resource",
@@ -186,6 +201,13 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     return settings.parse(values)
 
 
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Those that look like options and are none; `EMBED_TEST_...` is for tests."""
+    known = {f"EMBED_{field.name.upper()}" for field in dataclasses.fields(Config)} | {"EMBED_CONFIG"}
+    ours = (name for name in environment if name.startswith("EMBED_") and not name.startswith("EMBED_TEST_"))
+    return sorted(name for name in ours if name not in known)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the job, and return its exit code."""
     flags = vars(parser().parse_args(arguments))
@@ -197,6 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.end(EXIT_USAGE)
         return EXIT_USAGE
     console = make_console(config.log_format)
+    for name in unknown_variables(os.environ):
+        console.warning(f"the variable {name} names no option: it is not used")
     # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.
     from jobs.session import run_job  # noqa: PLC0415
 

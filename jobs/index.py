@@ -76,11 +76,12 @@ def show(built: Built, index: str, out: rich.console.Console) -> None:
     size = sum(num_bytes for num_bytes, _ in facts.files.values())
     lists = f" of {facts.lists} lists" if facts.lists else ""
     width = f", search width {facts.width}" if facts.width else ""
+    recall = f"{facts.recall:.3f} of exact search, on {facts.recall_queries} of its rows{width}"
     rows = [
         ("index", f"{index}, {human_bytes(size)}"),
         ("kind", f"{facts.kind}{lists}, {facts.metric}, {facts.num_features} features"),
         ("rows", f"{facts.num_rows}, {built.num_added} of them added now"),
-        ("recall@10", f"{facts.recall:.3f} of exact search, on {facts.recall_queries} of its rows{width}"),
+        ("recall@10", recall if facts.recall_queries else "not measured: there is no other row to find"),
     ]
     for name, value in rows:
         out.print(f"{name:<11}{value}")

@@ -331,7 +331,7 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
 
 def _told(left_out: Counter[str]) -> str:
     reasons = ", ".join(f"{left_out[reason]} {reason}" for reason in sorted(left_out))
-    return f"left out {_count(left_out.total(), 'file')} that are no images: {reasons}"
+    return f"left out, as no images, {_count(left_out.total(), 'file')}: {reasons}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -18,8 +18,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """End with 2, the usage and the message."""
-        super().error(redact(message))
+        """End with 2 and the message, in one line: some usages take a screen."""
+        self.exit(2, f"{self.prog}: error: {redact(message)}; {self.prog} --help tells the options\n")
 
     def tell(self, error: object) -> None:
         """Print what went wrong after the usage was right."""

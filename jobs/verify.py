@@ -15,6 +15,7 @@ from pathlib import Path
 import rich.console
 from rich.filesize import decimal
 
+from jobs.paths import check_file
 from jobs.progress import ShownProgress
 from jobs.usage import Parser, at_least, not_empty
 from pipeline import report_words as words
@@ -69,7 +70,9 @@ def parser() -> Parser:
     top.add_argument(
         "--threads", type=at_least(1), default=THREADS, metavar="N", help=f"parts read at once (default: {THREADS})"
     )
-    top.add_argument("--json", metavar="FILE", help="write the verdict there as JSON, - for standard output alone")
+    top.add_argument(
+        "--json", type=not_empty, metavar="FILE", help="write the verdict there as JSON, - for standard output alone"
+    )
     return top
 
 
@@ -103,6 +106,8 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
         out.print(f"{name:<12}{value}")
     for name in verdict.to_delete():
         out.print(f"MEND  delete {one_line(join(verdict.output, name))}")
+    if verdict.broken_shards:
+        out.print("MEND  replace the broken shards, where it was not the network that failed: a run reads them again")
     if verdict.mended_by_a_run:
         then = "then run" if verdict.to_delete() else "run"
         out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing")
@@ -119,6 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=flags.json == "-")
     progress = ShownProgress(out)
     try:
+        if flags.json and flags.json != "-":
+            check_file("--json", flags.json)
         with progress.shown():
             verdict = verify(
                 flags.output, flags.input, recompute_of(flags), threads=flags.threads, on_progress=progress

@@ -99,7 +99,7 @@ class Config:
                 raise SettingsError(f"{name} {REFUSAL}")
         for item in self.input:
             _check(bool(item.strip()), "input", "name at least one shard, folder, glob or list", item)
-        is_place = bool(self.output.strip()) and not self.output.rstrip("/").endswith(":")
+        is_place = bool(self.output.strip()) and not re.match(r"https?://|.*:/*$", self.output, re.IGNORECASE)
         _check(is_place, "output", "be a folder or an s3:// prefix", self.output)
         _check(self.features in FEATURES, "features", f"be one of {', '.join(FEATURES)}", self.features)
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
@@ -149,7 +149,7 @@ class Config:
                 all(8 <= side <= 4096 for side in self.image_size),
                 "image_size",
                 "have sides of 8 to 4096 pixels",
-                self.image_size,
+                "x".join(map(str, self.image_size)),
             )
         member = self.image_member
         _check(
@@ -179,11 +179,11 @@ def _check(holds: bool, field: str, rule: str, value: Any) -> None:
         raise SettingsError(f"{field} must {rule}, got {value!r}")
 
 
-def parse_pair(field: str, text: str, separator: str) -> tuple[int, int]:
+def parse_pair(field: str, text: str, separator: str, form: str) -> tuple[int, int]:
     """`A<separator>B` as two integers; a single integer stands for both.
 
     Raises:
-        SettingsError: the text is not of that form.
+        SettingsError: the text is not of that form, as which `form` tells.
     """
     pieces = text.lower().split(separator)
     try:
@@ -191,7 +191,7 @@ def parse_pair(field: str, text: str, separator: str) -> tuple[int, int]:
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2):
-        raise SettingsError(f"{field} must be N or N{separator}M, got {text!r}")
+        raise SettingsError(f"{field} must be {form}, got {text!r}")
     return numbers[0], numbers[-1]
 
 
@@ -225,14 +225,14 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
         items = value.split() if isinstance(value, str) else value
         return tuple(Field.parse(item) for item in _texts(name, items))
     if name == "id":
-        text = _texts(name, [value])[0]
+        text = _text(name, value)
         if "=" in text:
             raise SettingsError(f"id must be a field without a type, got {text!r}")
         return None if text == "key" else Field.parse(text)
     if name == "actors":
-        return parse_pair(name, str(value), ":")
+        return parse_pair(name, str(value), ":", "N or MIN:MAX")
     if name == "image_size":
-        return parse_pair(name, str(value), "x")
+        return parse_pair(name, str(value), "x", "N or HEIGHTxWIDTH")
     if name == "batch_size" and value == AUTO:
         return value
     if kind.startswith("bool"):
@@ -247,12 +247,18 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
             return number(value)
         except (TypeError, ValueError, OverflowError) as error:
             raise SettingsError(f"{name} must be a number, got {value!r}") from error
-    return _texts(name, [value])[0]
+    return _text(name, value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise SettingsError(f"{name} must be text, got {value!r}")
+    return value
 
 
 def _texts(name: str, items: Any) -> list[str]:
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
-        raise SettingsError(f"{name} must be text, got {items!r}")
+        raise SettingsError(f"{name} must be a list of texts, got {items!r}")
     return list(items)
 
 

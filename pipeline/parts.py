@@ -32,6 +32,7 @@ from pipeline.schema import (
     RECEIPT_SCHEMA,
     SAMPLE_INDEX,
     SHARD,
+    SHARD_FAULT,
     STAGE,
     STAGE_READ,
     UNKNOWN_INDEX,
@@ -206,7 +207,7 @@ def _errors(values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
     rows = pa.Table.from_arrays([columns[name] for name in ERRORS_SCHEMA.names], schema=ERRORS_SCHEMA)
     if values["fault"] is None:
         return rows
-    fault = {SHARD: values["name"], STAGE: STAGE_READ, REASON: f"shard fault: {values['fault']}"}
+    fault = {SHARD: values["name"], STAGE: STAGE_READ, REASON: f"{SHARD_FAULT}: {values['fault']}"}
     return pa.concat_tables([rows, pa.Table.from_pylist([fault], schema=ERRORS_SCHEMA)])
 
 

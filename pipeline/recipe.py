@@ -67,7 +67,7 @@ def _weights(backbone: str, sha256: str, name: str, spec: str | None) -> Weights
     except WeightsError as error:
         if spec is not None:
             raise
-        raise WeightsError(f"{error}: the output was made with {name}; say by --weights where they are") from error
+        raise WeightsError(f"{error}: the output was made with these; say by --weights where they are") from error
     if weights.sha256 != sha256:
         raise WeightsError(
             f"weights {weights.name} have sha256 {weights.sha256[:12]}, the output was made with {name} "

@@ -19,6 +19,7 @@ EMBEDDING = "embedding"
 MEMBER = "member"
 STAGE = "stage"
 REASON = "reason"
+SHARD_FAULT = "shard fault"  # the class of reasons that are of no sample
 RESERVED_COLUMNS = frozenset({IMAGE_ID, SHARD, SAMPLE_INDEX, EMBEDDING, MEMBER, STAGE, REASON})
 
 # Columns of the rows between stages.

@@ -188,10 +188,22 @@ def _add(found: dict[str, FileInfo], infos: Iterator[FileInfo], spec: str) -> No
         found[info.path] = info
         count += 1
     if not count:
-        hint = ""
-        if _WILDCARD.search(spec) and os.path.exists(spec):
-            hint = ", whose *, ? and [] stand for other characters; in brackets, as [[], they stand for themselves"
-        raise InputError(f"no {SUFFIX} shard found for input {spec}{hint}")
+        raise InputError(f"no {SUFFIX} shard found for input {spec}{_why_none(spec)}")
+
+
+def _why_none(spec: str) -> str:
+    """What is known of a spec that gave no shard."""
+    if _WILDCARD.search(spec):
+        if not os.path.exists(spec):
+            return ""
+        return ", whose *, ? and [] stand for other characters; in brackets, as [[], they stand for themselves"
+    if "://" in spec:
+        return ""
+    if not os.path.exists(spec):
+        return ": there is no such folder"
+    if os.path.isdir(spec):
+        return "; jobs/pack.py makes shards of a folder of images"
+    return f": a file must be a {SUFFIX}, or a .txt list of what an input may be"
 
 
 def _below(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:

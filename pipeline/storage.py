@@ -94,8 +94,9 @@ def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
         options["session"] = _s3_session()
     try:
         fs = fsspec.filesystem(protocol, **options)
-    except (ValueError, ImportError) as error:
-        raise SettingsError(f"no filesystem for {protocol}:// URLs: {error}") from error
+    except (ValueError, ImportError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise SettingsError(f"no filesystem for {protocol}:// URLs: {first}") from error
     if protocol in _S3:
         fs.retries = 1
     return fs

@@ -232,13 +232,20 @@ def load_weights(backbone: str, spec: str) -> Weights:
     return weights
 
 
+def _preprocess_named(architecture: str, name: str) -> Preprocess:
+    known = ["DEFAULT", *(member.name for member in models.get_model_weights(architecture))]
+    if name not in known:
+        raise WeightsError(f"preprocess of {architecture} must be one of {', '.join(known)}, got {name!r}")
+    return preprocess_of(named_weights(architecture, name))
+
+
 def preprocess_for(backbone: str, weights: str, preprocess: str = "DEFAULT") -> Preprocess:
     """As `pipeline.backbones.preprocess_for`."""
     architecture = BACKBONES[find(backbone)].architecture
     if weights not in models.get_model_weights(architecture).__members__:
-        return preprocess_of(named_weights(architecture, preprocess))
+        return _preprocess_named(architecture, preprocess)
     own = preprocess_of(named_weights(architecture, weights))
-    if preprocess != "DEFAULT" and preprocess_of(named_weights(architecture, preprocess)) != own:
+    if preprocess != "DEFAULT" and _preprocess_named(architecture, preprocess) != own:
         raise WeightsError(
             f"weights {weights} bring their own preprocessing: preprocess is for a file or random weights, "
             f"got {preprocess!r}"

@@ -26,7 +26,7 @@ from pipeline.verify_shards import Group, check_group, compare
 from pipeline.verify_tars import Tar, walk
 
 THREADS = 8
-_EXPECTED_FILES = (RUN_FILE, "report.json", "report.html")
+_EXPECTED_FILES = (RUN_FILE, ".uncounted", "report.json", "report.html")
 
 
 def verify(

@@ -446,3 +446,10 @@ def test_named_weights_and_another_preprocessing_are_refused() -> None:
 def test_versions_name_what_computes() -> None:
     assert versions("resnet18")["torch"] == torch.__version__
     assert set(versions("resnet18")) == {"torch", "torchvision"}
+
+
+def test_a_preprocessing_that_is_none_is_named_with_those_that_are() -> None:
+    message = "preprocess of resnet18 must be one of DEFAULT, IMAGENET1K_V1, got 'FOO'"
+    for weights in ("random:0", "IMAGENET1K_V1"):
+        with pytest.raises(WeightsError, match=f"^{message}$"):
+            preprocess_for("resnet18", weights, "FOO")

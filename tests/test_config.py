@@ -28,11 +28,12 @@ def test_what_is_not_given_has_its_default() -> None:
         ("input", [], "input must name at least one shard, folder, glob or list, got ()"),
         ("input", [""], "input must name at least one shard, folder, glob or list, got ''"),
         ("input", ["a.tar", " "], "input must name at least one shard, folder, glob or list, got ' '"),
-        ("input", [1], "input must be text, got [1]"),
+        ("input", [1], "input must be a list of texts, got [1]"),
         ("output", "", "output must be a folder or an s3:// prefix, got ''"),
         ("output", " ", "output must be a folder or an s3:// prefix, got ' '"),
         ("output", "s3://", "output must be a folder or an s3:// prefix, got 's3://'"),
-        ("output", 5, "output must be text, got [5]"),
+        ("output", 5, "output must be text, got 5"),
+        ("output", "https://host/out", "output must be a folder or an s3:// prefix, got 'https://host/out'"),
         ("features", "flat", "features must be one of pooled, map, got 'flat'"),
         ("dtype", "float64", "dtype must be one of float32, float16, got 'float64'"),
         ("device", "tpu", "device must be one of auto, cuda, cpu, got 'tpu'"),
@@ -55,10 +56,10 @@ def test_what_is_not_given_has_its_default() -> None:
         ("max_error_fraction", "nan", "max_error_fraction must be between 0 and 1, got nan"),
         ("actors", "0:2", "actors must be MIN:MAX with 1 <= MIN <= MAX, got '0:2'"),
         ("actors", "3:2", "actors must be MIN:MAX with 1 <= MIN <= MAX, got '3:2'"),
-        ("actors", "1:2:3", "actors must be N or N:M, got '1:2:3'"),
-        ("image_size", "big", "image_size must be N or NxM, got 'big'"),
-        ("image_size", "4", "image_size must have sides of 8 to 4096 pixels, got (4, 4)"),
-        ("image_size", "224x5000", "image_size must have sides of 8 to 4096 pixels, got (224, 5000)"),
+        ("actors", "1:2:3", "actors must be N or MIN:MAX, got '1:2:3'"),
+        ("image_size", "big", "image_size must be N or HEIGHTxWIDTH, got 'big'"),
+        ("image_size", "4", "image_size must have sides of 8 to 4096 pixels, got '4x4'"),
+        ("image_size", "224x5000", "image_size must have sides of 8 to 4096 pixels, got '224x5000'"),
         ("normalize", "maybe", "normalize must be true or false, got 'maybe'"),
         ("id", "json:id=int64", "id must be a field without a type, got 'json:id=int64'"),
         ("image_member", ".jpg", "image_member must be an extension without its dot, such as jpg, got '.jpg'"),
@@ -147,11 +148,11 @@ def test_an_unknown_type_lists_the_known_ones() -> None:
 
 
 def test_a_pair_is_one_or_two_integers() -> None:
-    assert parse_pair("x", "3", ":") == (3, 3)
-    assert parse_pair("x", "3:4", ":") == (3, 4)
+    assert parse_pair("x", "3", ":", "N or A:B") == (3, 3)
+    assert parse_pair("x", "3:4", ":", "N or A:B") == (3, 4)
     for text in ("", ":", "3:", "a:b", "1.5"):
-        with pytest.raises(SettingsError, match="x must be N or N:M"):
-            parse_pair("x", text, ":")
+        with pytest.raises(SettingsError, match="x must be N or A:B"):
+            parse_pair("x", text, ":", "N or A:B")
 
 
 def test_a_batch_size_is_a_number_or_auto() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -203,10 +204,27 @@ def test_a_bucket_may_be_the_input(s3_server: S3Server) -> None:
     assert names("s3://{whole-bucket,whole-bucket}/at-the-root.tar") == ["whole-bucket/at-the-root"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("nowhere", "no .tar shard found for input nowhere: there is no such folder"),
+        ("photos", "no .tar shard found for input photos; jobs/pack.py makes shards of a folder of images"),
+        ("photos/a.jpg", "no .tar shard found for input photos/a.jpg: a file must be a .tar, or a .txt list of"),
+    ],
+)
+def test_what_holds_no_shard_is_told_by_what_it_is(
+    spec: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes(str(tmp_path), "photos/a.jpg", b"")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^{re.escape(told)}"):
+        find_shards([spec])
+
+
 def test_a_bucket_that_is_not_there_is_an_error(s3_server: S3Server) -> None:
     with pytest.raises(InputError, match=r"no \.tar shard found for input s3://no-such-bucket/a"):
         find_shards(["s3://no-such-bucket/a"])
-    with pytest.raises(InputError, match="missing"):
+    with pytest.raises(InputError, match=r"1 of 1 shard named in the input not found: s3://no-such-bucket/a\.tar"):
         find_shards(["s3://no-such-bucket/a.tar"])
 
 

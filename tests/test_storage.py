@@ -382,3 +382,9 @@ def test_what_s3_is_never_asked_is_an_error_at_once_that_names_the_thing(
     assert verify.main([f"s3://{bucket}/out"]) == 2
     assert time.monotonic() - started < storage.RETRY_S / 4
     assert re.search(f"^verify.py: {url} cannot be read: .*{message}.*\n$", capsys.readouterr().err)
+
+
+def test_a_store_that_cannot_be_had_is_told_of_in_one_line() -> None:
+    for url in ("hdfs://host/x", "nostore://x"):
+        with pytest.raises(SettingsError, match=r"^no filesystem for \w+:// URLs: [^\n]+$"):
+            locate(url)
