@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.config import AUTO
 from pipeline.redact import redact
 from pipeline.schema import SHARD_FAULT

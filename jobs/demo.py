@@ -28,7 +28,7 @@ import rich.panel
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from jobs.usage import Parser, local_path
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.config import Config, Field
 from pipeline.errors import InputError, OutputError, PipelineError, WeightsError
 from pipeline.parts import EMBEDDINGS

@@ -17,7 +17,7 @@ import rich.console
 from jobs.paths import check_file, check_page
 from jobs.progress import ShownProgress
 from jobs.usage import Parser, not_empty
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from jobs.paths import check_file
 from jobs.progress import ShownProgress
 from jobs.usage import Parser, at_least, not_empty
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import PipelineError
 from pipeline.storage import join
 from pipeline.verify import THREADS, verify

@@ -14,7 +14,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.batch_size import settle
 from pipeline.config import Config
 from pipeline.decode import Decoder

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import OutputError, SettingsError
 from pipeline.index import (
     DATA_NAME,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import OutputError, ShardError
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName, read_facts, version_tag
 from pipeline.samples import Pending

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.pages import Tile, figure, safe, shown
 from pipeline.previews import Preview, preview, read_fronts
 from pipeline.report_charts import Axis, axis, bars, dots, number, plot, round_step

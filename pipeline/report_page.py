@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from pipeline import report_look as look
-from pipeline import report_time
-from pipeline import report_words as words
+from pipeline import report_time, words
 from pipeline.pages import document, safe
 from pipeline.report_charts import STYLE as CHARTS
 from pipeline.report_charts import number

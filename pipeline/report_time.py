@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.pages import safe
 from pipeline.report_charts import Axis, axis, bars, frame, plot, upright
 from pipeline.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE, STAGES

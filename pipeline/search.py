@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.index import Index, Neighbour
 from pipeline.pages import Row, Tile, near_tiles, page
 from pipeline.previews import Preview, preview, previews

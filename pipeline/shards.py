@@ -15,7 +15,7 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import InputError, SettingsError
 from pipeline.redact import REFUSAL, has_secret
 from pipeline.storage import (

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import OutputError, ShardError
 from pipeline.fingerprint import RUN_FILE, Fingerprint, read_fingerprint
 from pipeline.ledger import list_parts

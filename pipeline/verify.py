@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import OutputError, ShardError
 from pipeline.fingerprint import RUN_FILE
 from pipeline.lease import LEASE_FOLDER

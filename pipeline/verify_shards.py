@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
-from pipeline import report_words as words
+from pipeline import words
 from pipeline.errors import ShardError
 from pipeline.parts import EMBEDDINGS, ERRORS, PartName
 from pipeline.schema import END_BROKEN, END_NONE
