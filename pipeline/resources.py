@@ -44,6 +44,7 @@ class Resources:
     num_nodes: int
     decode_cpus: float
     read_memory: int | None  # bytes, None where no node tells its own
+    num_readers: float  # that CPUs and memory have room for
     batch_rates: tuple[tuple[int, float], ...] = ()  # images/s by batch size, where it was measured
     read_cpus: float = 0.25  # less would start many more workers than cores, each of which takes seconds of one
     write_cpus: float = 0.2
@@ -52,7 +53,7 @@ class Resources:
     def slots(self) -> dict[str, float]:
         """How many workers of each stage can be busy at once."""
         return {
-            STAGE_READ: self.total_cpus / self.read_cpus,
+            STAGE_READ: self.num_readers,
             STAGE_DECODE: self.total_cpus,
             STAGE_EMBED: float(self.num_actors[1]),
             STAGE_WRITE: self.total_cpus / self.write_cpus,
@@ -124,7 +125,12 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     # task after one that ended only when it looks again, up to ten times a second: asking for whole cores, a node of
     # 8 decoded on 5. This way there are at least as many tasks as cores, and half as many again on large clusters.
     decode_cpus = 0.33 if min(cpus, default=1.0) < 8 else 0.5
+    total_cpus = sum(cpus) or 1.0
     memories = [node["memory"] for node in nodes if node.get("CPU") and node.get("memory")]
+    read_memory = min(_READ_MEMORY, int(min(memories) // 2)) if memories else None
+    readers = total_cpus / Resources.read_cpus
+    if read_memory is not None:
+        readers = min(readers, sum(memory // read_memory for memory in memories))
     # Where actors may be.
     places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
     gpus = sum(int(node.get("GPU", 0)) for node in places)
@@ -142,10 +148,11 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
         actor_resource=config.actor_resource,
         num_threads=None if device == "cuda" else max(1, int(sum(place_cpus) // num_actors[1])),
         batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
-        total_cpus=sum(cpus) or 1.0,
+        total_cpus=total_cpus,
         num_nodes=len(nodes),
         decode_cpus=decode_cpus,
-        read_memory=min(_READ_MEMORY, int(min(memories) // 2)) if memories else None,
+        read_memory=read_memory,
+        num_readers=readers,
     )
     lacking = missing(resources.requests, nodes)
     if lacking is not None and config.needs_gpu and not gpus:

@@ -29,19 +29,23 @@ def test_a_cluster_with_gpus_gets_an_actor_for_each_and_decodes_on_every_cpu() -
 
 
 @pytest.mark.parametrize(
-    ("nodes", "gib"),
+    ("nodes", "gib", "readers"),
     [
         # A reader for each core of 4 GB.
-        ([{"CPU": 8.0, "memory": 22.4e9}], 2.5),
+        ([{"CPU": 8.0, "memory": 22.4e9}], 2.5, 8),
         # What no CPU is beside runs no reader; of the others the smallest has two.
-        ([HEAD, DECODE, {"CPU": 2.0, "memory": 4 * 2**30}], 2.0),
-        ([DECODE, {**DECODE, "memory": 0.0}], 2.5),
-        ([L4], None),
+        ([HEAD, DECODE, {"CPU": 2.0, "memory": 4 * 2**30}], 2.0, 22 + 2),
+        ([DECODE, {**DECODE, "memory": 0.0}], 2.5, 17),
+        ([{"CPU": 1.0, "memory": 48e9}], 2.5, 4),
+        ([L4], None, 32),
     ],
 )
-def test_readers_are_bound_by_the_memory_of_the_nodes_and_fit_on_each(nodes: list[Node], gib: float | None) -> None:
+def test_readers_are_bound_by_the_memory_of_the_nodes_and_fit_on_each(
+    nodes: list[Node], gib: float | None, readers: int
+) -> None:
     resources, _ = divided(nodes)
     assert resources.read_memory == (None if gib is None else gib * 2**30)
+    assert resources.slots["read"] == readers
 
 
 def test_a_resource_keeps_the_actors_to_the_nodes_that_have_it() -> None:
