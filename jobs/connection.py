@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from jobs.console import human_bytes
+from pipeline import words
 from pipeline.errors import ClusterError
 from pipeline.storage import describe
 
@@ -58,6 +58,6 @@ def _store_on_disk() -> str | None:
     if size >= store:
         return None
     return (
-        f"{_SHARED_MEMORY} has {human_bytes(size)}, so Ray keeps its objects on disk: give it {human_bytes(store)} "
+        f"{_SHARED_MEMORY} has {words.size(size)}, so Ray keeps its objects on disk: give it {words.size(store)} "
         "(docker run --shm-size, in Kubernetes a volume with medium: Memory)"
     )

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from jobs.progress import LINE_EVERY_S, plain_console
 from pipeline import words
 from pipeline.config import AUTO
 from pipeline.redact import redact
@@ -26,20 +26,10 @@ if TYPE_CHECKING:
     from pipeline.resources import Resources
     from pipeline.samples import Pending
 
-LINE_EVERY_S = 30.0
 # A line says so where no part was stored for this long.
 _SILENT_S = 120.0
 # The rate shown is that of the last parts in this window.
 _RATE_WINDOW_S = 60.0
-
-
-def human_bytes(count: float) -> str:
-    """`count` bytes in the largest unit that leaves a number of at least 1."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} PiB"
 
 
 def human_s(seconds: float) -> str:
@@ -65,8 +55,7 @@ class Console:
 
     def __init__(self) -> None:
         self.run = uuid.uuid4().hex[:12]
-        # Names are shown as they are: none is markup.
-        self._out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._out = plain_console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total_bytes = 1
@@ -98,11 +87,11 @@ class Console:
         say(
             f"shards    {plan.num_done} done, {len(plan.pending)} pending"
             + (f" ({', '.join(more)})" if more else "")
-            + f", {human_bytes(plan.pending_bytes)} to read"
+            + f", {words.size(plan.pending_bytes)} to read"
         )
         if job.config.limit is not None and job.config.limit < len(plan.pending):
             now = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
-            say(f"limit     {job.config.limit} of these in this run, {human_bytes(now)} to read")
+            say(f"limit     {job.config.limit} of these in this run, {words.size(now)} to read")
         if estimated is not None and plan.pending:
             if estimated.seconds is None:
                 took = "by the front of the first shard; no run of this output tells how fast they go"

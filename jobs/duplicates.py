@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import rich.console
-
 from jobs.paths import check_file, check_page
-from jobs.progress import ShownProgress
+from jobs.progress import ShownProgress, plain_console
 from jobs.usage import Parser, not_empty
 from pipeline import words
 from pipeline.errors import PipelineError
@@ -117,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     from pipeline.duplicates import draw_duplicates, duplicates_page, find_duplicates, tags_of  # noqa: PLC0415
     from pipeline.index import open_index  # noqa: PLC0415
 
-    out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    out = plain_console()
     progress = ShownProgress(out)
     try:
         check_file("--pairs", flags.pairs)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import rich.console
 
-from jobs.console import human_bytes
-from jobs.progress import ShownProgress
+from jobs.progress import ShownProgress, plain_console
 from jobs.usage import Parser, not_empty
+from pipeline import words
 from pipeline.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def show(built: Built, index: str, out: rich.console.Console) -> None:
     width = f", search width {facts.width}" if facts.width else ""
     recall = f"{facts.recall:.3f} of exact search, on {facts.recall_queries} of its rows{width}"
     rows = [
-        ("index", f"{index}, {human_bytes(size)}"),
+        ("index", f"{index}, {words.size(size)}"),
         ("kind", f"{facts.kind}{lists}, {facts.metric}, {facts.num_features} features"),
         ("rows", f"{facts.num_rows}, {built.num_added} of them added now"),
         ("recall@10", recall if facts.recall_queries else "not measured: there is no other row to find"),
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
     from pipeline.index_build import Options, build  # noqa: PLC0415
 
-    out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    out = plain_console()
     progress = ShownProgress(out)
     try:
         if not math.isfinite(flags.memory):

@@ -12,6 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_EVERY_S = 30.0
 
 
+def plain_console(*, stderr: bool = False) -> rich.console.Console:
+    """Names are shown as they are: none is markup, and no line is broken."""
+    return rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=stderr)
+
+
 class ShownProgress:
     """Called with what is counted, how many are done, and of how many."""
 

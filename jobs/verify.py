@@ -16,7 +16,7 @@ import rich.console
 from rich.filesize import decimal
 
 from jobs.paths import check_file
-from jobs.progress import ShownProgress
+from jobs.progress import ShownProgress, plain_console
 from jobs.usage import Parser, at_least, not_empty
 from pipeline import words
 from pipeline.errors import PipelineError
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = top.parse_args(arguments)
     if not flags.input and (flags.recompute or flags.weights):
         top.error("--recompute and --weights need --input: without the images nothing can be computed again")
-    out = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=flags.json == "-")
+    out = plain_console(stderr=flags.json == "-")
     progress = ShownProgress(out)
     try:
         if flags.json and flags.json != "-":

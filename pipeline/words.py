@@ -31,8 +31,8 @@ def seconds(length_s: float) -> str:
 
 def size(num_bytes: float) -> str:
     """Bytes in the largest unit that leaves a number of at least 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
-    return f"{num_bytes:,.1f} TiB"
+    return f"{num_bytes:,.1f} PiB"

@@ -13,14 +13,15 @@ import pytest
 from conftest import sample_members, write_shards, write_tar
 
 from jobs import console, embed
-from jobs.console import Console, human_bytes, human_s
+from jobs.console import Console, human_s
 from jobs.console_json import JsonConsole
+from pipeline import words
 from pipeline.report import Tally
 from pipeline.samples import Pending
 
 
 def test_sizes_and_times_are_shown_as_people_say_them() -> None:
-    assert [human_bytes(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]
+    assert [words.size(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]
     assert [human_s(n) for n in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
 
 

@@ -64,6 +64,15 @@ def test_an_unknown_setting_in_the_file_is_named_with_the_known_ones(tmp_path: P
         gather({"config": str(file)}, {})
 
 
+def test_a_variable_that_names_no_option_is_told_of(tmp_path: Path, run_job: RunJob) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    options = ("--input", "in", "--output", "out", *SMALL, "--dry-run")
+    done = run_job("embed.py", *options, EMBED_PARTROWS="5", EMBED_PART_ROWS="6", EMBED_TEST_X="1")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert told == ["WARNING   the variable EMBED_PARTROWS names no option: it is not used"]
+
+
 def test_help_names_every_setting_with_its_default() -> None:
     text = parser().format_help()
     for expected in ("--part-rows", "(default: 1024)", "EMBED_INPUT", "exit codes", "--max-error-fraction"):

@@ -57,6 +57,8 @@ def script() -> str:
 
 def normalised(line: str) -> str:
     """A line without sizes and numbers that depend on the photos and the machine; counts stay."""
+    # How many there are depends on the photos, and so whether it is one.
+    line = re.sub(r"^1 pair\b", "1 pairs", line)
     line = re.sub(r"\d+\.\d+( [kKMG]?i?B)?|\d+ B\b", "#", line)
     return re.sub(r"\s+", " ", line).strip()
 

@@ -1,3 +1,5 @@
+"""What the command lines share: no secret is shown, and a mistake is told in one line with its rule."""
+
 from __future__ import annotations
 
 import importlib

@@ -779,6 +779,7 @@ def test_the_command_names_each_fault_on_a_line_and_exits_with_1(
         (["nowhere", "--threads", "0"], "must be a whole number of at least 1, got '0'"),
         (["nowhere", "--threads", "x"], "argument --threads: must be a whole number of at least 1, got 'x'"),
         ([""], "argument OUTPUT: must not be empty, got ''"),
+        (["nowhere", "--json", "no/such/x.json"], "--json must be in a folder that is there, got 'no/such/x.json'"),
         ([], "the following arguments are required: OUTPUT"),
     ],
 )
