@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import filecmp
-import math
 import os
 import random
 import shlex
@@ -16,28 +15,27 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import rich.console
 import rich.panel
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL import Image
 
-from jobs.usage import Parser, local_path
-from pipeline import words
-from pipeline.config import Config, Field
-from pipeline.errors import InputError, OutputError, PipelineError, WeightsError
-from pipeline.parts import EMBEDDINGS
-from pipeline.prepare import prepare
-from pipeline.schema import EMBEDDING, IMAGE_ID
+from jobs.support.command import Parser, local_path
+from jobs.support.photos import NUM_VIEWS, make_views
+from pipeline.core import words
+from pipeline.core.config import Config, Field
+from pipeline.core.errors import InputError, OutputError, PipelineError, WeightsError
+from pipeline.core.schema import EMBEDDING, IMAGE_ID
+from pipeline.output.names import EMBEDDINGS
+from pipeline.pages.sheet import Sheet
+from pipeline.planning.job import prepare
 
 EXIT_OK = 0
 EXIT_USAGE = 2
-NUM_VIEWS = 12
 NUM_NEIGHBOURS = 5
 MAX_ROWS = 8
 # Views are turned, cropped, flipped and blurred: less alike than what is stored twice.
@@ -50,13 +48,6 @@ MAX_QUERIES = 10_000
 RANDOM = "random:0"
 DOWNLOAD_TIMEOUT_S = 30
 KEEP = ("cls", "json:class", "json:path")
-# Photos in scikit-image's wheel that its documentation declares CC0 or public domain, by file name.
-PHOTOS = (
-    "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",
-    "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "page.png",
-    "retina.jpg", "rocket.jpg", "text.png",
-)  # fmt: skip
-_VIEW_SIDE = 256
 _JOBS = Path(__file__).resolve().parent
 _MARKER = "made-by-demo.txt"
 _OUT = rich.console.Console(highlight=False, soft_wrap=True)
@@ -76,56 +67,6 @@ class DemoError(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
-
-
-def augmented(photo: Image.Image, rng: random.Random) -> Image.Image:
-    """One view of an RGB photo: rotated, cropped, perhaps flipped and blurred, with other light and colours."""
-    angle = rng.uniform(-20, 20)
-    view = photo.rotate(angle, Image.Resampling.BICUBIC)
-    # The largest upright rectangle of the same shape that rotating left without black corners.
-    ratio = max(photo.width / photo.height, photo.height / photo.width)
-    inside = 1 / (math.cos(math.radians(angle)) + ratio * math.sin(math.radians(abs(angle))))
-    view = _random_crop(view, inside, rng)
-    if rng.random() < 0.5:
-        view = ImageOps.mirror(view)
-    view.thumbnail((_VIEW_SIDE, _VIEW_SIDE), Image.Resampling.LANCZOS)
-    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        view = enhance(view).enhance(rng.uniform(0.6, 1.4))
-    return view.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2))) if rng.random() < 0.5 else view
-
-
-def _random_crop(image: Image.Image, inside: float, rng: random.Random) -> Image.Image:
-    """A rectangle of 60 to 100 % of the sides of the middle `inside` of an image."""
-    scale = inside * rng.uniform(0.6, 1.0)
-    width, height = image.width * scale, image.height * scale
-    left = image.width * (1 - inside) / 2 + rng.random() * (image.width * inside - width)
-    top = image.height * (1 - inside) / 2 + rng.random() * (image.height * inside - height)
-    return image.crop((round(left), round(top), round(left + width), round(top + height)))
-
-
-def make_views(folder: Path) -> int:
-    """Write the views of each photo below `folder`, one folder a photo, and return their number.
-
-    Raises:
-        InputError: scikit-image, which brings the photos, is not installed.
-    """
-    spec = find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError("the demo's photos come with scikit-image: pip install scikit-image, or give --images")
-    data = Path(spec.submodule_search_locations[0]) / "data"
-    photos = [data / name for name in PHOTOS if (data / name).exists()]
-    if not photos:
-        raise InputError(f"scikit-image must hold the demo's photos, got none in {data}; give --images")
-    shutil.rmtree(folder, ignore_errors=True)
-    for path in photos:
-        (folder / path.stem).mkdir(parents=True)
-        with Image.open(path) as image:
-            photo = image.convert("RGB")
-        for number in range(NUM_VIEWS):
-            rng = random.Random(f"{path.stem} {number}")
-            view = augmented(photo, rng)
-            view.save(folder / path.stem / f"{number:02d}.jpg", quality=rng.randint(30, 95))
-    return len(photos) * NUM_VIEWS
 
 
 def run_job(name: str, *arguments: str) -> None:
@@ -298,95 +239,6 @@ def choose_rows(labels: list[str | None], count: int) -> list[int]:
         turns.append((seen[labels[position]], len(turns), position))
         seen[labels[position]] += 1
     return sorted(position for _, _, position in sorted(turns)[:count])
-
-
-_TILE = 156
-_GAP = 16
-_QUERY_GAP = 44
-_MARGIN = 36
-_CAPTION = 50
-_HEADER = 136
-_INK, _GREY, _PAPER, _MAT = "#1f2328", "#59636e", "#ffffff", "#f0f2f4"
-_RIGHT, _WRONG, _ALARM = "#1a7f37", "#cf222e", "#fff1c2"
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
-
-
-def _badge(is_right: bool) -> Image.Image:
-    """A tick or a cross in a disc, drawn large and made smaller for smooth edges."""
-    badge = Image.new("RGBA", (112, 112))
-    draw = ImageDraw.Draw(badge)
-    draw.ellipse((2, 2, 110, 110), fill=_RIGHT if is_right else _WRONG, outline=_PAPER, width=8)
-    lines = [((32, 58), (50, 76), (82, 38))] if is_right else [((38, 38), (74, 74)), ((74, 38), (38, 74))]
-    for line in lines:
-        draw.line(line, fill=_PAPER, width=13, joint="curve")
-    return badge.resize((28, 28), Image.Resampling.LANCZOS)
-
-
-def _fitted(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
-    """`text`, with its middle left out where it is too long."""
-    shown, kept = text, len(text)
-    while kept > 2 and draw.textlength(shown, font) > width:
-        kept -= 1
-        shown = f"{text[: kept // 2]}...{text[-(kept - kept // 2) :]}"
-    return shown
-
-
-def _thumbnail(path: Path) -> Image.Image | None:
-    """The image at `path` to fit a tile, or None where it cannot be opened (a name that is not UTF-8)."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError):
-        return None
-    if abs(upright.width - upright.height) * _TILE <= 4 * max(upright.size):
-        # As good as square: no hairline of the mat beside it.
-        return upright.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return ImageOps.contain(upright, (_TILE, _TILE), Image.Resampling.LANCZOS)
-
-
-class Sheet:
-    """A contact sheet: a header, and rows of a query with its neighbours."""
-
-    def __init__(self, num_rows: int, num_neighbours: int) -> None:
-        width = 2 * _MARGIN + _TILE + _QUERY_GAP + num_neighbours * (_TILE + _GAP) - _GAP
-        height = _HEADER + num_rows * (_TILE + _CAPTION + _GAP) + _MARGIN - _GAP
-        self.image = Image.new("RGB", (max(width, 760), height), _PAPER)
-        self._draw = ImageDraw.Draw(self.image)
-
-    def header(self, title: str, lines: list[str], alarm: str) -> None:
-        """Title, what is seen in two lines, and what to beware of (none where empty)."""
-        self._draw.text((_MARGIN, 24), title, _INK, _font(28))
-        for number, line in enumerate(lines):
-            self._draw.text((_MARGIN, 64 + number * 23), line, _GREY, _font(16))
-        if alarm:
-            font = _font(16)
-            left = self.image.width - _MARGIN - self._draw.textlength(alarm, font) - 24
-            self._draw.rounded_rectangle((left, 26, self.image.width - _MARGIN, 56), 15, _ALARM)
-            self._draw.text((left + 12, 41), alarm, _INK, font, anchor="lm")
-
-    def tile(self, row: int, column: int, path: Path, caption: str, detail: str, is_right: bool | None) -> None:
-        """One image. Column 0 is the query; `is_right` is None where nothing is right or wrong."""
-        left = _MARGIN + (column and _QUERY_GAP - _GAP + column * (_TILE + _GAP))
-        top = _HEADER + row * (_TILE + _CAPTION + _GAP)
-        colour = _INK if column == 0 else {None: _MAT, True: _RIGHT, False: _WRONG}[is_right]
-        box = (left, top, left + _TILE, top + _TILE)
-        self._draw.rectangle(box, _MAT)
-        thumbnail = _thumbnail(path)
-        if thumbnail is None:
-            self._draw.text((left + _TILE // 2, top + _TILE // 2), "no preview", _GREY, _font(14), anchor="mm")
-        else:
-            x, y = (_TILE - thumbnail.width) // 2, (_TILE - thumbnail.height) // 2
-            self.image.paste(thumbnail, (left + x, top + y))
-        self._draw.rectangle((left - 4, top - 4, left + _TILE + 3, top + _TILE + 3), outline=colour, width=4)
-        if column and is_right is not None:
-            badge = _badge(is_right)
-            self.image.paste(badge, (left + _TILE - 22, top - 8), badge)
-        font = _font(14)
-        self._draw.text((left, top + _TILE + 9), _fitted(self._draw, caption, font, _TILE), _INK, font)
-        self._draw.text((left, top + _TILE + 27), detail, _GREY, font)
 
 
 def draw_sheet(stored: Stored, neighbours: Neighbours, images: Path, lines: list[str], alarm: str) -> Image.Image:

@@ -12,15 +12,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.paths import check_file, check_page
-from jobs.progress import ShownProgress, plain_console
-from jobs.usage import Parser, not_empty
-from pipeline import words
-from pipeline.errors import PipelineError
+from jobs.support.command import Parser, check_file, check_page, not_empty
+from jobs.support.progress import ShownProgress, plain_console
+from pipeline.core import words
+from pipeline.core.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.duplicates import Found
-    from pipeline.index import Facts
+    from pipeline.retrieval.duplicates import Found
+    from pipeline.retrieval.index import Facts
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -112,8 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
     top = parser()
     flags = top.parse_args(arguments)
     # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
-    from pipeline.duplicates import draw_duplicates, duplicates_page, find_duplicates, tags_of  # noqa: PLC0415
-    from pipeline.index import open_index  # noqa: PLC0415
+    from pipeline.pages.near import duplicates_page  # noqa: PLC0415
+    from pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of  # noqa: PLC0415
+    from pipeline.retrieval.index import open_index  # noqa: PLC0415
 
     out = plain_console()
     progress = ShownProgress(out)

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.console_json import make_console
-from jobs.usage import Parser
-from pipeline import config as settings
-from pipeline.config import Config
-from pipeline.errors import SettingsError
-from pipeline.schema import KEEP_TYPES
+from jobs.support.command import Parser
+from jobs.support.console_json import make_console
+from pipeline.core import config as settings
+from pipeline.core.config import Config
+from pipeline.core.errors import SettingsError
+from pipeline.core.schema import KEEP_TYPES
 
 EXIT_USAGE = 2
 _EPILOG = """\
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in unknown_variables(os.environ):
         console.warning(f"the variable {name} names no option: it is not used")
     # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.
-    from jobs.session import run_job  # noqa: PLC0415
+    from jobs.support.session import run_job  # noqa: PLC0415
 
     code = run_job(config, console, dry_run=flags["dry_run"])
     console.end(code)

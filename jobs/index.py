@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import rich.console
 
-from jobs.progress import ShownProgress, plain_console
-from jobs.usage import Parser, not_empty
-from pipeline import words
-from pipeline.errors import PipelineError, SettingsError
+from jobs.support.command import Parser, not_empty
+from jobs.support.progress import ShownProgress, plain_console
+from pipeline.core import words
+from pipeline.core.errors import PipelineError, SettingsError
 
 if TYPE_CHECKING:
-    from pipeline.index_build import Built
+    from pipeline.retrieval.build import Built
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     top = parser()
     flags = top.parse_args(arguments)
     # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
-    from pipeline.index_build import Options, build  # noqa: PLC0415
+    from pipeline.retrieval.build import Options, build  # noqa: PLC0415
 
     out = plain_console()
     progress = ShownProgress(out)

@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.paths import check_page
-from jobs.usage import Parser, at_least, not_empty
-from pipeline.errors import PipelineError
-from pipeline.verify_findings import one_line
+from jobs.support.command import Parser, at_least, check_page, not_empty
+from pipeline.core.errors import PipelineError
+from pipeline.verify.findings import one_line
 
 if TYPE_CHECKING:
-    from pipeline.search import Hit
+    from pipeline.retrieval.search import Hit
 
 EXIT_OK = 0
 EXIT_SOME_FAILED = 1
@@ -79,9 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
     top = parser()
     flags = top.parse_args(arguments)
     # torch takes seconds to import: who asks for help, or mistypes, shall not wait for it.
-    from pipeline.index import open_index  # noqa: PLC0415
-    from pipeline.queries import QueryEmbedder, find_images  # noqa: PLC0415
-    from pipeline.search import score_name, search_images, search_page  # noqa: PLC0415
+    from pipeline.embedding.queries import QueryEmbedder, find_images  # noqa: PLC0415
+    from pipeline.pages.near import search_page  # noqa: PLC0415
+    from pipeline.retrieval.index import open_index  # noqa: PLC0415
+    from pipeline.retrieval.search import score_name, search_images  # noqa: PLC0415
 
     try:
         check_page(flags.html, flags.input)

@@ -25,7 +25,7 @@ EXIT_USAGE = 2
 EXIT_UNREACHABLE = 69
 DEFAULT_ENTRYPOINT = ("jobs/embed.py",)
 # What the job does not need of a checkout; Ray leaves out what .gitignore names as well.
-EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", "/demo", "/tests")
+EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", "/demo", "/tests", "/benchmarks")
 LOST_AFTER_S = 60.0
 # A job that prints nothing for so long may be silent, or its cluster gone: its status tells which.
 QUIET_S = 15.0

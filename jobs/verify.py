@@ -15,15 +15,14 @@ from pathlib import Path
 import rich.console
 from rich.filesize import decimal
 
-from jobs.paths import check_file
-from jobs.progress import ShownProgress, plain_console
-from jobs.usage import Parser, at_least, not_empty
-from pipeline import words
-from pipeline.errors import PipelineError
-from pipeline.storage import join
-from pipeline.verify import THREADS, verify
-from pipeline.verify_findings import RULES, Verdict, one_line
-from pipeline.verify_recompute import RECOMPUTE_IMAGES, Recompute
+from jobs.support.command import Parser, at_least, check_file, not_empty
+from jobs.support.progress import ShownProgress, plain_console
+from pipeline.core import words
+from pipeline.core.errors import PipelineError
+from pipeline.core.storage import join
+from pipeline.verify.findings import RULES, Verdict, one_line
+from pipeline.verify.proof import THREADS, verify
+from pipeline.verify.recompute import RECOMPUTE_IMAGES, Recompute
 
 EXIT_PROVEN = 0
 EXIT_WRONG = 1

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, parse
-from pipeline.decode import Decoder
-from pipeline.embedder import Embedder
-from pipeline.fingerprint import write_fingerprint
-from pipeline.parts import PartWriter
-from pipeline.prepare import prepare
-from pipeline.samples import Pending, SampleReader
-from pipeline.torch_runner import SharedWeights
+from pipeline.core.config import Config, parse
+from pipeline.decoding.decoder import Decoder
+from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.torch_runner import SharedWeights
+from pipeline.output.fingerprint import write_fingerprint
+from pipeline.output.parts import PartWriter
+from pipeline.planning.job import prepare
+from pipeline.shards.find import Pending
+from pipeline.shards.samples import SampleReader
 
 
 def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
@@ -29,7 +30,7 @@ def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
     decoder = Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
     embedder = Embedder(
         backbone=job.backbone,
-        source=SharedWeights.local(job.weights),
+        source=SharedWeights.of(job.weights),
         features=config.features,
         preprocess=job.preprocess,
         shape=job.shape,

@@ -1,6 +1,6 @@
 """Kill anything of a running job at any moment, and compare what it stored with an undisturbed run.
 
-    PYTHONPATH=tests .venv/bin/python -m faults.kills --kills 100 --seed 1
+    .venv/bin/python -m tests.faults.kills --kills 100 --seed 1
 
 A job (`jobs/embed.py`, its own process) reads from and writes to SeaweedFS, on a Ray cluster of two nodes on this
 machine, or, with `--local`, on the Ray that it starts itself. Kills come at seeded random moments. Only what belongs
@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from conftest import ROOT, S3Server, encode, free_ports, photo, write_tar
+
+from tests.conftest import ROOT, S3Server, encode, free_ports, photo, write_tar
 
 READ, DECODE, WRITE, EMBED = "read worker", "decode worker", "write worker", "embed actor"
 NODE, DRIVER, STORE, TWO = "node", "driver", "S3 server", "two at once"

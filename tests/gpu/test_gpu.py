@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 
 from pipeline.backbones import build_backbone, output_shape, preprocess_for
-from pipeline.batch_size import best, ladder, measure
-from pipeline.decode import Decoder
-from pipeline.device_decode import DeviceDecoder
-from pipeline.embedder import Embedder
-from pipeline.errors import SampleError
-from pipeline.plain_jpeg import JpegForwarder
-from pipeline.schema import encoded_field
-from pipeline.torch_runner import SharedWeights
+from pipeline.core.errors import SampleError
+from pipeline.core.schema import encoded_field
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.jpeg_forwarder import JpegForwarder
+from pipeline.embedding.device_decode import DeviceDecoder
+from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.torch_runner import SharedWeights
+from pipeline.planning.batch_size import best, ladder, measure
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_WATCHED = {"pipeline.decode": ("Decoder", "decode"), "pipeline.embedder": ("Embedder", "embed")}
+_WATCHED = {"pipeline.decoding.decoder": ("Decoder", "decode"), "pipeline.embedding.embedder": ("Embedder", "embed")}
 
 
 def _counted(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,83 @@
+"""A backbone that sleeps for as long as a device would compute. Actors import this file, and little else with it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pipeline.decoding.preprocess import Preprocess
+from pipeline.embedding.embedder import Runner
+
+_START_S = 120.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where actors wait for one another, so that all begin at once however long each took to start."""
+
+    folder: Path
+    num_actors: int
+
+    def wait(self) -> None:
+        """Wait until as many processes as there are actors have come here.
+
+        Raises:
+            TimeoutError: they have not within 120 s.
+        """
+        (self.folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + _START_S
+        while (there := len(list(self.folder.iterdir()))) < self.num_actors:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"after {_START_S:.0f} s {there} of {self.num_actors} actors had something to embed"
+                )
+            time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class SleepRunner:
+    """Embeds an image as [4]: its process, and when its part came, began and ended, in seconds after `epoch`."""
+
+    images_per_s: float
+    epoch: float
+    start: Start | None = None
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Sleep for as long as `rows` take; before the first, until all actors are there."""
+        if self.start is not None:
+            self.start.wait()
+        came = time.time() - self.epoch
+        with self.turn:
+            begin = time.time() - self.epoch
+            time.sleep(len(rows) / self.images_per_s)
+            times = came, begin, time.time() - self.epoch
+        return np.tile(np.array([os.getpid(), *times], np.float32), (len(rows), 1))
+
+
+@dataclass(frozen=True)
+class SleepSource:
+    """Makes runners that sleep; it needs no weights."""
+
+    has_own_batch_size: ClassVar[bool] = True
+
+    images_per_s: float
+    epoch: float
+    start: Start | None = None
+
+    def runner(
+        self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
+        batch_size: int | None, num_threads: int | None, compiled: bool = False,
+    ) -> Runner:  # fmt: skip
+        """Loads nothing, whatever the device."""
+        return SleepRunner(self.images_per_s, self.epoch, self.start)
+
+    def share(self) -> SleepSource:
+        """Itself."""
+        return self

@@ -1,0 +1,332 @@
+"""What one process can measure: each stage alone, PIL and torchvision beside them, and the GPU by mode.
+
+Run as `python -m jobs.bench_stages NAME SETTINGS`: a process of its own leaves no threads and caches to what is
+measured next. All times are wall-clock, after one call that is not counted.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torchvision.models import get_model_weights
+
+from benchmarks.runs import Settings, print_result
+from pipeline.core.errors import SettingsError
+from pipeline.core.schema import IMAGE, REASON, part_rows
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.jpeg_forwarder import JpegForwarder
+from pipeline.embedding.device_decode import DeviceDecoder
+from pipeline.embedding.embedder import Embedder
+from pipeline.output.parts import PartWriter
+from pipeline.planning.cpu import cpu_has_bf16
+from pipeline.planning.engine import choose_engine
+from pipeline.planning.job import Job, prepare
+from pipeline.planning.plan import make_plan
+from pipeline.shards.find import Pending
+from pipeline.shards.samples import SampleReader
+
+# Parts of this size go to the processes that decode at once, so that none waits long for the last one.
+_PART_ROWS = 32
+_GPU_BATCHES = (32, 128, 512)
+
+
+class Stages:
+    """The stages of one job, built as the flow builds them but in this process."""
+
+    def __init__(self, settings: Settings, shards: str) -> None:
+        self.settings = settings
+        self.job, self.pending = _look_up(settings, shards)
+        config = self.job.config
+        self.reader = SampleReader(config)
+        self.decoder = _decoder(self.job)
+        reduced = ("bf16", "fp16") if settings.device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
+        self.engine = choose_engine(self.job, self.pending, settings.device, reduced)
+        self.precision = self.engine.precision
+        self.writer = PartWriter(
+            config, self.job.with_engine(self.engine.name, self.precision).fingerprint, self.job.shape
+        )
+
+    def decode(self, table: pa.Table) -> pa.Table:
+        """Parts with pixels of parts with images."""
+        return pa.concat_tables(self.decoder(table))
+
+    def embedder(
+        self,
+        num_threads: int,
+        batch_size: int | None = None,
+        precision: str | None = None,
+        compiled: bool = False,
+    ) -> Embedder:
+        """An embedder like those of the job."""
+        job, config = self.job, self.job.config
+        return Embedder(
+            backbone=job.backbone,
+            source=self.engine.source,
+            features=config.features,
+            preprocess=job.preprocess,
+            shape=job.shape,
+            dtype=config.dtype,
+            precision=precision or self.precision,
+            normalize=config.normalize,
+            device=self.settings.device,
+            batch_size=batch_size,
+            num_threads=None if self.settings.device == "cuda" else num_threads,
+            compiled=compiled,
+        )
+
+    def samples(self, most: int) -> list[pa.Table]:
+        """Parts of the first shards as they leave the reader, with about `most` images in all."""
+        tables: list[pa.Table] = []
+        left = most
+        for table in itertools.chain.from_iterable(map(self.reader.parts, self.pending)):
+            tables.append(table)
+            left -= _num_samples([table])
+            if left <= 0:
+                break
+        return tables
+
+
+def _look_up(settings: Settings, shards: str) -> tuple[Job, list[Pending]]:
+    job = prepare(settings.config(shards, f"{settings.scratch}/{Path(shards).name}-{settings.part_rows}"))
+    return job, make_plan(job.shards, job.config.output).pending
+
+
+def _decoder(job: Job) -> Decoder:
+    config = job.config
+    return Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
+
+
+def _num_samples(tables: list[pa.Table]) -> int:
+    return sum(sum(table.column("num_samples").to_pylist()) for table in tables)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def stages(settings: Settings) -> dict[str, float | str]:
+    """Each stage alone on the photos: read and write by one core, decode by one and by all, the backbone by all."""
+    return {**read(settings), **decode(settings), **decode_all(settings), **embed_and_write(settings)}
+
+
+def read(settings: Settings) -> dict[str, float | str]:
+    """Tar to samples, of all photo shards, with the files in the page cache."""
+    stages = Stages(settings, settings.shards)
+
+    def read_all() -> int:
+        return sum(_num_samples([table]) for shard in stages.pending for table in stages.reader.parts(shard))
+
+    num_images = read_all()
+    seconds = _timed(read_all)
+    num_bytes = sum(shard.num_bytes for shard in stages.pending)
+    return {"read_images_per_s": num_images / seconds, "read_mb_per_s": num_bytes / 1e6 / seconds}
+
+
+def decode(settings: Settings) -> dict[str, float | str]:
+    """The decoder on one core, and what it stands for: PIL and `weights.transforms()`, torch with one thread."""
+    stages = Stages(settings, settings.shards)
+    torch.set_num_threads(1)
+    tables = stages.samples(settings.stage_images)
+    images = [
+        image for table in tables for _, samples in part_rows(table) for image in samples.field(IMAGE).to_pylist()
+    ]
+    transform = plain_transform(stages.job)
+
+    def plain(data: bytes) -> object:
+        return transform(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    stages.decode(tables[0])
+    plain(images[0])
+    # Halves of each in turn, so that what else happens on the machine meets both.
+    ours_s = plain_s = 0.0
+    for table in tables:
+        data = [image for _, samples in part_rows(table) for image in samples.field(IMAGE).to_pylist()]
+        ours_s += _timed(lambda table=table: stages.decode(table))  # type: ignore[misc]
+        plain_s += _timed(lambda data=data: [plain(image) for image in data])  # type: ignore[misc]
+    return {"decode_images_per_s": len(images) / ours_s, "decode_pil_images_per_s": len(images) / plain_s}
+
+
+def plain_transform(job: Job) -> Callable[[Image.Image], torch.Tensor]:
+    """`weights.transforms()` of the backbone at the job's size."""
+    preprocess = job.preprocess
+    try:
+        weights: Any = get_model_weights(job.backbone).DEFAULT
+    except ValueError as error:
+        raise SettingsError(f"backbone must be one of torchvision's, got {job.backbone!r}") from error
+    transform: Callable[[Image.Image], torch.Tensor] = weights.transforms(
+        crop_size=preprocess.crop[0], resize_size=preprocess.resize
+    )
+    return transform
+
+
+_decoding: list[Any] = []
+
+
+def _prepare_decoding(settings: Settings, barrier: Any) -> None:
+    """In each process that decodes: what it needs, and one part decoded, before any begins."""
+    torch.set_num_threads(1)
+    settings = replace(settings, part_rows=_PART_ROWS)
+    stages = Stages(settings, settings.shards)
+    tables = stages.samples(settings.stage_images)
+    stages.decode(tables[0])
+    _decoding[:] = [stages.decode, tables]
+    barrier.wait()
+
+
+def _decode_part(number: int) -> int:
+    decode, tables = _decoding
+    table = tables[number % len(tables)]
+    decode(table)
+    return _num_samples([table])
+
+
+def decode_all(settings: Settings) -> dict[str, float | str]:
+    """The decoder in as many processes as there are cores, together."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(settings.cores)
+    num_parts = max(settings.stage_images // _PART_ROWS, 4) * settings.cores
+    with ProcessPoolExecutor(settings.cores, context, _prepare_decoding, (settings, barrier)) as pool:
+        # The pool starts its processes as work comes; each passes the barrier only with all the others.
+        list(pool.map(_decode_part, range(settings.cores)))
+        start = time.perf_counter()
+        num_images = sum(pool.map(_decode_part, range(num_parts)))
+        seconds = time.perf_counter() - start
+    return {"decode_all_images_per_s": num_images / seconds}
+
+
+def device_decode(settings: Settings) -> dict[str, float | str]:
+    """What `--decode gpu` does, on the job's device: what is left for one core, and the device's own part.
+
+    The latter is from a JPEG in host memory to pixels as the backbone takes them, so it stands beside what
+    `decode_all` measures of the cores.
+    """
+    stages = Stages(settings, settings.shards)
+    forwarder = JpegForwarder(stages.decoder)
+    decoder = DeviceDecoder(stages.decoder, settings.device)
+    tables = stages.samples(settings.stage_images)
+    forwarder(tables[0])
+    forwarded: list[pa.Table] = []
+    forward_s = _timed(lambda: forwarded.extend(forwarder(table) for table in tables))
+
+    def on_device(tables: list[pa.Table]) -> None:
+        for _, samples in itertools.chain.from_iterable(map(part_rows, tables)):
+            pixels, _, _ = decoder(samples, np.flatnonzero(samples.field(REASON).is_null()))
+            # A device answers before it is done.
+            pixels.sum().item()
+
+    on_device(forwarded[:1])
+    device_s = _timed(lambda: on_device(forwarded))
+    num_images = _num_samples(tables)
+    return {
+        "device_decode_images_per_s": num_images / device_s,
+        "device_decode_forward_images_per_s": num_images / forward_s,
+    }
+
+
+def embed_and_write(settings: Settings) -> dict[str, float | str]:
+    """The embed stage with all cores, or on the GPU, and the write stage on one core."""
+    stages = Stages(settings, settings.shards)
+    embedder = stages.embedder(settings.cores)
+    decoded = [stages.decode(table) for table in stages.samples(settings.stage_images)]
+    num_images = _num_samples(decoded)
+    embedder(decoded[0])
+    embedded: list[pa.Table] = []
+    embed_s = _timed(lambda: embedded.extend(embedder(table) for table in decoded))
+    stages.writer(embedded[0])
+    written: list[pa.Table] = []
+    write_s = _timed(lambda: written.extend(stages.writer(table) for table in embedded))
+    num_bytes = sum(sum(table.column("written_bytes").to_pylist()) for table in written)
+    return {
+        "model_images_per_s": num_images / embed_s,
+        "write_images_per_s": num_images / write_s,
+        "write_mb_per_s": num_bytes / 1e6 / write_s,
+        "precision": stages.precision,
+    }
+
+
+def tiny_work(settings: Settings) -> dict[str, float | str]:
+    """All stages of tiny shards in a row, by one process with one thread: what a shard costs without an engine."""
+    stages = Stages(settings, settings.tiny)
+    embedder = stages.embedder(1)
+    shards = stages.pending[: max(10, min(200, len(stages.pending)))]
+
+    def run(shard: Pending) -> None:
+        for table in stages.reader.parts(shard):
+            stages.writer(embedder(stages.decode(table)))
+
+    def run_all() -> None:
+        for shard in shards:
+            run(shard)
+
+    run(shards[0])
+    seconds = _timed(run_all)
+    return {"tiny_work_ms_per_shard": 1000 * seconds / len(shards)}
+
+
+def gpu(settings: Settings) -> dict[str, float | str]:
+    """The backbone on a GPU by precision and batch, from uint8 pixels in host memory; and host to device alone."""
+    stages = Stages(settings, settings.shards)
+    results: dict[str, float | str] = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        results |= _model_rates(stages, precision)
+    host = torch.empty(256 * 2**20, dtype=torch.uint8).pin_memory()
+    device = torch.empty_like(host, device="cuda")
+
+    def copy() -> None:
+        for _ in range(16):
+            device.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+
+    copy()
+    return {**results, "host_to_device_gb_per_s": 16 * host.numel() / 1e9 / _timed(copy)}
+
+
+def compiled(settings: Settings) -> dict[str, float | str]:
+    """The same of the backbone as `--compile` has it, in bf16, and the seconds until it is ready."""
+    return {**_model_rates(Stages(settings, settings.shards), "bf16", compiled=True)}
+
+
+def _model_rates(stages: Stages, precision: str, *, compiled: bool = False) -> dict[str, float]:
+    """Images/s by batch size."""
+    settings = stages.settings
+    height, width = stages.job.preprocess.crop
+    rates: dict[str, float] = {}
+    for batch in _GPU_BATCHES:
+        name = f"model_{precision}{'_compiled' if compiled else ''}_batch_{batch}"
+        pixels = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+        rows = np.tile(np.arange(batch), max(2, settings.stage_images // batch))
+        start = time.perf_counter()
+        embedder = stages.embedder(settings.cores, batch, precision, compiled)
+        embedder.embed(pixels, rows[: 2 * batch])
+        if compiled:
+            rates[f"{name}_ready_s"] = time.perf_counter() - start
+        seconds = _timed(lambda embedder=embedder, pixels=pixels, rows=rows: embedder.embed(pixels, rows))  # type: ignore[misc]
+        rates[f"{name}_images_per_s"] = len(rows) / seconds
+        del embedder
+        torch.cuda.empty_cache()
+    return rates
+
+
+_MEASUREMENTS = {
+    function.__name__: function
+    for function in (stages, decode, decode_all, device_decode, embed_and_write, tiny_work, gpu, compiled)
+}
+
+
+if __name__ == "__main__":
+    print_result(_MEASUREMENTS[sys.argv[1]](Settings.parse(sys.argv[2])))

@@ -1,0 +1,63 @@
+"""Ray for a run: joined, or started on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import ray
+
+from pipeline.core import words
+from pipeline.core.errors import ClusterError
+from pipeline.core.redact import describe
+
+_SHARED_MEMORY = "/dev/shm"
+
+
+def connect() -> str | None:
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
+
+    Returns:
+        What will make it slow, if anything is seen to.
+
+    Raises:
+        ClusterError: neither is possible.
+    """
+    # The actor pool takes its restart bounds in no other way until Ray 2.64, which pyproject.toml excludes.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
+    # Ray logs an error that is none on starting any actor that may restart.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Its usage statistics take a process of their own, which is seconds on a small machine.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Stages take turns, so that their workers are idle for moments; after one second of it Ray would end those
+    # above one a core, and start others in their place, which takes seconds of a core each.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "300000")
+    # Without "local", Ray would join whatever other Ray runs on this machine.
+    local = {"address": "local", "include_dashboard": False}
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray raises a plain one where its own processes come too late
+        where = f"the cluster at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
+        raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
+    # The flow tells what fails in a pass, in a line.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    return _store_on_disk() if options else None
+
+
+def _store_on_disk() -> str | None:
+    """Ray says it itself only in a log that it is told not to write."""
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:  # no Linux
+        return None
+    size = status.f_blocks * status.f_frsize
+    if size >= store:
+        return None
+    return (
+        f"{_SHARED_MEMORY} has {words.size(size)}, so Ray keeps its objects on disk: give it {words.size(store)} "
+        "(docker run --shm-size, in Kubernetes a volume with medium: Memory)"
+    )

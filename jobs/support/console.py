@@ -1,0 +1,287 @@
+"""What a person sees of a run: the plan, progress, and the table at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from jobs.support.progress import LINE_EVERY_S, plain_console
+from pipeline.core import words
+from pipeline.core.config import AUTO
+from pipeline.core.redact import redact
+from pipeline.core.schema import SHARD_FAULT
+
+if TYPE_CHECKING:
+    from pipeline.planning.job import Job
+    from pipeline.planning.plan import Plan
+    from pipeline.planning.resources import Resources
+    from pipeline.run.report import Estimate
+    from pipeline.run.tally import Tally
+    from pipeline.shards.find import Pending
+
+# A line says so where no part was stored for this long.
+_SILENT_S = 120.0
+# The rate shown is that of the last parts in this window.
+_RATE_WINDOW_S = 60.0
+
+
+def human_s(seconds: float) -> str:
+    """`seconds` as H:MM:SS."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+class _Sums(NamedTuple):
+    """What is done, of a run or of a pass."""
+
+    num_shards: int = 0
+    read_bytes: int = 0
+    wall_s: float = 0.0
+
+
+class Console:
+    """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere; errors to standard error.
+
+    `run` is the id that everything of this run has.
+    """
+
+    def __init__(self) -> None:
+        self.run = uuid.uuid4().hex[:12]
+        self._out = plain_console()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._total_bytes = 1
+        self._num_shards = 0
+        self._tally: Tally | None = None
+        # The sums of the run when this pass began.
+        self._before = _Sums()
+        self._rate = 0.0
+        self._last_part = 0.0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def plan(self, job: Job, plan: Plan, estimated: Estimate | None) -> None:
+        """Say what will be done, and what that should take."""
+        settings = job.fingerprint.settings
+        shape = "x".join(map(str, job.shape))
+        crop = "x".join(map(str, job.preprocess.crop))
+        say = self._out.print
+        say(f"run       {job.run}")
+        say(f"backbone  {job.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
+        kind = f"{settings['features']} [{shape}] {settings['dtype']}"
+        say(f"features  {kind} of {crop} pixels, precision {job.precision}")
+        say(f"input     {' '.join(job.config.input)}: {words.count(len(job.shards), 'shard')}")
+        say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))
+        more = [
+            f"{len(names)} {what}"
+            for names, what in ((plan.changed, "changed"), (plan.retried, "broken before"))
+            if names
+        ]
+        say(
+            f"shards    {plan.num_done} done, {len(plan.pending)} pending"
+            + (f" ({', '.join(more)})" if more else "")
+            + f", {words.size(plan.pending_bytes)} to read"
+        )
+        if job.config.limit is not None and job.config.limit < len(plan.pending):
+            now = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
+            say(f"limit     {job.config.limit} of these in this run, {words.size(now)} to read")
+        if estimated is not None and plan.pending:
+            if estimated.seconds is None:
+                took = "by the front of the first shard; no run of this output tells how fast they go"
+            else:
+                took = f"{human_s(estimated.seconds)} at the rate of the last run, start-up included"
+            say(f"estimate  {words.count(estimated.num_samples, 'sample')}, {took}")
+        if plan.elsewhere:
+            say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
+
+    def waiting(self, why: str) -> None:
+        """Say what the run waits for before it begins."""
+        self._out.print(f"waiting   {why}")
+
+    def resources(self, job: Job, resources: Resources) -> None:
+        """Say what will do it."""
+        low, high = resources.num_actors
+        actors = f"{high}" if low == high else f"{low} to {high}"
+        by = f"{job.engine} in {job.precision}"
+        self._out.print(f"compute   {resources.total_cpus:g} CPUs, {actors} x {resources.device}, by {by}")
+        if job.config.batch_size == AUTO:
+            self._out.print(f"batches   {self._batches(resources)}")
+        if job.config.device == "auto" and resources.device == "cpu":
+            self.warning(
+                "Ray has no GPU here: the backbone runs on CPU, which is slow. "
+                "Say --device cpu if that is meant, --device cuda to refuse it."
+            )
+
+    @staticmethod
+    def _batches(resources: Resources) -> str:
+        if resources.batch_size is None:
+            return "of the size that is the engine's own"
+        if not resources.batch_rates:
+            return f"of {resources.batch_size} images, as the output was begun"
+        rates = ", ".join(f"{size} {rate:.0f}/s" for size, rate in resources.batch_rates)
+        return f"of {resources.batch_size} images, by measuring: {rates}"
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show progress while the block runs."""
+        if self._is_live():
+            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            with Progress(*columns, console=self._out, transient=True) as self._bar:
+                self._task = self._bar.add_task(self._state(), total=1.0)
+                yield
+            return
+        ended = threading.Event()
+        lines = threading.Thread(target=self._print_lines, args=(ended,), name="progress", daemon=True)
+        lines.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            lines.join()
+
+    def _is_live(self) -> bool:
+        return sys.stdout.isatty()
+
+    def _print_lines(self, ended: threading.Event) -> None:
+        """A line every so often, whether or not anything moved."""
+        started = time.monotonic()
+        while not ended.wait(LINE_EVERY_S):
+            now = time.monotonic()
+            self._progress_line(now - started, now - max(self._last_part, started))
+
+    def _progress_line(self, seconds: float, silent_s: float) -> None:
+        """Show where the run is after so many seconds, when the last part was stored `silent_s` ago."""
+        waits = f"  no part stored for {human_s(silent_s)}" if silent_s > _SILENT_S else ""
+        self._out.print(f"{human_s(seconds)}  {self._state()}{waits}")
+
+    def _sums(self) -> _Sums:
+        """Of the run until now."""
+        tally = self._tally
+        return _Sums() if tally is None else _Sums(tally.num_shards, tally.read_bytes, tally.wall_s)
+
+    @property
+    def _pass(self) -> _Sums:
+        """Of this pass until now: the sums of a run grow from pass to pass, what there is to do does not."""
+        now, before = self._sums(), self._before
+        return _Sums(
+            now.num_shards - before.num_shards, now.read_bytes - before.read_bytes, now.wall_s - before.wall_s
+        )
+
+    @property
+    def _share(self) -> float:
+        """Of the bytes of this pass, those that are read."""
+        return min(self._pass.read_bytes / self._total_bytes, 1.0)
+
+    @property
+    def _left_s(self) -> float | None:
+        share = self._share
+        return self._pass.wall_s * (1 - share) / share if share else None
+
+    def _state(self) -> str:
+        tally = self._tally
+        if tally is None:
+            return "starting"
+        left = "?" if self._left_s is None else human_s(self._left_s)
+        return (
+            f"{tally.num_embedded} images  {self._rate:.0f}/s  {self._pass.num_shards}/{self._num_shards} shards  "
+            f"{tally.num_errors} errors  ETA {left}"
+        )
+
+    def begin_pass(self, number: int, pending: list[Pending]) -> None:
+        """Say which pass begins, where it is not the first."""
+        self._before = self._sums()
+        self._total_bytes = sum(shard.num_bytes for shard in pending) or 1
+        self._num_shards = len(pending)
+        self._show()
+        if number > 1:
+            self._out.print(f"pass {number}: {words.count(len(pending), 'shard')} not complete, which run again")
+
+    def part(self, tally: Tally) -> None:
+        """Show that one more part is stored."""
+        self._last_part = now = time.monotonic()
+        self._recent.append((now, tally.num_embedded))
+        while now - self._recent[0][0] > _RATE_WINDOW_S:
+            self._recent.popleft()
+        since, before = self._recent[0]
+        recent = now - since > 1
+        self._rate = (tally.num_embedded - before) / (now - since) if recent else tally.num_embedded / tally.wall_s
+        self._tally = tally
+        self._show()
+
+    def _show(self) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._share, description=self._state())
+
+    def summary(self, report: dict[str, Any]) -> None:
+        """The table at the end of a run."""
+        shards = report["shards"]
+        rows: list[tuple[str, str]] = [
+            ("shards done now", f"{shards['done_now']} of {shards['found']} ({shards['done_before']} before)"),
+            ("samples", str(report["samples"])),
+            ("embedded", str(report["embedded"])),
+            ("errors", str(report["errors"])),
+            # A shard's fault is no sample's error, and is told below.
+            *((f"  {reason}", str(n)) for reason, n in report["errors_by_reason"].items() if reason != SHARD_FAULT),
+            ("images/s", f"{report['images_per_s']:.1f}"),
+            ("slowest stage", self._stages(report)),
+            ("wall time", human_s(report["wall_s"])),
+            ("device hours a million images", str(report["device_hours_per_million_images"] or "-")),
+            *self._price(report),
+        ]
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self._out.print(f"{name:{width}}  {value}")
+        for name, fault in report["broken_shards"].items():
+            self._out.print(f"BROKEN    {name}: {fault}", style="bold red")
+        for name in report["missing_shards"]:
+            self._out.print(f"MISSING   {name}: not complete after all passes", style="bold red")
+        for text in report["imbalances"]:
+            self._out.print(f"IMBALANCE {text}", style="bold red")
+        unlisted = report["num_imbalances"] - len(report["imbalances"])
+        if unlisted:
+            self._out.print(f"IMBALANCE and {unlisted} more, which are not listed", style="bold red")
+        for text in report["problems"]:
+            self._out.print(f"PROBLEM   {text}", style="yellow")
+        verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
+        self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.html")
+        self.report_fault(report)
+
+    def report_fault(self, report: dict[str, Any]) -> None:
+        """Say that the report could not be stored, where that is so."""
+        if report["report_fault"] is not None:
+            self.error(f"the report cannot be stored: {report['report_fault']}; run the same command again")
+
+    def nothing_to_do(self, num_shards: int) -> None:
+        """Say that every shard was done before."""
+        self._out.print(f"nothing to do: {words.count(num_shards, 'shard')}, all done")
+
+    @staticmethod
+    def _price(report: dict[str, Any]) -> list[tuple[str, str]]:
+        if report["price"] is None:
+            return []
+        million = report["price_per_million_images"]
+        return [("price", f"{report['price']:.4g}" + (f", {million:.4g} a million images" if million else ""))]
+
+    @staticmethod
+    def _stages(report: dict[str, Any]) -> str:
+        busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report["stage_busy"].items())
+        return f"{report['slowest_stage'] or '-'} (busy: {busy})"
+
+    def warning(self, message: str) -> None:
+        """What may not be meant."""
+        self._out.print(f"WARNING   {message}", style="bold yellow")
+
+    def error(self, message: str) -> None:
+        """One error, on standard error."""
+        print(f"embed.py: {redact(message)}", file=sys.stderr)
+
+    def end(self, exit_code: int) -> None:
+        """The command ends; what there is to say of it is said."""

@@ -1,0 +1,155 @@
+"""The same as `jobs/console.py` for machines: every event of a run is a line of JSON on standard output."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from jobs.support.console import Console
+from pipeline.core.redact import redact
+
+if TYPE_CHECKING:
+    from pipeline.planning.job import Job
+    from pipeline.planning.plan import Plan
+    from pipeline.planning.resources import Resources
+    from pipeline.run.report import Estimate
+    from pipeline.shards.find import Pending
+
+_INFO, _WARNING, _ERROR = "info", "warning", "error"
+# Of the report, what the line of the summary has; the rest is in report.json.
+_SUMMARY = (
+    "output", "balanced", "num_imbalances", "samples", "embedded", "errors", "errors_by_reason", "shards",
+    "images_per_s", "slowest_stage", "stage_busy", "wall_s", "first_part_s", "device", "num_devices",
+    "precision", "engine", "device_hours", "device_hours_per_million_images", "price", "price_per_million_images",
+)  # fmt: skip
+
+
+def make_console(log_format: str) -> Console:
+    """What shows a run in one of `LOG_FORMATS`."""
+    return JsonConsole() if log_format == "json" else Console()
+
+
+class JsonConsole(Console):
+    """Writes an object a line: `time` (UTC, ISO 8601), `level`, `run`, `event`, and what the event has to say.
+
+    Errors come on standard output, too: in the order of things. Events are `plan`, `waiting`, `resources`, `pass`,
+    `progress` (every 30 s), `problem`, `error`, `summary` or `nothing to do`, and at last `end` with the exit code.
+    Of `progress`, the shards and `left_s` are of the pass, and the other numbers of the run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def _say(self, level: str, event: str, **values: Any) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = {"time": now, "level": level, "run": self.run, "event": event, **_clean(values)}
+        with self._lock:
+            print(json.dumps(line), flush=True)
+
+    def plan(self, job: Job, plan: Plan, estimated: Estimate | None) -> None:
+        """What will be done."""
+        self._say(
+            _INFO,
+            "plan",
+            backbone=job.backbone,
+            weights=job.weights.name,
+            weights_sha256=job.weights.sha256,
+            fingerprint=job.fingerprint.digest,
+            shape=list(job.shape),
+            precision=job.precision,
+            input=list(job.config.input),
+            output=job.config.output,
+            is_new=job.is_new,
+            num_shards=len(job.shards),
+            num_done=plan.num_done,
+            num_pending=len(plan.pending),
+            num_changed=len(plan.changed),
+            num_retried=len(plan.retried),
+            num_elsewhere=plan.elsewhere,
+            limit=job.config.limit,
+            pending_bytes=plan.pending_bytes,
+            estimated_samples=None if estimated is None else estimated.num_samples,
+            estimated_s=None if estimated is None or estimated.seconds is None else round(estimated.seconds, 1),
+        )
+
+    def waiting(self, why: str) -> None:
+        """What the run waits for."""
+        self._say(_WARNING, "waiting", message=why)
+
+    def resources(self, job: Job, resources: Resources) -> None:
+        """What will do it."""
+        self._say(_INFO, "resources", engine=job.engine, job_precision=job.precision, **dataclasses.asdict(resources))
+        if job.config.device == "auto" and resources.device == "cpu":
+            self.warning("Ray has no GPU here: the backbone runs on CPU, which is slow")
+
+    def _is_live(self) -> bool:
+        return False
+
+    def _progress_line(self, seconds: float, silent_s: float) -> None:
+        tally = self._tally
+        self._say(
+            _INFO,
+            "progress",
+            seconds=round(seconds, 1),
+            silent_s=round(silent_s, 1),
+            embedded=tally.num_embedded if tally else 0,
+            errors=tally.num_errors if tally else 0,
+            read_bytes=tally.read_bytes if tally else 0,
+            images_per_s=round(self._rate, 2),
+            num_shards_done=self._pass.num_shards,
+            num_shards=self._num_shards,
+            left_s=None if self._left_s is None else round(self._left_s, 1),
+        )
+
+    def begin_pass(self, number: int, pending: list[Pending]) -> None:
+        """Which pass begins."""
+        super().begin_pass(1, pending)
+        level = _INFO if number == 1 else _WARNING
+        self._say(level, "pass", number=number, num_shards=len(pending), num_bytes=self._total_bytes)
+
+    def summary(self, report: dict[str, Any]) -> None:
+        """What the run did."""
+        for name, fault in report["broken_shards"].items():
+            self._say(_ERROR, "problem", message=f"broken shard: {fault}", shard=name)
+        for name in report["missing_shards"]:
+            self._say(_ERROR, "problem", message="not complete after all passes", shard=name)
+        for text in report["imbalances"]:
+            self._say(_ERROR, "problem", message=f"imbalance: {text}")
+        for text in report["problems"]:
+            self._say(_WARNING, "problem", message=text)
+        level = _INFO if report["balanced"] else _ERROR
+        self._say(level, "summary", **{name: report[name] for name in _SUMMARY if name in report})
+        self.report_fault(report)
+
+    def nothing_to_do(self, num_shards: int) -> None:
+        """Every shard was done before."""
+        self._say(_INFO, "nothing to do", num_shards=num_shards)
+
+    def warning(self, message: str) -> None:
+        """What may not be meant."""
+        self._say(_WARNING, "problem", message=message)
+
+    def error(self, message: str) -> None:
+        """One error."""
+        self._say(_ERROR, "error", message=message)
+
+    def end(self, exit_code: int) -> None:
+        """The last line."""
+        self._say(_INFO if exit_code == 0 else _ERROR, "end", exit_code=exit_code)
+
+
+def _clean(value: Any) -> Any:
+    """`value` without secrets, as JSON has it: a number that JSON has not is null."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item) for item in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    return value if value is None or isinstance(value, (bool, int)) else redact(str(value))

@@ -1,0 +1,62 @@
+"""Counts of a run as Prometheus metrics. Ray exports them on every node, with `ray_` before each name."""
+
+from __future__ import annotations
+
+from collections import Counter as Counts
+
+from ray.util.metrics import Counter, Gauge
+
+from pipeline.planning.resources import Resources
+from pipeline.run.tally import Tally
+
+
+class Metrics:
+    """Told of a run as it goes on; every metric has the tag `run`.
+
+    Counters: `embed_images_total`, `embed_errors_total` (by `reason`), `embed_read_bytes_total`,
+    `embed_written_bytes_total`. Gauges: `embed_pending_shards`, and `embed_stage_busy_ratio` (by `stage`), the
+    share of the run in which the workers of a stage were busy: of the stage `embed`, in which the devices that
+    there were, were.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = {"run": run}
+        self._images = Counter("embed_images", "Images embedded and stored.", ("run",))
+        self._errors = Counter("embed_errors", "Samples stored as errors.", ("run", "reason"))
+        self._read = Counter("embed_read_bytes", "Bytes of shards read.", ("run",))
+        self._written = Counter("embed_written_bytes", "Bytes of parts written.", ("run",))
+        self._pending = Gauge("embed_pending_shards", "Shards that are not complete.", ("run",))
+        self._busy = Gauge("embed_stage_busy_ratio", "Share of the run in which a stage was busy.", ("run", "stage"))
+        self._resources: Resources | None = None
+        self._num_pending = self._num_done = 0
+        self._told: Counts[str] = Counts()
+        self._told_reasons: Counts[str] = Counts()
+
+    def resources(self, resources: Resources) -> None:
+        """What the shares are of."""
+        self._resources = resources
+
+    def begin_pass(self, num_pending: int) -> None:
+        """A pass begins with so many shards to do."""
+        self._num_pending = num_pending + self._num_done
+        self._pending.set(num_pending, self._run)
+
+    def part(self, tally: Tally) -> None:
+        """One more part is stored."""
+        for counter, name in (
+            (self._images, "num_embedded"),
+            (self._read, "read_bytes"),
+            (self._written, "written_bytes"),
+        ):
+            value = getattr(tally, name)
+            if value > self._told[name]:
+                counter.inc(value - self._told[name], self._run)
+                self._told[name] = value
+        for reason, value in (tally.reasons - self._told_reasons).items():
+            self._errors.inc(value, {**self._run, "reason": reason})
+        self._told_reasons = Counts(tally.reasons)
+        self._num_done = tally.num_shards
+        self._pending.set(self._num_pending - self._num_done, self._run)
+        busy = tally.busy(self._resources) if self._resources else {}
+        for stage, share in busy.items():
+            self._busy.set(share, {**self._run, "stage": stage})

@@ -1,0 +1,163 @@
+"""One run of the job, from its config to its exit code; importing this imports Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from jobs.support.cache_folder import find_cache
+from jobs.support.connection import connect
+from jobs.support.console import Console
+from jobs.support.metrics import Metrics
+from pipeline.core.config import Config
+from pipeline.core.errors import ClusterError, OutputBusyError, OutputError, PipelineError, SettingsError
+from pipeline.core.redact import describe
+from pipeline.output.lease import Lease, hold
+from pipeline.pages.run_page import write_page
+from pipeline.planning.engine import foreseen_engine
+from pipeline.planning.job import Job, follow_output, prepare
+from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.resources import Resources
+from pipeline.run.passes import Watcher, run
+from pipeline.run.report import estimate, tells_of_work
+from pipeline.run.tally import Tally
+from pipeline.shards.find import Pending
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_BROKEN_SHARDS = 3
+EXIT_UNBALANCED = 4
+EXIT_TOO_MANY_ERRORS = 5
+# As sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
+EXIT_BUSY = 75
+
+
+def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
+    """The worst that a report tells."""
+    if not report["balanced"] or report.get("report_fault") is not None:
+        return EXIT_UNBALANCED
+    if report["shards"]["broken"] or report["shards"]["vanished"]:
+        return EXIT_BROKEN_SHARDS
+    if report["errors"] > max_error_fraction * report["samples"]:
+        return EXIT_TOO_MANY_ERRORS
+    return EXIT_OK
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _connect(console: Console) -> None:
+    """Have Ray; a SIGTERM that its own handler takes meanwhile, which would end with 15, ends as ever."""
+    try:
+        slow = connect()
+    except SystemExit as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    finally:
+        signal.signal(signal.SIGTERM, _terminate)
+    if slow is not None:
+        console.warning(slow)
+
+
+def _shut_down() -> None:
+    """End Ray, which leaves SIGTERM as the system has it: that would kill, with the lease held and no last word."""
+    try:
+        ray.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
+    """Run the job, and return its exit code."""
+    try:
+        job = replace(prepare(config, find_cache(config.cache, os.environ)), run=console.run)
+        if dry_run:
+            _say_plan(job, make_plan(job.shards, job.config.output), console)
+            return EXIT_OK
+        # Also while it waits for the lease a run that is stopped shall say so.
+        signal.signal(signal.SIGTERM, _terminate)
+        with hold(job.config.output, console.waiting, job.run) as lease:
+            return _run_held(follow_output(job), lease, console)
+    except OutputBusyError as error:
+        console.error(str(error))
+        return EXIT_BUSY
+    except (SettingsError, ClusterError) as error:
+        console.error(str(error))
+        return EXIT_USAGE
+    except (PipelineError, OSError) as error:
+        console.error(f"{describe(error)}; what is stored stays: run the same command again to go on")
+        return EXIT_UNBALANCED
+    except (KeyboardInterrupt, SystemExit) as stop:
+        console.error("interrupted: what is stored stays; run the same command again to go on")
+        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
+
+
+def _say_plan(job: Job, plan: Plan, console: Console) -> None:
+    console.plan(job, plan, estimate(job.config.output, plan.pending[: job.config.limit]))
+
+
+def _run_held(job: Job, lease: Lease, console: Console) -> int:
+    """Run the job whose output's lease is held."""
+    plan = make_plan(job.shards, job.config.output)
+    _say_plan(job, plan, console)
+
+    metrics = Metrics(job.run)
+
+    def on_resources(decided: Job, resources: Resources) -> None:
+        # Before run.json is written: another run may have begun the output while this one waited for nodes.
+        lease.check()
+        console.resources(decided, resources)
+        metrics.resources(resources)
+
+    def on_pass(number: int, pending: list[Pending]) -> None:
+        lease.check()
+        console.begin_pass(number, pending)
+        metrics.begin_pass(len(pending))
+
+    def on_part(tally: Tally) -> None:
+        lease.check()
+        console.part(tally)
+        metrics.part(tally)
+
+    watcher = Watcher(on_resources, on_pass, on_part, console.waiting)
+    try:
+        with foreseen_engine(job, plan.pending) as choose:
+            if plan.pending:
+                _connect(console)
+            with console.progress():
+                report = run(job, plan, watcher, choose)
+    except OutputError as error:
+        # The run had begun: it is the store that failed, and not the settings.
+        console.error(f"{error}; what is stored stays: run the same command again to go on")
+        return EXIT_UNBALANCED
+    finally:
+        # Before the lease ends, so that no worker writes after it.
+        _shut_down()
+    if plan.pending or not report["balanced"]:
+        console.summary(report)
+    else:
+        console.nothing_to_do(len(job.shards))
+        console.report_fault(report)
+    opened = {shard.name for shard in plan.pending[: job.config.limit]}
+    # The page is that of the stored report.
+    if plan.pending or not tells_of_work(job.config.output):
+        _draw(report, job, opened, lease, console)
+    return exit_code(report, job.config.max_error_fraction)
+
+
+def _draw(report: Mapping[str, Any], job: Job, opened: set[str], lease: Lease, console: Console) -> None:
+    """Draw the run's page: Ray is down by now, and whatever goes wrong here changes nothing of a run that is over."""
+    if report["report_fault"] is not None:
+        return
+    try:
+        lease.check()
+        write_page(report, job.shards, opened, job.config.image_member)
+    except (PipelineError, OSError) as error:
+        console.error(f"report.html cannot be written: {describe(error)}; the run itself is over and stored")
+    except (KeyboardInterrupt, SystemExit):
+        console.error("interrupted while report.html was drawn: the run itself is over and stored")

@@ -1,0 +1,339 @@
+"""timm's models without their classifier, as `timm/NAME` or `timm/NAME.TAG`: how one is found and built.
+
+Pooled features are what timm's own `forward_head(forward_features(x), pre_logits=True)` gives; the feature map is
+that of `forward_features` where it gives one. What timm knows of an architecture and its weights (tags, where they
+are, which images they are for) it is asked for: there is no table here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from timm.data import resolve_data_config
+from timm.models import (
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    get_deprecated_models,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    model_entrypoint,
+    split_model_name_tag,
+)
+from torch import Tensor
+
+from pipeline.backbones.base import Backbone, by, check_features, run_without_values
+from pipeline.backbones.weights import StateDict, check_fit, load_file, parse, published, state_sha256
+from pipeline.backbones.weights_spec import Weights, is_file, random_seed
+from pipeline.core.errors import BackboneError, WeightsError
+from pipeline.decoding.preprocess import CENTER, SQUASH, Preprocess
+from pipeline.decoding.resize import INTERPOLATIONS
+
+PREFIX = "timm/"
+DEFAULT = "DEFAULT"
+# What the weights are called in a repository of the hub: the first that is there is taken.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# What builders of timm raise for an image size that an architecture does not take.
+_SIZE_ERRORS = (AssertionError, RuntimeError, TypeError, ValueError)
+
+
+class TimmBackbone(Backbone):
+    """A model of timm, built without classifier: images [N, 3, H, W] to features. It is under `model`."""
+
+    def __init__(self, model: Any, features: str) -> None:
+        # With num_classes=0 these are what timm would feed the classifier, and what `forward_features` gives.
+        super().__init__(model.head_hidden_size if features == "pooled" else model.num_features)
+        self.model = model
+        self._is_pooled = features == "pooled"
+        self._is_nhwc = str(getattr(model, "output_fmt", "NCHW")) == "NHWC"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of `images`, one row an image."""
+        features: Tensor = self.model.forward_features(images)
+        if self._is_pooled:
+            pooled: Tensor = self.model.forward_head(features, pre_logits=True)
+            return pooled
+        return features.permute(0, 3, 1, 2) if self._is_nhwc else features
+
+
+def find(name: str) -> str:
+    """As `pipeline.backbones.find`. A tag in the name stays there."""
+    architecture, tag = _split(name)
+    renamed = get_deprecated_models()
+    if is_model(architecture) and architecture not in renamed:
+        if tag:
+            _config(architecture, tag)
+        return name
+    now = renamed.get(architecture)
+    near = [now] if now else difflib.get_close_matches(architecture.lower(), list_models(), n=5, cutoff=0.4)
+    hint = f"the nearest known ones are {', '.join(PREFIX + one for one in near)}" if near else "no known one is near"
+    raise BackboneError(f"unknown backbone {name!r}; {hint}; all are in timm.list_models()")
+
+
+def load_weights(backbone: str, spec: str) -> Weights:
+    """As `pipeline.backbones.load_weights`; names are timm's tags, and DEFAULT is that of the backbone's name."""
+    architecture, _ = _split(find(backbone))
+    seed = random_seed(spec)
+    if seed is not None:
+        state = _with_values(architecture, _config_of(backbone, None), None, seed).state_dict()
+        return Weights(f"random:{seed}", state_sha256(state), seed=seed)
+    if is_file(spec):
+        weights = load_file(spec)
+    else:
+        config = _named(backbone, spec)
+        data, file, path = _published(backbone, config)
+        weights = Weights(config.tag or DEFAULT, hashlib.sha256(data).hexdigest(), parse(data, file), path=path)
+    skeleton = _without_values(architecture, _config_of(backbone, weights), None)
+    _fitted(skeleton, architecture, weights)
+    return weights
+
+
+def preprocess_for(backbone: str, weights: str, preprocess: str = DEFAULT) -> Preprocess:
+    """As `pipeline.backbones.preprocess_for`; names are timm's tags, and DEFAULT is that of the backbone's name."""
+    find(backbone)
+    if is_file(weights) or random_seed(weights) is not None:
+        return _preprocess(_named(backbone, preprocess))
+    own = _preprocess(_named(backbone, weights))
+    if preprocess != DEFAULT and _preprocess(_named(backbone, preprocess)) != own:
+        raise WeightsError(
+            f"weights {weights} bring their own preprocessing: preprocess is for a file or random weights, "
+            f"got {preprocess!r}"
+        )
+    return own
+
+
+def output_shape(name: str, features: str, size: tuple[int, int], weights: Weights | None = None) -> tuple[int, ...]:
+    """As `pipeline.backbones.output_shape`; an architecture that is built for one size is built for `size`."""
+    check_features(features)
+    architecture, _ = _split(find(name))
+    config = _config_of(name, weights)
+    model = _without_values(architecture, config, size)
+    try:
+        shape = run_without_values(TimmBackbone(model, features), size)
+    except (NotImplementedError, AttributeError) as error:  # an encoder without pooling, or several maps
+        raise BackboneError(f"{name} has no {features} features of one shape: {error}") from error
+    except _SIZE_ERRORS as error:
+        raise _size_error(name, size, config, error) from error
+    if len(shape) != (1 if features == "pooled" else 3):
+        raise BackboneError(
+            f"{name} has no feature map: timm's forward_features gives [N, {', '.join(map(str, shape))}]; "
+            f"use pooled features"
+        )
+    if weights is not None and weights.state is not None:
+        _fitted(model, architecture, weights)
+    return shape
+
+
+def build_backbone(
+    name: str,
+    weights: str | Weights = DEFAULT,
+    features: str = "pooled",
+    image_size: tuple[int, int] | None = None,
+) -> Backbone:
+    """As `pipeline.backbones.build_backbone`."""
+    check_features(features)
+    architecture, _ = _split(find(name))
+    if isinstance(weights, str):
+        weights = load_weights(name, weights)
+    config = _config_of(name, weights)
+    if features == "map":
+        output_shape(name, features, image_size or config.input_size[1:])
+    model = _with_values(architecture, config, image_size, weights.seed or 0)
+    if weights.state is not None:
+        given = _fitted(model, architecture, weights)
+        expected = model.state_dict()
+        for key, value in given.items():
+            expected[key].copy_(value.detach())
+    return TimmBackbone(model, features).eval()
+
+
+def versions() -> dict[str, str]:
+    """As `pipeline.backbones.versions`."""
+    return {"torch": torch.__version__, "timm": timm.__version__}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Architecture and tag of a backbone's name; the tag is empty where there is none."""
+    architecture, tag = split_model_name_tag(name.removeprefix(PREFIX))
+    return architecture, tag
+
+
+def _config(architecture: str, tag: str) -> PretrainedCfg:
+    """What timm knows of weights of an architecture; without a tag of its default ones.
+
+    Raises:
+        WeightsError: no such tag; the known ones are listed.
+    """
+    if not tag:
+        return get_pretrained_cfg(architecture) or PretrainedCfg()
+    known = {config.tag: config for config in get_arch_pretrained_cfgs(architecture).values() if config.tag}
+    if tag not in known:
+        raise WeightsError(
+            f"weights of timm/{architecture} must be one of {', '.join([DEFAULT, *known])}, random[:SEED], or the "
+            f"path or URL of a .pth, .pt or .safetensors file, got {tag!r}"
+        )
+    return known[tag]
+
+
+def _named(backbone: str, weights: str) -> PretrainedCfg:
+    """The configuration of weights by their tag, or of the backbone's `DEFAULT` ones."""
+    architecture, tag = _split(backbone)
+    if tag and weights not in (DEFAULT, tag):
+        raise WeightsError(f"{backbone} says in its name which weights: these must be DEFAULT, got {weights!r}")
+    return _config(architecture, tag or ("" if weights == DEFAULT else weights))
+
+
+def _config_of(backbone: str, weights: Weights | None) -> PretrainedCfg:
+    """The configuration that a model is built by: that of its weights, else of its name."""
+    architecture, tag = _split(backbone)
+    own = {config.tag for config in get_arch_pretrained_cfgs(architecture).values()}
+    is_tag = weights is not None and weights.name in own
+    return _config(architecture, weights.name if is_tag and weights is not None else tag)
+
+
+def _preprocess(config: PretrainedCfg) -> Preprocess:
+    """What `timm.data.create_transform` does for weights, as numbers."""
+    data = resolve_data_config(pretrained_cfg=config.to_dict())
+    mode, (channels, height, width) = data["crop_mode"], data["input_size"]
+    is_known = mode == SQUASH or (mode == CENTER and height == width)
+    if not is_known or channels != 3:
+        raise WeightsError(
+            f"timm/{config.architecture} has a preprocessing that is not supported: crop_mode {mode!r} of "
+            f"{channels} channels at {by((height, width))}; {CENTER} (of squares) and {SQUASH} of 3 channels are"
+        )
+    if data["interpolation"] not in INTERPOLATIONS:
+        raise WeightsError(
+            f"timm/{config.architecture} has a preprocessing that is not supported: interpolation must be one of "
+            f"{', '.join(INTERPOLATIONS)}, got {data['interpolation']!r}"
+        )
+    return Preprocess(
+        resize=math.floor(max(height, width) / data["crop_pct"]),
+        crop=(height, width),
+        interpolation=data["interpolation"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        mode=mode,
+    )
+
+
+def _published(backbone: str, config: PretrainedCfg) -> tuple[bytes, str, Path | None]:
+    """The file of timm's own weights and its name, from the caches of the hub or downloaded there.
+
+    Its path comes with it, if its name there pins what is in it: the hub's caches go to another revision in time.
+
+    Raises:
+        WeightsError: there are none, or no download is possible.
+    """
+    label = f"{PREFIX}{config.architecture}{'.' if config.tag else ''}{config.tag or ''}"
+    if config.hf_hub_id:
+        return (*_from_hub(label, config.hf_hub_id), None)
+    if config.url and not config.custom_load:
+        data, path = published(config.url, label, "timm")
+        return data, config.url, path
+    raise WeightsError(
+        f"timm has no weights of {backbone} to download: give --weights a path, an s3:// URL or random:SEED"
+    )
+
+
+def _from_hub(label: str, repository: str) -> tuple[bytes, str]:
+    name, _, revision = repository.partition("@")
+    # What was downloaded before stays, as in torch's hub folder: no newer one is asked for.
+    for is_local in (True, False):
+        for file in _HUB_FILES:
+            try:
+                path = hf_hub_download(name, file, revision=revision or None, local_files_only=is_local)
+                return Path(path).read_bytes(), file
+            except LocalEntryNotFoundError as error:
+                if not is_local:
+                    raise _no_download(label, name, error) from error
+            except EntryNotFoundError:
+                continue
+            except Exception as error:  # of the hub, of its HTTP library, of the disk
+                raise _no_download(label, name, error) from error
+    raise WeightsError(f"https://huggingface.co/{name} has no {' or '.join(_HUB_FILES)}")
+
+
+def _no_download(label: str, repository: str, error: Exception) -> WeightsError:
+    reason = str(error).strip().partition("\n")[0]
+    return WeightsError(
+        f"cannot download the weights {label} from https://huggingface.co/{repository}: {type(error).__name__}: "
+        f"{reason[:300]} Where there is no network, fetch {_HUB_FILES[0]} from there and give --weights its path or "
+        "an s3:// URL, or random:SEED"
+    )
+
+
+def _create(architecture: str, config: PretrainedCfg, size: tuple[int, int] | None) -> Any:
+    """timm's own model without classifier. Where it is built for one size, it is built for `size`."""
+    options = {"img_size": size} if config.fixed_input_size and size is not None else {}
+    model = timm.create_model(
+        architecture, pretrained=False, pretrained_cfg=config.to_dict(), num_classes=0, **options
+    )
+    return model.eval()
+
+
+def _without_values(architecture: str, config: PretrainedCfg, size: tuple[int, int] | None) -> Any:
+    """The model on the meta device: its shapes, in no time and memory.
+
+    Raises:
+        BackboneError: it cannot be built for images of `size`.
+    """
+    try:
+        with torch.device("meta"):
+            return _create(architecture, config, size)
+    except _SIZE_ERRORS as error:
+        raise _size_error(f"{PREFIX}{architecture}", size or config.input_size[1:], config, error) from error
+
+
+def _with_values(architecture: str, config: PretrainedCfg, size: tuple[int, int] | None, seed: int) -> Any:
+    """The model with `torch.manual_seed(seed)` and timm's own initialisation.
+
+    That takes time also where weights come after it, but timm computes tables of positions as it goes, which are
+    in no state dict. The state of the global random generator stays as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # What torch.manual_seed does on the CPU; it would seed the GPUs as well, which nothing restores.
+        torch.default_generator.manual_seed(seed)
+        return _create(architecture, config, size)
+
+
+def _size_error(name: str, size: tuple[int, int], config: PretrainedCfg, error: Exception) -> BackboneError:
+    reason = str(error).strip().partition("\n")[0]
+    return BackboneError(
+        f"{name} does not take images of {by(size)}; its weights are for {by(config.input_size[1:])} "
+        f"({type(error).__name__}: {reason})"
+    )
+
+
+def _fitted(model: Any, architecture: str, weights: Weights) -> StateDict:
+    """The weights' state dict as `model` takes it: by timm's own conversion, and without the classifier.
+
+    The conversion knows older names, and brings what belongs to positions to the model's image size.
+
+    Raises:
+        WeightsError: it does not fit; missing and unexpected keys are named.
+    """
+    assert weights.state is not None
+    state: StateDict = dict(weights.state)
+    convert = getattr(sys.modules[model_entrypoint(architecture).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            state = convert(state, model)
+        except Exception as error:  # a conversion trusts that it gets what it knows
+            raise WeightsError(
+                f"weights {weights.name} do not fit timm/{architecture}: {type(error).__name__}: {error}"
+            ) from error
+    expected = model.state_dict()
+    with torch.device("meta"):
+        classifier = timm.create_model(architecture, num_classes=1).state_dict().keys() - expected.keys()
+    given = {key: value for key, value in state.items() if key not in classifier}
+    check_fit(expected, given, weights.name, f"{PREFIX}{architecture}")
+    return given

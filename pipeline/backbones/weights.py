@@ -1,0 +1,220 @@
+"""Weights by name, path or URL, loaded: a state dict in its library's layout, and the sha256 that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+from torch.hub import download_url_to_file, get_dir
+from torchvision.models import WeightsEnum, get_model_weights
+from torchvision.transforms._presets import ImageClassification
+
+from pipeline.backbones.weights_spec import Weights, is_file, read_file, shown
+from pipeline.core.errors import WeightsError
+from pipeline.decoding.preprocess import Preprocess
+
+StateDict = dict[str, Tensor]
+# A download that shows no byte for this long is given up.
+DOWNLOAD_TIMEOUT_S = 20
+# torchvision names its files `<name>-<first digits of the file's sha256>.pth`.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+_COUNTER = "num_batches_tracked"  # files older than torch 0.4.1 lack it; only training uses it
+# torch wraps what it refused in paragraphs of advice to load it all the same.
+_REFUSED = re.compile(r"GLOBAL \S+|Unsupported (?:operand|class|type)[^.\n]*")
+
+
+def named_weights(architecture: str, name: str) -> WeightsEnum:
+    """A member of torchvision's weights of an architecture, `DEFAULT` included.
+
+    Raises:
+        WeightsError: no such name; the known ones are listed.
+    """
+    known = get_model_weights(architecture)
+    try:
+        return known[name]
+    except KeyError as error:
+        names = ", ".join(["DEFAULT", *(entry.name for entry in known)])
+        raise WeightsError(
+            f"weights of {architecture} must be one of {names}, random[:SEED], or the path or URL of a "
+            f".pth, .pt or .safetensors file, got {name!r}"
+        ) from error
+
+
+def load_state(architecture: str, spec: str) -> Weights:
+    """Weights that are a file or one of torchvision's.
+
+    torchvision's own are downloaded once to torch's hub folder. A file is loaded with
+    `weights_only=True`: nothing in it is executed.
+
+    Raises:
+        WeightsError: not found, no download possible, not the file that torchvision published, or not a
+            state dict.
+    """
+    if is_file(spec):
+        return load_file(spec)
+    weights = named_weights(architecture, spec)
+    data, path = published(weights.url, str(weights), "torchvision")
+    return Weights(str(weights), hashlib.sha256(data).hexdigest(), parse(data, str(weights)), path=path)
+
+
+def load_file(spec: str) -> Weights:
+    """Weights of a file: a path or a URL. Raises `WeightsError` as `load_state` does."""
+    data, label = read_file(spec), shown(spec)
+    return Weights(label.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest(), parse(data, label))
+
+
+def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]:
+    """The file of a library's own `weights`, from torch's hub folder or downloaded there.
+
+    With it comes its path, if its name there pins what is in it.
+
+    Unlike `WeightsEnum.get_state_dict`, it checks a file that was there before as well, and leaves it to the
+    caller to load it without executing anything.
+
+    Raises:
+        WeightsError: no download possible, or not the file that the library published.
+    """
+    path = Path(get_dir(), "checkpoints", urlsplit(url).path.rpartition("/")[2])
+    in_name = _HASH_IN_NAME.search(path.name)
+    prefix = in_name.group(1) if in_name else ""
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+                download_url_to_file(url, str(path), prefix, progress=False)
+        data = path.read_bytes()
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise WeightsError(
+            f"cannot download the weights {weights} from {url}: {error}. Where there is no network, "
+            f"put that file into {path.parent}, or give --weights a path, an s3:// URL or random:SEED"
+        ) from error
+    sha256 = hashlib.sha256(data).hexdigest()
+    if not sha256.startswith(prefix):
+        raise WeightsError(
+            f"{path} is not the file that {library} published: by its name its sha256 starts with {prefix}, "
+            f"but it is {sha256}; remove it to download it again, or give --weights the path of your own file"
+        )
+    return data, path if prefix else None
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """torch.hub downloads without a timeout of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def parse(data: bytes, name: str) -> StateDict:
+    """The state dict in a file, of which nothing is executed. Raises `WeightsError` where it is none."""
+    try:
+        if name.lower().endswith(".safetensors"):
+            loaded: Any = load_safetensors(data)
+        else:
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # on damaged files torch's unpickler raises nearly anything, IndexError to struct.error
+        raise WeightsError(
+            f"weights {name} are not a state dict that loads without code: {_reason(error)}"
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"weights {name} must be a state dict of tensors, got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(
+                f"weights {name} must be a state dict of tensors, got {type(value).__name__} as {str(key)!r}"
+            )
+        if value.is_meta or value.layout != torch.strided:
+            kind = "one without values" if value.is_meta else str(value.layout)
+            raise WeightsError(f"weights {name} must hold dense tensors, got {kind} as {str(key)!r}")
+    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    refused = _REFUSED.search(text)
+    if refused is not None:
+        return refused.group().replace("GLOBAL", "it asks for").rstrip(".")
+    first = text.partition("\n")[0][:200]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def check_fit(
+    expected: StateDict, given: StateDict, name: str, architecture: str, optional: tuple[str, ...] = ()
+) -> None:
+    """Raises `WeightsError` where a state dict is not what a model expects; `optional` keys may be missing.
+
+    `optional` are the beginnings of names. What is missing, unexpected, of another shape or no numbers with a
+    fraction (as quantised weights are) is named.
+    """
+    missing = [
+        key for key in expected if key not in given and not key.startswith(optional) and not key.endswith(_COUNTER)
+    ]
+    unexpected = [key for key in given if key not in expected]
+    wrong = [
+        f"{key} {_shape(value)} instead of {_shape(expected[key])}"
+        for key, value in given.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    whole = [
+        f"{key} {value.dtype}"
+        for key, value in given.items()
+        if key in expected and expected[key].is_floating_point() and not value.is_floating_point()
+    ]
+    problems = [
+        ("missing", missing), ("unexpected", unexpected), ("of another shape", wrong), ("of another type", whole)
+    ]  # fmt: skip
+    if any(keys for _, keys in problems):
+        text = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems if keys)
+        raise WeightsError(f"weights {name} do not fit {architecture}: {text}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+def _some(keys: list[str], most: int = 8) -> str:
+    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def state_sha256(state: StateDict) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def preprocess_of(weights: WeightsEnum) -> Preprocess:
+    """What `weights.transforms()` does, as numbers. Raises `WeightsError` for a preset we do not know."""
+    preset = weights.transforms()
+    if not isinstance(preset, ImageClassification):
+        raise WeightsError(f"{weights} has an unknown preprocessing: {type(preset).__name__}")
+    crop = preset.crop_size
+    return Preprocess(
+        resize=preset.resize_size[0],
+        crop=(crop[0], crop[-1]),
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )

@@ -1,0 +1,92 @@
+"""One layer of retries for every store."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from botocore.exceptions import (
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+from pipeline.core.errors import ShardError
+from pipeline.core.redact import describe
+
+# No attempt begins later than this after the first.
+RETRY_S = 60.0
+_MAX_PAUSE_S = 8.0
+# Refusals (4xx) that do not mean what was asked, only how it went.
+_PASSING_STATUSES = frozenset({408, 409, 425, 429})
+_PASSING_CODES = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"})
+_LASTING = (
+    ShardError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+# What botocore says before it asks the store.
+_NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
+
+_T = TypeVar("_T")
+_given_up = threading.Event()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later."""
+    if isinstance(error, _LASTING):
+        return False
+    refusal = error if isinstance(error, ClientError) else error.__cause__
+    if isinstance(refusal, ClientError):
+        status = refusal.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+        code = refusal.response.get("Error", {}).get("Code")
+        return not 400 <= status < 500 or status in _PASSING_STATUSES or code in _PASSING_CODES
+    return True
+
+
+def with_retries(what: str, call: Callable[[], _T]) -> _T:
+    """`call()`, again after a fault that may pass, with growing pauses, for `RETRY_S`.
+
+    Where this process has just given up a call, the next gets one attempt until one succeeds: a store that is
+    away costs a task its patience once, and not for each of its shards.
+
+    Raises:
+        ShardError: transient, when every attempt failed.
+        FileNotFoundError, PermissionError and other lasting errors: at once, as they are.
+        PermissionError, OSError: at once, where there are no credentials, or no such name can be.
+    """
+    started = time.monotonic()
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            result = call()
+        except _NO_CREDENTIALS as error:
+            raise PermissionError(
+                f"{what} takes credentials, by the environment or the machine's role: {error}"
+            ) from error
+        except ParamValidationError as error:
+            raise OSError(f"{what}: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            if not _may_pass(error):
+                _given_up.clear()  # the store has answered
+                raise
+            pause = min(_MAX_PAUSE_S, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
+            elapsed = time.monotonic() - started
+            if elapsed + pause > RETRY_S or _given_up.is_set():
+                _given_up.set()
+                raise ShardError(
+                    f"{what} failed {attempt} times in {elapsed:.0f} s, at last with {describe(error)}",
+                    transient=True,
+                ) from error
+            time.sleep(pause)
+        else:
+            _given_up.clear()
+            return result

@@ -1,0 +1,435 @@
+"""Files on local disk or object storage through fsspec: list, read with retries, write whole or not at all.
+
+There is one layer of retries, `with_retries`: those of s3fs and botocore are switched off, since layers
+multiply. A request that shows no byte for `REQUEST_TIMEOUT_S` is given up; one that goes on slower than
+`SLOWEST_BYTES_PER_S` too; and no attempt begins later than `RETRY_S` after the first. So an endpoint that
+refuses or answers 503 is given up after 60 s, one that swallows requests after 80 s, and the read of one
+chunk ends after 150 s whatever the network does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import gc
+import os
+import stat as modes
+import uuid
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import fsspec
+from botocore.exceptions import ClientError
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.core.errors import SettingsError
+from pipeline.core.redact import REFUSAL, has_secret
+from pipeline.core.retries import with_retries
+
+CHUNK_BYTES = 8 * 2**20
+# A request that shows no byte for this long is given up and tried again.
+REQUEST_TIMEOUT_S = 20.0
+# So is one that moves, but slower than this.
+SLOWEST_BYTES_PER_S = 120_000
+TEMPORARY_FOLDER = ".tmp"
+_S3 = ("s3", "s3a")
+# S3 allows 5 GiB in one PUT. s3fs sends one PUT below twice its chunk size, else a multipart upload, of
+# which a death leaves unseen pieces that cost money.
+_PUT_BYTES = 5 * 2**30
+_DELETE_AT_ONCE = 1000
+
+
+class ShortReadError(OSError):
+    """An answer that looks whole and holds fewer bytes than asked for."""
+
+
+class FileInfo(NamedTuple):
+    """A stored file. `version` changes when its content does: the ETag, or the modification time."""
+
+    path: str
+    num_bytes: int
+    version: str
+
+
+@functools.lru_cache(maxsize=32)
+def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
+    if protocol in ("file", "local"):
+        return LocalFileSystem(auto_mkdir=False)
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if protocol in _S3:
+        options["config_kwargs"] = {
+            "connect_timeout": REQUEST_TIMEOUT_S,
+            "read_timeout": REQUEST_TIMEOUT_S,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+        }
+        options["session"] = _s3_session()
+    try:
+        fs = fsspec.filesystem(protocol, **options)
+    except (ValueError, ImportError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise SettingsError(f"no filesystem for {protocol}:// URLs: {first}") from error
+    if protocol in _S3:
+        fs.retries = 1
+    return fs
+
+
+def _s3_session() -> Any:
+    """A session that reads times fast: dateutil takes two thirds of a listing's time."""
+    # A quarter of a second in every worker, which only S3 needs.
+    from aiobotocore.session import AioSession  # noqa: PLC0415
+
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
+    return session
+
+
+def _parse_time(value: Any) -> datetime:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        from botocore.utils import parse_timestamp  # noqa: PLC0415  as above
+
+        parsed: datetime = parse_timestamp(value)
+        return parsed
+
+
+def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a URL or local path, and the path in it.
+
+    Names are taken as they are: `%`, `#` and `?` mean themselves.
+
+    Raises:
+        SettingsError: a URL that carries credentials, or of an unknown scheme.
+    """
+    if "://" not in url:
+        return _filesystem("file"), os.path.abspath(url)
+    scheme, _, rest = url.partition("://")
+    authority = rest.split("/", 1)[0]
+    if has_secret(url) or "@" in authority or (scheme in _S3 and ":" in authority and authority[:4] != "arn:"):
+        raise SettingsError(f"a {scheme}:// URL {REFUSAL}")
+    if "::" in scheme or scheme in ("pipe", "exec"):
+        raise SettingsError(f"{scheme}:// URLs are not read: name the store itself, such as s3://")
+    fs = _filesystem(scheme)
+    return fs, fs._strip_protocol(url)
+
+
+def to_url(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The inverse of `locate`: a plain path on local disk, else a URL."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def join(url: str, *names: str) -> str:
+    """`url` and names below it, with single slashes."""
+    return "/".join([url.rstrip("/"), *names])
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    return not isinstance(fs.protocol, str) and "s3" in fs.protocol
+
+
+def _within(fs: fsspec.AbstractFileSystem, num_bytes: int = 0) -> dict[str, float]:
+    """Option of a call that ends it after a while; local calls have none."""
+    return {"timeout": 2 * REQUEST_TIMEOUT_S + num_bytes / SLOWEST_BYTES_PER_S} if fs.async_impl else {}
+
+
+def _version(info: dict[str, Any]) -> str:
+    for key in ("ETag", "etag", "md5Hash", "contentHash", "mtime", "LastModified", "updated", "created"):
+        if info.get(key) is not None:
+            value = info[key]
+            return f"{value:.9f}" if isinstance(value, float) else str(value).strip('"')
+    return ""
+
+
+def _file_info(info: dict[str, Any]) -> FileInfo:
+    return FileInfo(info["name"], int(info["size"] or 0), _version(info))
+
+
+def stat(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo:
+    """Size and version of one file as they are now; not tried again.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder.
+    """
+    if isinstance(fs, LocalFileSystem):
+        status = os.stat(path)
+        if modes.S_ISDIR(status.st_mode):
+            raise FileNotFoundError(f"{path} is a folder")
+        return FileInfo(path, status.st_size, str(status.st_mtime_ns))
+    fs.invalidate_cache(fs._parent(path))
+    info = fs.info(path, **_within(fs))
+    if info.get("type") == "directory":
+        raise FileNotFoundError(f"{path} is a folder")
+    return _file_info(info)
+
+
+def list_files(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
+    """Every file below `folder`, in no set order; nothing where there is no such folder.
+
+    A link to a file or folder is what it leads to; one that leads nowhere, or to itself, is a file of 0 bytes, so
+    that whoever reads it finds out. A link to a folder above itself is not followed.
+
+    Raises:
+        PermissionError, ShardError: the folder cannot be listed.
+    """
+    if isinstance(fs, LocalFileSystem):
+        yield from _list_local(folder, recursive)
+    elif _is_s3(fs):
+        yield from _list_s3(fs, folder, recursive)
+    else:
+        yield from _list_other(fs, folder, recursive)
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """No search for garbage in cycles: among a million files there is none, and a listing takes a third longer."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()) -> Iterator[FileInfo]:
+    try:
+        status = os.stat(folder)
+        identity = status.st_dev, status.st_ino
+        if identity in above:
+            return
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError) and error.errno != errno.ELOOP:
+                    raise
+                if entry.is_symlink():
+                    yield FileInfo(entry.path, 0, "")
+                continue
+            if modes.S_ISDIR(status.st_mode):
+                if recursive:
+                    yield from _list_local(entry.path, recursive, (*above, identity))
+            elif modes.S_ISREG(status.st_mode):
+                yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
+
+
+def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> Iterator[FileInfo]:
+    """Page by page: `fs.find` would hold every entry as a dictionary, twice."""
+    bucket, key, _ = fs.split_path(folder)
+    query = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **({} if recursive else {"Delimiter": "/"})}
+
+    def page() -> dict[str, Any]:
+        answer: dict[str, Any] = fs.call_s3("list_objects_v2", **query, **_within(fs))
+        if "IsTruncated" not in answer:
+            raise OSError("the answer is not a listing")
+        return answer
+
+    while True:
+        try:
+            answer = with_retries(f"listing s3://{folder}", page)
+        except FileNotFoundError:
+            return
+        for entry in answer.get("Contents", ()):
+            # A key that ends in a slash stands for a folder.
+            if not entry["Key"].endswith("/"):
+                yield FileInfo(f"{bucket}/{entry['Key']}", entry["Size"], entry["ETag"].strip('"'))
+        if not answer["IsTruncated"]:
+            return
+        query["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _list_other(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> Iterator[FileInfo]:
+    fs.invalidate_cache()
+    depth = {} if recursive else {"maxdepth": 1}
+    try:
+        found = with_retries(f"listing {folder}", lambda: fs.find(folder, detail=True, **depth))
+    except FileNotFoundError:
+        return
+    for info in found.values():
+        if info["type"] == "file":
+            yield _file_info(info)
+
+
+def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
+    """Bytes `start` to `end`, all of them; not tried again."""
+    if end <= start:
+        return b""
+    data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, end - start)))
+    if len(data) != end - start:
+        raise ShortReadError(f"asked for bytes {start} to {end}, got {len(data)} bytes")
+    return data
+
+
+def read_bytes(url: str) -> bytes:
+    """A whole file, in chunks of which each is tried again.
+
+    Raises:
+        FileNotFoundError, PermissionError: at once.
+        ShardError: what may pass did not.
+    """
+    fs, path = locate(url)
+    size = with_retries(f"reading {url}", lambda: stat(fs, path)).num_bytes
+    chunks = [
+        with_retries(
+            f"reading {url}",
+            functools.partial(read_range, fs, path, start, min(start + CHUNK_BYTES, size)),
+        )
+        for start in range(0, size, CHUNK_BYTES)
+    ]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def read_tail(url: str, num_bytes: int, size: int | None = None) -> bytes:
+    """The last `num_bytes` bytes of a file, or all of a shorter one. Raises as `read_bytes` does.
+
+    `size` is the file's, where it is known: that saves a request.
+    """
+    fs, path = locate(url)
+
+    def tail() -> bytes:
+        end = stat(fs, path).num_bytes if size is None else size
+        return read_range(fs, path, max(0, end - num_bytes), end)
+
+    return with_retries(f"reading the end of {url}", tail)
+
+
+def write_bytes(root: str, name: str, data: bytes) -> None:
+    """Write `root`/`name` so that it is there whole or not at all: by rename, or by one PUT.
+
+    On local disk the bytes go through `root`/.tmp, so that a death leaves nothing elsewhere. A PUT that is
+    tried again writes the same bytes, whether or not the first took effect.
+
+    Raises:
+        OSError: the disk is full, or the like.
+        PermissionError: at once.
+        ShardError: what may pass did not.
+    """
+    fs, path = locate(join(root, name))
+    if not isinstance(fs, LocalFileSystem):
+        chunk = {"chunksize": _PUT_BYTES} if _is_s3(fs) else {}
+        with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, **chunk, **_within(fs, len(data))))
+        return
+    with _named(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _temporary(root, data) as temporary:
+            os.replace(temporary, path)
+
+
+def create(root: str, name: str, data: bytes) -> bool:
+    """Write `root`/`name` where there is no such file yet; false where there is.
+
+    Of several callers at once one gets true, on local disk and on stores with conditional writes (S3's
+    `If-None-Match`); on others two in the same instant may. Where an answer was lost on its way the call is
+    tried again, and then says false of a file that it made itself: `data` must tell whose it is.
+
+    Raises:
+        OSError, PermissionError, ShardError: as `write_bytes` does.
+    """
+    fs, path = locate(join(root, name))
+    if isinstance(fs, LocalFileSystem):
+        return _create_local(root, path, data)
+    try:
+        with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, mode="create", **_within(fs, len(data))))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        refusal = error.__cause__
+        if isinstance(refusal, ClientError) and refusal.response["Error"]["Code"] in ("PreconditionFailed", "412"):
+            return False
+        raise
+    return True
+
+
+def _create_local(root: str, path: str, data: bytes) -> bool:
+    """By a link to a finished file, which fails where the name is taken."""
+    with _named(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with _temporary(root, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Name `path` in an error of its disk: the system itself does not say which disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+@contextlib.contextmanager
+def _temporary(root: str, data: bytes) -> Iterator[str]:
+    """`data` on its disk, in a file below `root`/.tmp that is gone at the end, unless it was renamed."""
+    temporary = os.path.join(os.path.abspath(root), TEMPORARY_FOLDER, uuid.uuid4().hex)
+    os.makedirs(os.path.dirname(temporary), exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def delete(root: str, names: list[str]) -> None:
+    """Delete files below `root`; those already gone are no fault."""
+    fs, base = locate(root)
+    if isinstance(fs, LocalFileSystem):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(base, name))
+        return
+    for start in range(0, len(names), _DELETE_AT_ONCE):
+        some = names[start : start + _DELETE_AT_ONCE]
+        with_retries("deleting old parts", functools.partial(_delete, fs, base, some))
+
+
+def _delete(fs: fsspec.AbstractFileSystem, base: str, names: list[str]) -> None:
+    """Not by `fs.rm`, which takes `[`, `*` and `?` in names for wildcards and tells no failures."""
+    if not _is_s3(fs):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(f"{base}/{name}", **_within(fs))
+        return
+    bucket, prefix, _ = fs.split_path(base)
+    keys = [{"Key": f"{prefix}/{name}" if prefix else name} for name in names]
+    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}, **_within(fs))
+    failed = [item for item in answer.get("Errors", ()) if item.get("Code") != "NoSuchKey"]
+    if failed:
+        code, key = failed[0].get("Code"), failed[0].get("Key")
+        kind = PermissionError if code == "AccessDenied" else OSError
+        raise kind(f"{len(failed)} of {len(names)} old parts cannot be deleted: {code} for {key}")
+
+
+def remove_folder(root: str, name: str) -> None:
+    """Remove an empty folder below `root` on local disk; object storage has none."""
+    fs, path = locate(join(root, name))
+    if isinstance(fs, LocalFileSystem):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+def clear_temporary(root: str) -> None:
+    """Remove what a run that died left in `root`/.tmp on local disk."""
+    fs, base = locate(root)
+    folder = os.path.join(base, TEMPORARY_FOLDER)
+    if isinstance(fs, LocalFileSystem) and os.path.isdir(folder):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(entry.path)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)

@@ -1,0 +1,159 @@
+"""The decode stage where devices decode: plain JPEGs go on as they are, all else as pixels.
+
+What a device's decoder makes of a damaged JPEG is its own: one gives grey, another what it had in memory. So only
+those go on whose markers lead from the first byte to the last, as `is_whole` finds them without decoding anything:
+one that is cut off stays with the decoder that tells errors. Damage inside the compressed data changes no marker,
+and is seen by no such look.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.core.errors import SampleError, SettingsError
+from pipeline.core.schema import (
+    ENCODED,
+    IMAGE,
+    REASON,
+    STAGE,
+    STAGE_DECODE,
+    encoded_field,
+    part_row,
+    part_rows,
+    with_payload,
+)
+from pipeline.decoding.decoder import Decoder, Header, pillow_does_not_warn
+from pipeline.decoding.preprocess import Preprocess, resized_size
+
+# `orientation` of what is pixels already.
+PIXELS_ALREADY = 0
+# Larger images are decoded on CPU, and those that would be so while they are resized: in float32 on the device these
+# take 400 MB, and that beside a backbone.
+MAX_DEVICE_PIXELS = 2**25
+# What is scaled by more is, too: of bicubic's kernel on the device 91 is the most.
+MAX_DEVICE_SCALE = 64
+DEVICE_INTERPOLATIONS = ("bilinear", "bicubic")
+
+_FIRST_RESTART, _SOI, _EOI, _SOS = 0xD0, 0xD8, 0xD9, 0xDA
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Baseline, extended sequential and progressive, all with Huffman codes.
+_KNOWN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+# Grey, and YCbCr as JFIF and as some older encoders number it; others may be RGB, which not every decoder looks for.
+_COMPONENTS = ((1,), (0,), (1, 2, 3), (0, 1, 2))
+_ADOBE, _ADOBE_RGB = 0xEE, 0
+# Within compressed data 0xFF stands before 0 and the numbers of restarts only.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
+
+
+def require_device_resize(preprocess: Preprocess) -> None:
+    """Check that a device can resize as the weights ask.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if preprocess.interpolation not in DEVICE_INTERPOLATIONS:
+        raise SettingsError(
+            f"decode gpu resizes by {' or '.join(DEVICE_INTERPOLATIONS)}, and these weights ask for "
+            f"{preprocess.interpolation}: decode must be cpu for them, got 'gpu'"
+        )
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether `data` is a JPEG, 8-bit YCbCr or grey, with one frame, from its first marker to its last.
+
+    Source: ITU-T T.81, annex B, and for the colours Adobe Technical Note 5116, section 18.
+    """
+    if data[:2] != bytes((0xFF, _SOI)):
+        return False
+    position, num_frames, num_scans = 2, 0, 0
+    while position + 4 <= len(data):
+        mark, kind = data[position], data[position + 1]
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        # Of the markers without a length only the last one may stand here.
+        if mark != 0xFF or kind < 0xC0 or _FIRST_RESTART <= kind <= _EOI or length < 2:
+            return False
+        body = data[position + 4 : position + 2 + length]
+        position += 2 + length
+        if kind in _FRAMES:
+            num_frames += 1
+            if kind not in _KNOWN_FRAMES or not _is_known_frame(body):
+                return False
+        elif kind == _ADOBE and body[:5] == b"Adobe" and len(body) >= 12 and body[11] == _ADOBE_RGB:
+            return False
+        elif kind == _SOS:
+            num_scans += 1
+            found = _MARKER.search(data, position)
+            if found is None:
+                return False
+            position = found.start()
+            if data[position + 1] == _EOI:
+                return position + 2 == len(data) and num_frames == 1
+    return False
+
+
+def _is_known_frame(body: bytes) -> bool:
+    """Whether a frame header is of 8 bits, with components that stand for grey or YCbCr."""
+    return len(body) >= 6 and body[0] == 8 and tuple(body[6::3]) in _COMPONENTS and len(body) == 6 + 3 * body[5]
+
+
+class JpegForwarder:
+    """Checks each image by its header, as `decoder` does; what is no plain JPEG it lets `decoder` decode."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Parts with encoded images in, the same parts with what a device is to decode (`encoded_field`) out."""
+        for values, samples in part_rows(table):
+            yield self._part(values, samples)
+
+    @pillow_does_not_warn()
+    def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
+        start = self._decoder.clock()
+        stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
+        encoded: list[dict[str, Any] | None] = [None] * len(samples)
+        for row, image in enumerate(samples.field(IMAGE)):
+            if reasons[row] is not None:
+                continue
+            try:
+                encoded[row] = self.forward(bytes(memoryview(image.as_buffer())))
+            except SampleError as error:
+                stages[row], reasons[row] = STAGE_DECODE, str(error)
+        payload = encoded_field()
+        result = with_payload(
+            samples,
+            payload,
+            **{
+                STAGE: pa.array(stages, pa.string()),
+                REASON: pa.array(reasons, pa.string()),
+                ENCODED: pa.array(encoded, payload.type),
+            },
+        )
+        return part_row({**values, "decode_s": self._decoder.clock() - start}, result)
+
+    def forward(self, data: bytes) -> dict[str, Any]:
+        """One image as a value of `encoded_field`.
+
+        Raises:
+            SampleError: as `Decoder.decode` does.
+        """
+        # The markers first: no other parser sees what they do not lead through, in this process.
+        header = self._decoder.jpeg_header(data) if is_whole(data) else None
+        if header is not None and self._is_for_device(header):
+            return {"data": data, **header._asdict()}
+        height, width = self._decoder.preprocess.crop
+        pixels = self._decoder.decode(data).tobytes()
+        return {"data": pixels, "height": height, "width": width, "orientation": PIXELS_ALREADY}
+
+    def _is_for_device(self, header: Header) -> bool:
+        height, width = header.height, header.width
+        if header.orientation > 4:  # turned by a quarter
+            height, width = width, height
+        new_height, new_width = resized_size(height, width, self._decoder.preprocess)
+        most_pixels = max(height * width, height * new_width, new_height * new_width)
+        most_scale = max(height / new_height, width / new_width)
+        return most_pixels <= MAX_DEVICE_PIXELS and most_scale <= MAX_DEVICE_SCALE

@@ -1,0 +1,91 @@
+"""Resize and crop in one step, as Pillow does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+
+from pipeline.decoding.preprocess import Preprocess, resized_size
+
+# What weights may ask for, by torchvision's names. Pillow's bicubic is Catmull and Rom's: a = -0.5.
+INTERPOLATIONS = {
+    "bilinear": FilterType.bilinear,
+    "bicubic": FilterType.catmull_rom,
+    "lanczos": FilterType.lanczos3,
+}
+# Half the width of the widest of these filters (Lanczos), in pixels of the larger side of the scale.
+_SUPPORT = 3.0
+# Pixels of an image between two steps of a resize, where its source has fewer.
+_MAX_BETWEEN = 2**24
+
+
+def upright(pixels: np.ndarray[Any, np.dtype[np.uint8]], orientation: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """RGB [H, W, 3] as its EXIF orientation, 2 to 8, says it is to be seen."""
+    turned, mirrored = TURNS[orientation]
+    return np.rot90(pixels[:, ::-1] if mirrored else pixels, turned)
+
+
+# Quarter turns against the clock, after mirroring left to right.
+TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True), 8: (1, False)}
+
+
+def resize_crop(
+    pixels: np.ndarray[Any, np.dtype[np.uint8]], preprocess: Preprocess
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """RGB [H, W, 3]: resized, then the centre `crop`, as torchvision does, rounding included.
+
+    Source: `torchvision.transforms.functional.resize` and `center_crop` on PIL images.
+    """
+    height, width = pixels.shape[:2]
+    crop_height, crop_width = preprocess.crop
+    new_height, new_width = resized_size(height, width, preprocess)
+    # Where the crop is larger than the resized image, all of that is seen, on black.
+    seen_height, seen_width = min(crop_height, new_height), min(crop_width, new_width)
+    top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
+    x, y = width / new_width, height / new_height
+    box = (left * x, top * y, min((left + seen_width) * x, width), min((top + seen_height) * y, height))
+    resized = _resize(pixels, (seen_width, seen_height), box, INTERPOLATIONS[preprocess.interpolation])
+    if (seen_height, seen_width) == preprocess.crop:
+        return resized
+    padded = np.zeros((crop_height, crop_width, 3), np.uint8)
+    top, left = (crop_height - seen_height) // 2, (crop_width - seen_width) // 2
+    padded[top : top + seen_height, left : left + seen_width] = resized
+    return padded
+
+
+def _resize(
+    pixels: np.ndarray[Any, np.dtype[np.uint8]],
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
+    interpolation: FilterType,
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The box (left, top, right, bottom) at `size` (width, height)."""
+    # Only what the filter reaches is copied.
+    (left, right), (top, bottom) = (
+        _reached(box[axis], box[axis + 2], size[axis], pixels.shape[1 - axis]) for axis in (0, 1)
+    )
+    width, height = right - left, bottom - top
+    image = ImageData(width, height, PixelType.U8x3, pixels[top:bottom, left:right].tobytes())
+    x, across, y, down = box[0] - left, box[2] - box[0], box[1] - top, box[3] - box[1]
+    if size[0] * height <= max(width * height, _MAX_BETWEEN):
+        # Width, then height, as Pillow does it. In the other order, which is this library's own, an eighth of the
+        # values is rounded to a neighbour, and embeddings of trained backbones fall to a cosine of 0.9997.
+        steps = ((size[0], height), CropBox(x, 0, across, height)), (size, CropBox(0, y, size[0], down))
+    else:
+        # A few columns, high as a tower, that are made wide: what is between would be hundreds of times their size.
+        steps = ((width, size[1]), CropBox(0, y, width, down)), (size, CropBox(x, 0, across, size[1]))
+    resizer, method = Resizer(), ResizeAlg.convolution(interpolation)
+    for step, seen in steps:
+        resized = ImageData(*step, PixelType.U8x3)
+        resizer.resize(image, resized, ResizeOptions(method, crop_box=seen))
+        image = resized
+    return np.frombuffer(image.get_buffer(), np.uint8).reshape(size[1], size[0], 3)
+
+
+def _reached(start: float, end: float, size: int, available: int) -> tuple[int, int]:
+    """The first pixel and the one after the last that a filter reaches, scaling `start` to `end` to `size`."""
+    margin = math.ceil(_SUPPORT * max(1.0, (end - start) / size)) + 1
+    return max(0, math.floor(start) - margin), min(available, math.ceil(end) + margin)

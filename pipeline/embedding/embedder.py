@@ -1,0 +1,186 @@
+"""The actor of the embed stage: one backbone on one device, pixels to embeddings."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core.schema import (
+    EMBEDDING,
+    PIXELS,
+    REASON,
+    STAGE,
+    STAGE_DECODE,
+    STAGE_EMBED,
+    embedding_field,
+    part_row,
+    part_rows,
+    with_payload,
+)
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.preprocess import Preprocess
+
+
+class Runner(Protocol):
+    """What computes embeddings."""
+
+    def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Embed `pixels[rows]`; several threads may ask at once.
+
+        Args:
+            pixels: uint8 of shape [N, H, W, 3], as numpy has it; or as its device has it, where it is torch's.
+            rows: which of the N to embed, in order.
+
+        Returns:
+            float32 of shape [len(rows), C] or [len(rows), C, H', W'].
+        """
+        ...
+
+
+class Intake(Protocol):
+    """Where a runner's pixels come from."""
+
+    def __call__(
+        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
+    ) -> tuple[Any, np.ndarray[Any, Any], dict[int, str]]:
+        """Pixels of the rows of `samples` that have no reason yet.
+
+        Returns:
+            pixels for `Runner.embed`; which of them are those rows, in order and without the faults; and the rows
+            that cannot be decoded, each with its reason.
+        """
+        ...
+
+
+class Source(Protocol):
+    """What a runner is made of, in whatever process it is to run.
+
+    `has_own_batch_size` says that its runner's own batch size is the best, so that none need be looked for.
+    """
+
+    @property
+    def has_own_batch_size(self) -> bool: ...  # noqa: D102
+
+    def runner(
+        self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
+        batch_size: int | None, num_threads: int | None, compiled: bool = False,
+    ) -> Runner:  # fmt: skip
+        """Load it. A `batch_size` or `num_threads` of None is the runner's to choose; `compiled` is for GPUs."""
+        ...
+
+
+class _BusyTime:
+    """Seconds in which at least one part was under way, none of them counted twice."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._under_way = 0
+        self._since = 0.0
+
+    def begin(self) -> None:
+        with self._turn:
+            if not self._under_way:
+                self._since = time.perf_counter()
+            self._under_way += 1
+
+    def end(self) -> float:
+        """What has passed that no part which ended has counted."""
+        with self._turn:
+            now = time.perf_counter()
+            counted, self._since = now - self._since, now
+            self._under_way -= 1
+            return counted
+
+
+class Embedder:
+    """Embeds parts: `__call__` takes and gives the tables between the stages.
+
+    Calls may come from several threads: while one part is computed, the next is taken apart and the one before put
+    together. Batches never cross parts, so that a sample's embedding does not depend on what else runs. With a
+    `decoder` the samples come as `pipeline.decoding.jpeg_forwarder` gives them, are decoded on the device, and what
+    that refuses by `decoder`; the time that takes is this stage's.
+    """
+
+    def __init__(
+        self, *, source: Source, backbone: str, features: str, preprocess: Preprocess, shape: tuple[int, ...],
+        dtype: str, precision: str, normalize: bool, device: str, batch_size: int | None, num_threads: int | None,
+        decoder: Decoder | None = None, compiled: bool = False,
+    ) -> None:  # fmt: skip
+        self._crop = preprocess.crop
+        self._intake = self._pixels if decoder is None else _device_intake(decoder, device)
+        self._field = embedding_field(shape, dtype)
+        self._stored = np.dtype(dtype)
+        self._busy = _BusyTime()
+        self._runner = source.runner(
+            backbone=backbone, features=features, preprocess=preprocess, normalize=normalize, precision=precision,
+            device=device, batch_size=batch_size, num_threads=num_threads, compiled=compiled,
+        )  # fmt: skip
+
+    def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Embed `pixels[rows]`, as `Runner.embed` does."""
+        return self._runner.embed(pixels, rows)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Parts with pixels in, or with what a device is to decode; the same parts with embeddings out."""
+        return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
+
+    def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
+        self._busy.begin()
+        try:
+            embedded = self._embedded(samples)
+        finally:
+            embed_s = self._busy.end()
+        return part_row({**values, "embed_s": embed_s}, embedded)
+
+    def _embedded(self, samples: pa.StructArray) -> pa.StructArray:
+        stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
+        rows = np.flatnonzero([reason is None for reason in reasons])
+        shape = self._storage_shape()
+        stored = np.zeros((len(samples), *shape), self._stored)
+        pixels, places, faults = self._intake(samples, rows)
+        for row, reason in faults.items():
+            stages[row], reasons[row] = STAGE_DECODE, reason
+        rows = np.array([row for row in rows if int(row) not in faults], np.int64)
+        if len(rows):
+            with np.errstate(over="ignore"):
+                embedded = self.embed(pixels, places).astype(self._stored).reshape(len(rows), *shape)
+            stored[rows] = embedded
+            for row in rows[~np.isfinite(embedded).all(axis=1)]:
+                stages[row] = STAGE_EMBED
+                reasons[row] = f"not finite: the embedding has NaN or infinite values as {self._stored}"
+        column = self._column(stored, [reason is not None for reason in reasons])
+        return with_payload(
+            samples,
+            pa.field(EMBEDDING, column.type),
+            **{
+                STAGE: pa.array(stages, pa.string()),
+                REASON: pa.array(reasons, pa.string()),
+                EMBEDDING: column,
+            },
+        )
+
+    def _pixels(
+        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
+    ) -> tuple[Any, np.ndarray[Any, Any], dict[int, str]]:
+        """What the decode stage has made, where it is."""
+        column = samples.field(PIXELS)
+        return column.values.to_numpy().reshape(-1, *self._crop, 3), rows + column.offset, {}
+
+    def _storage_shape(self) -> tuple[int]:
+        kind = self._field.type
+        return (getattr(kind, "storage_type", kind).list_size,)
+
+    def _column(self, stored: np.ndarray[Any, Any], failed: list[bool]) -> pa.FixedSizeListArray:
+        kind = getattr(self._field.type, "storage_type", self._field.type)
+        mask = pa.array(failed, pa.bool_()) if failed else None
+        return pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), type=kind, mask=mask)
+
+
+def _device_intake(decoder: Decoder, device: str) -> Intake:
+    from pipeline.embedding.device_decode import DeviceDecoder  # noqa: PLC0415  whoever computes without torch shall not load it
+
+    return DeviceDecoder(decoder, device)

@@ -1,0 +1,41 @@
+"""A network of torch converted for OpenVINO: its graph and its constants."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+from pipeline.embedding.openvino_runner import SharedGraph
+from pipeline.embedding.torch_runner import Network
+
+
+def convert(network: Network, crop: tuple[int, int]) -> SharedGraph:
+    """Convert a network (`pipeline.embedding.torch_runner.Network`) for inputs of `crop` (height, width).
+
+    Raises:
+        Exception: of any kind, where tracing or converting does not work for this architecture.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        # Of checks of the input's size, which is fixed here, and of the tracer's age.
+        warnings.simplefilter("ignore")
+        example = torch.zeros((1, *crop, 3), dtype=torch.uint8)
+        traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))  # type: ignore[no-untyped-call]
+    # Not by ov.convert_model, which traces twice and takes ten times as long.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchScriptPythonDecoder(traced)
+    model = frontend.convert(frontend.load(decoder))
+    pixels = model.inputs[0].get_node()
+    pixels.set_element_type(ov.Type.u8)
+    pixels.set_partial_shape(ov.PartialShape([-1, *crop, 3]))
+    model.validate_nodes_and_infer_types()
+    with tempfile.TemporaryDirectory(prefix="graph-") as folder:
+        ov.serialize(model, f"{folder}/graph.xml", f"{folder}/graph.bin")
+        constants = np.fromfile(f"{folder}/graph.bin", np.uint8)
+        return SharedGraph(Path(folder, "graph.xml").read_bytes(), constants)

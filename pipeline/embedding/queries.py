@@ -1,0 +1,133 @@
+"""Images that are in no shard, embedded as those of an output were: the queries of a search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.core.errors import InputError, SampleError, SettingsError
+from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.recipe import recipe_of
+from pipeline.embedding.torch_runner import SharedWeights
+from pipeline.output.fingerprint import Fingerprint
+from pipeline.output.stored import PIECE_BYTES
+from pipeline.shards.keys import IMAGE_EXTENSIONS, printable
+
+BATCH_SIZE = 16
+
+
+class Query(NamedTuple):
+    """An image file with its embedding, float32 [C], or the reason why it has none."""
+
+    path: Path
+    embedding: np.ndarray[Any, np.dtype[np.float32]] | None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The path as text: bytes that are not UTF-8 are \\xNN, as in ids."""
+        return printable(str(self.path))
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """The image files that `paths` name: files as they are, folders by the extensions of their files.
+
+    Raises:
+        InputError: a path is empty or not there, or a folder has no image.
+    """
+    found: list[Path] = []
+    if "" in paths:
+        # To Path this would be the current folder.
+        raise InputError("a path to an image must not be empty, got ''")
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(
+                Path(folder, name)
+                for folder, _, names in os.walk(path)
+                for name in names
+                if name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS and not name.startswith(".")
+            )
+            if not inside:
+                raise InputError(f"no image in {path}: looked for {', '.join(IMAGE_EXTENSIONS[:9])} and rarer ones")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(f"image {path} not found")
+    return found
+
+
+class QueryEmbedder:
+    """Embeds image files with the backbone, weights, preprocessing and precision that a fingerprint names.
+
+    Raises:
+        SettingsError: the device is cuda, and there is none.
+        WeightsError: the weights cannot be had, or have another sha256 than those of the run.
+    """
+
+    def __init__(self, made: Fingerprint, weights: str | None = None, device: str = "auto") -> None:
+        has_gpu = torch.cuda.is_available()
+        if device == "cuda" and not has_gpu:
+            raise SettingsError("device must be one that this machine has, got 'cuda': torch sees no GPU here")
+        if device == "auto":
+            device = "cuda" if has_gpu else "cpu"
+        recipe = recipe_of(made, weights)
+        self._decoder = recipe.decoder()
+        self._crop = recipe.preprocess.crop
+        self._stored = np.dtype(recipe.dtype)
+        self._embedder = Embedder(
+            backbone=recipe.backbone,
+            source=SharedWeights.of(recipe.weights),
+            features=recipe.features,
+            preprocess=recipe.preprocess,
+            shape=recipe.shape,
+            dtype=recipe.dtype,
+            precision=recipe.precision,
+            normalize=recipe.normalize,
+            device=device,
+            batch_size=BATCH_SIZE,
+            num_threads=None,
+        )
+
+    def __call__(self, paths: Iterable[Path]) -> Iterator[Query]:
+        """A query for each path, in order; one that cannot be embedded has the reason."""
+        # As many pixels at once as the rest of the package takes of embeddings.
+        most = max(BATCH_SIZE, PIECE_BYTES // (self._crop[0] * self._crop[1] * 3) // BATCH_SIZE * BATCH_SIZE)
+        waiting: list[Path] = []
+        for path in paths:
+            waiting.append(path)
+            if len(waiting) == most:
+                yield from self._embed(waiting)
+                waiting = []
+        if waiting:
+            yield from self._embed(waiting)
+
+    def _embed(self, paths: list[Path]) -> Iterator[Query]:
+        pixels = np.zeros((len(paths), *self._crop, 3), np.uint8)
+        reasons: list[str] = []
+        for row, path in enumerate(paths):
+            reason = ""
+            try:
+                pixels[row] = self._decoder.decode(path.read_bytes())
+            except (OSError, SampleError) as error:
+                reason = str(error)
+            reasons.append(reason)
+        good = np.flatnonzero([not reason for reason in reasons])
+        embedded = dict(zip(good.tolist(), self._values(pixels, good), strict=True)) if len(good) else {}
+        for row, path in enumerate(paths):
+            embedding = embedded.get(row)
+            reason = reasons[row]
+            if embedding is not None and not np.isfinite(embedding).all():
+                embedding, reason = None, "not finite: the embedding has NaN or infinite values"
+            yield Query(path, embedding, reason)
+
+    def _values(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+        """As the run would have stored them: rounded to its dtype."""
+        with np.errstate(over="ignore"):
+            values = self._embedder.embed(pixels, rows).astype(self._stored)
+        yield from values.reshape(len(rows), -1).astype(np.float32)

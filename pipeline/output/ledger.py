@@ -1,0 +1,133 @@
+"""What is done, pending or changed: from listings of the input and the output, and nothing else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from pipeline.core import words
+from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.redact import describe
+from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
+from pipeline.core.storage import FileInfo, join, list_files, locate, without_gc
+from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
+from pipeline.output.parts import read_facts
+from pipeline.shards.find import Shard
+
+_COUNTERS = 32
+
+
+def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, FileInfo]]:
+    """The parts stored below `output`/`folder` with their files, in no set order.
+
+    Raises:
+        OutputError: the output cannot be listed.
+    """
+    fs, base = locate(join(output, folder))
+    start = len(base) + 1
+    try:
+        for info in list_files(fs, base):
+            name = PartName.parse(info.path[start:])
+            if name is not None:
+                yield name, info
+    except (OSError, ShardError) as error:
+        raise OutputError(f"cannot list {join(output, folder)}: {describe(error)}") from error
+
+
+@dataclass
+class Counts:
+    """Samples counted from what is stored, and every disagreement found on the way."""
+
+    num_samples: int = 0
+    num_embedded: int = 0
+    num_errors: int = 0
+    # Taken on by the run, and gone from the input before its end.
+    vanished: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every sample of every shard is one stored row."""
+        return not self.missing and not self.faults
+
+
+@without_gc()
+def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts:
+    """Count the samples of `shards` from the footers of their stored parts.
+
+    Each part must hold as many rows as samples, follow on the part before, be made with the settings of `digest`
+    where that is given, and end in a last part, or in a broken one with its fault. There must be no errors without
+    their part, and no part of an older version.
+
+    Raises:
+        OutputError: the output cannot be listed.
+    """
+    tags = {shard.name: version_tag(shard.num_bytes, shard.version) for shard in shards}
+    counts = Counts()
+    stored: dict[str, list[tuple[PartName, int]]] = defaultdict(list)
+    errors: dict[PartName, int] = {}
+    for part, info in list_parts(output, EMBEDDINGS):
+        if tags.get(part.shard) == part.tag:
+            stored[part.shard].append((part, info.num_bytes))
+        elif part.shard in tags:
+            counts.faults.append(f"{part.shard}: {part} is of an older version")
+    for part, info in list_parts(output, ERRORS):
+        if part.shard in tags:
+            errors[part] = info.num_bytes
+    with ThreadPoolExecutor(_COUNTERS, thread_name_prefix="count") as pool:
+        results = pool.map(lambda parts: _count_shard(output, parts, errors, digest), stored.values())
+        for shard, result in zip(stored, results, strict=True):
+            counts.num_samples += result.num_samples
+            counts.num_embedded += result.num_embedded
+            counts.num_errors += result.num_errors
+            counts.faults.extend(f"{shard}: {fault}" for fault in result.faults)
+    for parts in stored.values():
+        for part, _ in parts:
+            errors.pop(part, None)
+    counts.faults.extend(f"{part.shard}: {part} has errors and no embeddings" for part in errors)
+    for shard in tags:
+        ends = {part.end for part, _ in stored.get(shard, ())}
+        if END_BROKEN in ends:
+            counts.broken.append(shard)
+        elif END_LAST not in ends:
+            counts.missing.append(shard)
+    counts.faults.sort()
+    return counts
+
+
+def _count_shard(
+    output: str, parts: list[tuple[PartName, int]], errors: dict[PartName, int], digest: str | None
+) -> Counts:
+    counts = Counts()
+    parts.sort()
+    try:
+        for number, (name, num_bytes) in enumerate(parts):
+            if name.part != number:
+                problem = "is missing" if name.part > number else "is there twice"
+                raise OutputError(f"part {min(number, name.part)} {problem}")
+            if name.end != END_NONE and number + 1 < len(parts):
+                raise OutputError(f"{name} ends the shard, and part {number + 1} is there")
+            facts = read_facts(output, f"{EMBEDDINGS}/{name}", num_bytes)
+            if digest is not None and facts.metadata.get("fingerprint") != digest:
+                raise OutputError(f"{name} was made with other settings than {digest}: its metadata tells which")
+            num_errors = read_facts(output, f"{ERRORS}/{name}", errors[name]).num_rows if name in errors else 0
+            num_samples = facts.number("num_samples")
+            if facts.number("first_index") != counts.num_samples:
+                raise OutputError(f"{name} begins at sample {facts.number('first_index')}, not {counts.num_samples}")
+            # The fault of a broken shard is a row of its own, and no sample.
+            num_faults = 1 if name.end == END_BROKEN else 0
+            if facts.num_rows + num_errors != num_samples + num_faults:
+                raise OutputError(
+                    f"{name} has {words.count(facts.num_rows, 'embedding')} and {words.count(num_errors, 'error')} "
+                    f"for {words.count(num_samples, 'sample')}"
+                )
+            counts.num_samples += num_samples
+            counts.num_embedded += facts.num_rows
+            counts.num_errors += num_errors - num_faults
+    except OutputError as error:
+        counts.faults.append(str(error))
+    return counts

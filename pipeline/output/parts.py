@@ -1,0 +1,253 @@
+"""Parts: their names, their Parquet with metadata, and how one is written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.core.config import Config
+from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.redact import describe
+from pipeline.core.schema import (
+    EMBEDDING,
+    END_BROKEN,
+    END_NONE,
+    ERRORS_SCHEMA,
+    IMAGE_ID,
+    KEPT_PREFIX,
+    MEMBER,
+    REASON,
+    RECEIPT_SCHEMA,
+    SAMPLE_INDEX,
+    SHARD,
+    SHARD_FAULT,
+    STAGE,
+    STAGE_READ,
+    UNKNOWN_INDEX,
+    embeddings_schema,
+    part_rows,
+)
+from pipeline.core.storage import join, read_tail, write_bytes
+from pipeline.output.fingerprint import Fingerprint
+from pipeline.output.names import EMBEDDINGS, ERRORS, METADATA_PREFIX, PartName, version_tag
+
+ROW_GROUP_ROWS = 1024
+_FOOTER_BYTES = 16 * 2**10
+_MAGIC = b"PAR1"
+
+
+class PartWriter:
+    """Writes embedded parts below one output, and gives a receipt for each."""
+
+    def __init__(self, config: Config, fingerprint: Fingerprint, shape: tuple[int, ...]) -> None:
+        self._root = config.output
+        self._keep = config.kept_columns
+        self._dtype = config.dtype
+        self._schema = embeddings_schema(shape, config.dtype, self._keep)
+        self._metadata = {
+            "fingerprint": fingerprint.digest,
+            "settings": json.dumps(fingerprint.settings, sort_keys=True, ensure_ascii=False),
+            "versions": json.dumps(fingerprint.versions, sort_keys=True),
+        }
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Embedded parts in, one receipt row (`RECEIPT_SCHEMA`) a part out, after it is stored."""
+        receipts = [self._write(values, samples) for values, samples in part_rows(table)]
+        return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
+
+    def _write(self, values: dict[str, Any], samples: pa.StructArray) -> dict[str, Any]:
+        start = time.perf_counter()
+        part = PartName(
+            values["name"],
+            version_tag(values["num_bytes"], values["version"]),
+            values["part"],
+            values["end"],
+        )
+        name = str(part)
+        if values["end"] == END_BROKEN and self._reached_further(name, values["num_samples"]):
+            # What an earlier run could read of the shard is more, and stays.
+            return {**values, "num_embedded": 0, "reasons": [], "error_ids": [], "written_bytes": 0, "write_s": 0.0}
+        if values["first_index"] == UNKNOWN_INDEX:
+            values = {**values, "first_index": self._end_before(part)}
+        failed = samples.field(REASON).is_valid()
+        embedded = self._embeddings(values["name"], samples.filter(pc.invert(failed)))
+        errors = _errors(values, samples.filter(failed))
+        metadata = self._metadata | {
+            "shard_url": values["url"],
+            "shard_bytes": str(values["num_bytes"]),
+            "shard_version": values["version"],
+            "part": str(values["part"]),
+            "end": values["end"],
+            "first_index": str(values["first_index"]),
+            "num_samples": str(values["num_samples"]),
+            "num_embedded": str(len(embedded)),
+            "num_errors": str(len(errors)),
+            "ignored_members": str(values["ignored_members"]),
+        }
+        # The errors first: where the part is there, its errors are too.
+        written = 0
+        if len(errors):
+            written += self._put(f"{ERRORS}/{name}", errors, metadata)
+        written += self._put(f"{EMBEDDINGS}/{name}", embedded, metadata)
+        return {
+            **values,
+            "num_embedded": len(embedded),
+            "reasons": errors.column(REASON).to_pylist(),
+            "error_ids": errors.column(IMAGE_ID).to_pylist(),
+            "written_bytes": written,
+            "write_s": time.perf_counter() - start,
+        }
+
+    def _reached_further(self, name: str, num_samples: int) -> bool:
+        """Whether a part of that name is stored with more samples."""
+        try:
+            return read_facts(self._root, f"{EMBEDDINGS}/{name}").number("num_samples") > num_samples
+        except OutputError:  # there is none, or it is damaged
+            return False
+
+    def _end_before(self, part: PartName) -> int:
+        """The sample after the stored part that comes before `part`."""
+        before = part._replace(part=part.part - 1, end=END_NONE)
+        facts = read_facts(self._root, f"{EMBEDDINGS}/{before}")
+        return facts.number("first_index") + facts.number("num_samples")
+
+    def _embeddings(self, shard: str, samples: pa.StructArray) -> pa.Table:
+        embeddings = samples.field(EMBEDDING)
+        stored = self._schema.field(EMBEDDING).type
+        storage = getattr(stored, "storage_type", stored)
+        flat = pa.FixedSizeListArray.from_arrays(embeddings.flatten(), type=storage)
+        column = pa.ExtensionArray.from_storage(stored, flat) if storage is not stored else flat
+        columns = {
+            IMAGE_ID: samples.field(IMAGE_ID),
+            SHARD: pa.repeat(shard, len(samples)),
+            SAMPLE_INDEX: samples.field(SAMPLE_INDEX),
+            EMBEDDING: column,
+            **{name: samples.field(KEPT_PREFIX + name) for name, _ in self._keep},
+        }
+        return pa.Table.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+
+    def _put(self, name: str, table: pa.Table, metadata: Mapping[str, str]) -> int:
+        checked = {**metadata, "content_sha256": content_sha256([table])}
+        keyed = {METADATA_PREFIX + key: value for key, value in checked.items()}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **keyed})
+        sink = io.BytesIO()
+        split = EMBEDDING in table.column_names and self._dtype == "float32"
+        pq.write_table(
+            table,
+            sink,
+            row_group_size=ROW_GROUP_ROWS,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[name for name in (SHARD, STAGE) if name in table.column_names],
+            use_byte_stream_split=["embedding.list.element"] if split else False,
+            write_statistics=[IMAGE_ID],
+            store_schema=True,
+        )
+        data = sink.getvalue()
+        write_bytes(self._root, name, data)
+        return len(data)
+
+
+def _errors(values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
+    columns = {
+        IMAGE_ID: samples.field(IMAGE_ID),
+        SHARD: pa.repeat(values["name"], len(samples)),
+        SAMPLE_INDEX: samples.field(SAMPLE_INDEX),
+        MEMBER: samples.field(MEMBER),
+        STAGE: samples.field(STAGE),
+        REASON: samples.field(REASON),
+    }
+    rows = pa.Table.from_arrays([columns[name] for name in ERRORS_SCHEMA.names], schema=ERRORS_SCHEMA)
+    if values["fault"] is None:
+        return rows
+    fault = {SHARD: values["name"], STAGE: STAGE_READ, REASON: f"{SHARD_FAULT}: {values['fault']}"}
+    return pa.concat_tables([rows, pa.Table.from_pylist([fault], schema=ERRORS_SCHEMA)])
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What a stored Parquet says of itself in its footer."""
+
+    num_rows: int
+    metadata: dict[str, str]
+
+    def number(self, key: str) -> int:
+        """A count of the metadata. Raises `OutputError` where it is missing or no number."""
+        try:
+            return int(self.metadata[key])
+        except (KeyError, ValueError) as error:
+            raise OutputError(f"its metadata has no number {key!r}") from error
+
+    def fingerprint(self) -> Fingerprint:
+        """What made the part. Raises `OutputError` where its metadata does not say."""
+        try:
+            made = Fingerprint(json.loads(self.metadata["settings"]), json.loads(self.metadata["versions"]))
+            if made.digest != self.metadata["fingerprint"]:
+                raise ValueError("the settings do not have the fingerprint beside them")
+        except (KeyError, ValueError) as error:
+            raise OutputError(f"its metadata does not tell what made it: {error!r}") from error
+        return made
+
+
+def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:
+    """Read one stored Parquet's footer, and no more of it. `size` is the file's, where it is known.
+
+    Raises:
+        OutputError: it is missing, cut, not Parquet, or cannot be read.
+    """
+    url = join(output, name)
+    try:
+        tail = read_tail(url, _FOOTER_BYTES, size)
+        if tail[-4:] != _MAGIC:
+            raise OutputError(f"{name} is not whole Parquet: its last bytes are {tail[-4:]!r}")
+        footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
+        if footer_bytes > len(tail):
+            tail = read_tail(url, footer_bytes, size)
+        footer = pq.read_metadata(io.BytesIO(tail))
+    except FileNotFoundError as error:
+        raise OutputError(f"{name} is missing") from error
+    except (PermissionError, ShardError) as error:
+        raise OutputError(f"{name} cannot be read: {describe(error)}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise OutputError(f"{name} is not whole Parquet: {error}") from error
+    metadata = {
+        key.decode().removeprefix(METADATA_PREFIX): value.decode(errors="replace")
+        for key, value in (footer.metadata or {}).items()
+        if key.startswith(METADATA_PREFIX.encode())
+    }
+    return PartFacts(footer.num_rows, metadata)
+
+
+def vectors(table: pa.Table) -> np.ndarray[Any, Any]:
+    """The embeddings of a table as [N, C], or [N, C, H, W] for feature maps; no copy for one chunk."""
+    column = table.column(EMBEDDING)
+    # Combining copies even a single chunk.
+    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(column.type, pa.FixedShapeTensorType):
+        values: np.ndarray[Any, Any] = column.to_numpy_ndarray()
+    else:
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+    return values
+
+
+def content_sha256(pieces: Iterable[pa.Table]) -> str:
+    """sha256 of every value of a stored table, given whole or piece by piece: no edit or swap leaves it equal."""
+    columns: dict[str, Any] = {}
+    for piece in pieces:
+        for name in piece.column_names:
+            digest = columns.setdefault(name, hashlib.sha256())
+            if name == EMBEDDING:
+                digest.update(np.ascontiguousarray(vectors(piece)).data)
+            else:
+                digest.update("".join(f"{json.dumps(value)}\n" for value in piece.column(name).to_pylist()).encode())
+    return hashlib.sha256(json.dumps([(name, columns[name].hexdigest()) for name in columns]).encode()).hexdigest()

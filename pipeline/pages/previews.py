@@ -1,0 +1,138 @@
+"""Small pictures of samples, read from the shards that they are in."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+from PIL import Image
+
+from pipeline.core.errors import InputError, SampleError, ShardError
+from pipeline.core.redact import describe
+from pipeline.core.storage import locate, stat
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.preprocess import Preprocess
+from pipeline.output.names import Place, version_tag
+from pipeline.shards.find import Shard, find_shards, shards_below
+from pipeline.shards.peek import images
+
+SIDE = 160
+MAX_PIXELS = 178_956_970
+_QUALITY = 80
+
+
+class Preview(NamedTuple):
+    """A JPEG as a `data:` URL, or the reason why there is none."""
+
+    url: str | None
+    reason: str = ""
+
+
+def preview(image: bytes, side: int = SIDE) -> Preview:
+    """The middle square of an encoded image, as the job decodes it, `side` pixels wide."""
+    # Mean and standard deviation are for the backbone, and not used here.
+    small = Preprocess(side, (side, side), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    try:
+        pixels = Decoder(small, max_pixels=MAX_PIXELS, ignore_orientation=False).decode(image)
+    except SampleError as error:
+        return Preview(None, str(error))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    return Preview(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+
+
+def previews(
+    inputs: Sequence[str],
+    image_member: str | None,
+    places: Iterable[Place],
+    tag_of: Callable[[str], str | None],
+    prefix: str,
+) -> dict[Place, Preview]:
+    """Previews of samples in the shards that `inputs` name, a reason where one cannot be had.
+
+    Where `inputs` name none, the shards are those below `prefix`, where they lay when they were embedded. `tag_of`
+    gives the version of a shard that was embedded: of a shard that has changed since, nothing is shown. A shard is
+    read once, to the last sample wanted of it.
+
+    Raises:
+        InputError: the inputs name no shard.
+    """
+    try:
+        found = find_shards(inputs).shards if inputs else shards_below(prefix)
+    except InputError as error:
+        if inputs:
+            raise
+        return dict.fromkeys(places, Preview(None, f"no input was named, and {error}"))
+    shards = {shard.name: shard for shard in found}
+    wanted: dict[str, set[int]] = defaultdict(set)
+    for name, index in places:
+        wanted[name].add(index)
+    previews: dict[Place, Preview] = {}
+    for name, indices in wanted.items():
+        shard = shards.get(name)
+        reason, read = "its shard is not in this input", {}
+        if shard is not None and version_tag(shard.num_bytes, shard.version) != tag_of(name):
+            reason = "its shard has changed since it was embedded"
+        elif shard is not None:
+            try:
+                read, reason = images(shard, image_member, indices), "its sample has no image in the shard"
+            except (OSError, ShardError) as error:
+                reason = f"its shard cannot be read: {describe(error)}"
+        for index in indices:
+            previews[name, index] = preview(read[index]) if index in read else Preview(None, reason)
+    return previews
+
+
+class Fronts(NamedTuple):
+    """Encoded images from the fronts of shards, and by shard why there are none."""
+
+    images: dict[Place, bytes]
+    reasons: dict[str, str]
+
+
+def read_fronts(
+    shards: Mapping[str, Shard],
+    image_member: str | None,
+    wanted: Mapping[str, set[int]],
+    max_bytes: int,
+    max_s: float,
+) -> Fronts:
+    """The `wanted` samples of `shards` that lie at their fronts: `max_bytes` are read in all, for `max_s` seconds.
+
+    What a shard that is not read in time, or cannot be, leaves out is told, and never raised.
+    """
+    fronts = Fronts({}, {})
+    if not wanted:
+        return fronts
+    share = max_bytes // len(wanted)
+    pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="read-fronts")
+    reading = {
+        pool.submit(_front, shards[name], image_member, indices, share): name for name, indices in wanted.items()
+    }
+    done, late = wait(reading, timeout=max_s)
+    # A store that hangs is waited for no longer; its calls end by themselves.
+    pool.shutdown(wait=False, cancel_futures=True)
+    for future in late:
+        fronts.reasons[reading[future]] = f"not read within {max_s:.0f} s"
+    for future in done:
+        try:
+            found = future.result()
+        except (OSError, ShardError) as error:
+            fronts.reasons[reading[future]] = describe(error)
+            continue
+        if not found:
+            fronts.reasons[reading[future]] = f"none of the sample's images in its first {share / 2**20:.0f} MiB"
+        fronts.images.update({(reading[future], index): image for index, image in found.items()})
+    return fronts
+
+
+def _front(shard: Shard, image_member: str | None, indices: set[int], max_bytes: int) -> dict[int, bytes]:
+    found = images(shard, image_member, indices, max_bytes)
+    now = stat(*locate(shard.url))
+    if (now.num_bytes, now.version) != (shard.num_bytes, shard.version):
+        raise ShardError("it has changed since it was embedded")
+    return found

@@ -1,0 +1,195 @@
+"""What a stage asks of a node, and whether the cluster has one that can give it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import ray
+
+from pipeline.core.errors import ClusterError
+
+# How often somebody is told of a wait that goes on.
+SAY_EVERY_S = 60.0
+_LOOK_EVERY_S = 5.0
+# A node with a named resource may hold any number of actors: the name is a place, not an amount.
+_SHARE = 0.001
+_NAMES = {"CPU": "CPU", "GPU": "GPU"}
+
+Node = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `count` workers of a stage ask at the same time, each of one node."""
+
+    stage: str
+    cpus: float
+    gpus: float = 0.0
+    resource: str | None = None
+    count: int = 1
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The resources that are neither CPU nor GPU."""
+        return {} if self.resource is None else {self.resource: _SHARE}
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one worker asks."""
+        amounts = {"CPU": self.cpus, "GPU": self.gpus, **self.named}
+        return {name: amount for name, amount in amounts.items() if amount}
+
+    def room(self, node: Node) -> int:
+        """How many of its workers a node has room for, where nothing else runs on it."""
+        return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in self.each.items())
+
+    def __str__(self) -> str:
+        """`embed, 2 times 0.3 CPU and 1 GPU on a node with accelerator_type:H100`."""
+        amounts = [f"{amount:g} {name}" for name, amount in self.each.items() if name in _NAMES]
+        times = f"{self.count} times " if self.count > 1 else ""
+        place = f" on a node with {self.resource}" if self.resource else " on one node"
+        return f"{self.stage}, {times}{' and '.join(amounts)}{place}"
+
+
+def alive_nodes() -> list[Node]:
+    """What each node of the cluster has in all, in use or not."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def missing(requests: Iterable[Request], nodes: list[Node]) -> str | None:
+    """Which of `requests` the nodes cannot hold even when idle, and what they have; None where they can hold each."""
+    for request in requests:
+        room = sum(request.room(node) for node in nodes)
+        if room < request.count:
+            return f"the cluster has no node for {request}: {_described(request, nodes, room)}"
+    return None
+
+
+def _described(request: Request, nodes: list[Node], room: int) -> str:
+    if not nodes:
+        return "it has no nodes"
+    if room:
+        return f"there is room for {room}"
+    names = list(request.each)
+    # The node that has most of what is asked.
+    best = max(nodes, key=lambda node: sum(min(node.get(name, 0.0) / request.each[name], 1.0) for name in names))
+    has = ", ".join(f"{best.get(name, 0.0):g} {name}" for name in names)
+    return f"of {len(nodes)} node{'s' if len(nodes) > 1 else ''}, the nearest to it has {has}"
+
+
+def crowded(actor: Request, task: Request, nodes: list[Node]) -> int | None:
+    """The most actors that leave a task room for certain, where `actor.count` may not; None where they do.
+
+    Actors stay, and Ray places them as it likes: a node is full when it holds so many that no task fits beside them.
+    """
+    to_fill = 0
+    for node in nodes:
+        if not task.room(node):
+            continue
+        num_full = math.floor((node["CPU"] - task.cpus) / actor.cpus + 1e-9) + 1
+        if num_full > actor.room(node):
+            return None
+        to_fill += num_full
+    return to_fill - 1 if actor.count >= to_fill else None
+
+
+class DeviceTime:
+    """How many devices a run holds over time: as many as the nodes have room for, `most` at most.
+
+    Spot machines come and go, and `most` may be more than the cluster ever has. Times are `time.monotonic`'s.
+    """
+
+    def __init__(self, actor: Request, most: int, since: float, nodes: list[Node]) -> None:
+        self._actor = actor
+        self._most = most
+        self._seconds = 0.0
+        self._since = since
+        self._now = self.peak = self._room(nodes)
+
+    def _room(self, nodes: list[Node]) -> int:
+        return min(self._most, sum(self._actor.room(node) for node in nodes))
+
+    def look(self, nodes: list[Node], now: float) -> None:
+        """Count with these nodes from `now` on."""
+        self._seconds = self.seconds(now)
+        self._since = now
+        self._now = self._room(nodes)
+        self.peak = max(self.peak, self._now)
+
+    def seconds(self, until: float) -> float:
+        """Device-seconds from the begin (`since`) to `until`."""
+        return self._seconds + self._now * (until - self._since)
+
+
+class NodeWatch:
+    """Ends a flow of which a stage has had no node for `wait_s` seconds: Ray itself would wait for ever.
+
+    `say` is told, at once and every minute, what is waited for, and `devices` which nodes there are.
+    """
+
+    def __init__(
+        self, requests: Iterable[Request], wait_s: float, say: Callable[[str], object], devices: DeviceTime
+    ) -> None:
+        # One worker of each stage is enough to go on.
+        self._requests = [
+            Request(request.stage, request.cpus, request.gpus, request.resource) for request in requests
+        ]
+        self._wait_s = wait_s
+        self._say = say
+        self._devices = devices
+        self._looked = self._said = -math.inf
+        self._since: float | None = None
+
+    def check(self) -> None:
+        """Look at the nodes, if it is time to.
+
+        Raises:
+            ClusterError: a stage has had no node for too long.
+        """
+        now = time.monotonic()
+        if now - self._looked < min(_LOOK_EVERY_S, self._wait_s / 4):
+            return
+        self._looked = now
+        nodes = alive_nodes()
+        self._devices.look(nodes, now)
+        lacking = missing(self._requests, nodes)
+        if lacking is None:
+            if self._since is not None:
+                self._say("no longer: the nodes are there")
+            self._since = None
+            return
+        self._since = now if self._since is None else self._since
+        waited_s = now - self._since
+        if waited_s >= self._wait_s:
+            raise ClusterError(f"{lacking}; waited {waited_s:.0f} s for one")
+        if now - self._said >= SAY_EVERY_S:
+            self._said = now
+            self._say(f"for nodes, {self._wait_s - waited_s:.0f} s more: {lacking}")
+
+
+class FlowCallback:
+    """What Ray Data calls at each step of an execution; what `check` raises ends it.
+
+    Ray Data makes one by itself, from this class, and pickles the class along with its settings: the watch is one of
+    the process.
+    """
+
+    watch: ClassVar[NodeWatch | None] = None
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Nothing."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        """End the execution where a stage has had no node for too long."""
+        if FlowCallback.watch is not None:
+            FlowCallback.watch.check()
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        """Nothing."""
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        """Nothing."""

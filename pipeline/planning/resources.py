@@ -1,0 +1,168 @@
+"""What each stage takes of a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ray.util import placement_group, remove_placement_group
+
+from pipeline.core.config import Config
+from pipeline.core.errors import ClusterError
+from pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
+from pipeline.planning.cpu import cpu_has_bf16
+from pipeline.planning.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
+
+# Cores that one CPU actor uses; more actors scale better than more threads.
+_CORES_PER_ACTOR = 16
+# What an actor reserves, not what it uses: where a node is lost, its actors start again on those that are left,
+# and must leave decoding room beside them.
+_ACTOR_CPUS = 0.3
+# What a read task reserves, not what it uses: of more readers the parts that wait would fill the object store, and
+# keep decoding from it (benchmarks/README.md). This is one for each core of a machine with 4 GB a core.
+_READ_MEMORY = 5 * 2**29
+# GPUs older than these compute fp16 fast and bf16 slowly or not at all.
+_FP16_GPUS = ("P4", "P100", "V100", "T4", "K80")
+_LOOK_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Requests of the stages. No two are equal, or Ray Data would fuse their stages into one."""
+
+    device: str
+    accelerators: tuple[str, ...]
+    num_actors: tuple[int, int]
+    actor_cpus: float
+    actor_gpus: float
+    actor_resource: str | None
+    num_threads: int | None
+    batch_size: int | None  # None: the engine's own
+    total_cpus: float
+    num_nodes: int
+    decode_cpus: float
+    read_memory: int | None  # bytes, None where no node tells its own
+    num_readers: float  # that CPUs and memory have room for
+    batch_rates: tuple[tuple[int, float], ...] = ()  # images/s by batch size, where it was measured
+    read_cpus: float = 0.25  # less would start many more workers than cores, each of which takes seconds of one
+    write_cpus: float = 0.2
+
+    @property
+    def slots(self) -> dict[str, float]:
+        """How many workers of each stage can be busy at once."""
+        return {
+            STAGE_READ: self.num_readers,
+            STAGE_DECODE: self.total_cpus,
+            STAGE_EMBED: float(self.num_actors[1]),
+            STAGE_WRITE: self.total_cpus / self.write_cpus,
+        }
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What each stage asks of a node; of the embed stage as many as it has at least."""
+        return (
+            Request(STAGE_EMBED, self.actor_cpus, self.actor_gpus, self.actor_resource, count=self.num_actors[0]),
+            Request(STAGE_READ, self.read_cpus),
+            Request(STAGE_DECODE, self.decode_cpus),
+            Request(STAGE_WRITE, self.write_cpus),
+        )
+
+    def fast_precisions(self) -> tuple[str, ...]:
+        """The reduced precisions that the device computes faster than fp32, the fastest first."""
+        if self.device == "cuda":
+            return ("fp16",) if any(name in _FP16_GPUS for name in self.accelerators) else ("bf16", "fp16")
+        return ("bf16",) if cpu_has_bf16() else ()
+
+
+def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why: None) -> Resources:
+    """Divide the cluster that Ray is connected to.
+
+    Where it lacks a node that a stage needs, wait `node_wait_s` for it, if that is set, and ask the cluster's
+    autoscaler, if it has one, for it. `on_wait` is told what is waited for, at once and every minute.
+
+    Raises:
+        ClusterError: the cluster lacks what a stage needs.
+    """
+    deadline = time.monotonic() + (config.node_wait_s or 0)
+    resources, lacking = divide(config, alive_nodes())
+    if lacking is None:
+        return resources
+    said = -SAY_EVERY_S
+    with _demand(resources):
+        while lacking is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                waited = f"waited {config.node_wait_s} s for it" if config.node_wait_s else _HINT
+                raise ClusterError(f"{lacking}; {waited}")
+            if time.monotonic() - said >= SAY_EVERY_S:
+                said = time.monotonic()
+                on_wait(f"for nodes, {left:.0f} s more: {lacking}")
+            time.sleep(min(_LOOK_EVERY_S, left))
+            resources, lacking = divide(config, alive_nodes())
+    return resources
+
+
+_HINT = "with --node-wait-s the job waits for nodes that are still to come"
+
+
+@contextmanager
+def _demand(resources: Resources) -> Iterator[None]:
+    """Ask for what the stages need, so that an autoscaler sees it; nothing runs there."""
+    bundles = [request.each for request in resources.requests for _ in range(request.count)]
+    group = placement_group(bundles, name="embed-nodes")
+    try:
+        yield
+    finally:
+        remove_placement_group(group)
+
+
+def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
+    """What the stages take of `nodes`, and what these lack for it."""
+    cpus = [node["CPU"] for node in nodes if node.get("CPU")]
+    # Decoding takes a core, and asks for less. Ray Data keeps parts of the cluster for other stages, and starts the
+    # task after one that ended only when it looks again, up to ten times a second: asking for whole cores, a node of
+    # 8 decoded on 5. This way there are at least as many tasks as cores, and half as many again on large clusters.
+    decode_cpus = 0.33 if min(cpus, default=1.0) < 8 else 0.5
+    total_cpus = sum(cpus) or 1.0
+    memories = [node["memory"] for node in nodes if node.get("CPU") and node.get("memory")]
+    read_memory = min(_READ_MEMORY, int(min(memories) // 2)) if memories else None
+    readers = total_cpus / Resources.read_cpus
+    if read_memory is not None:
+        readers = min(readers, sum(memory // read_memory for memory in memories))
+    # Where actors may be.
+    places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
+    gpus = sum(int(node.get("GPU", 0)) for node in places)
+    device = config.device if config.device != "auto" else "cuda" if gpus or config.needs_gpu else "cpu"
+    place_cpus = [node["CPU"] for node in places if node.get("CPU")]
+    default = gpus if device == "cuda" else sum(max(1, round(cpu / _CORES_PER_ACTOR)) for cpu in place_cpus)
+    num_actors = config.actors or (max(1, default), max(1, default))
+    accelerators = {key for node in places for key in node if key.startswith("accelerator_type:")}
+    resources = Resources(
+        device=device,
+        accelerators=tuple(sorted(key.removeprefix("accelerator_type:") for key in accelerators)),
+        num_actors=num_actors,
+        actor_cpus=_ACTOR_CPUS,
+        actor_gpus=1.0 if device == "cuda" else 0.0,
+        actor_resource=config.actor_resource,
+        num_threads=None if device == "cuda" else max(1, int(sum(place_cpus) // num_actors[1])),
+        batch_size=config.batch_size if isinstance(config.batch_size, int) else None,
+        total_cpus=total_cpus,
+        num_nodes=len(nodes),
+        decode_cpus=decode_cpus,
+        read_memory=read_memory,
+        num_readers=readers,
+    )
+    lacking = missing(resources.requests, nodes)
+    if lacking is not None and config.needs_gpu and not gpus:
+        lacking = f"{config.needs_gpu} needs device cuda, and {lacking}"
+    if lacking is None:
+        actor, _, decode, _ = resources.requests
+        most = crowded(actor, decode, nodes)
+        if most is not None:
+            lacking = (
+                f"{actor.count} actors of {actor.cpus:g} CPU may fill every node, which leaves none for {decode}: "
+                + (f"at most {most} actors fit" if most else "the nodes need more CPUs")
+            )
+    return resources, lacking

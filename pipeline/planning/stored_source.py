@@ -1,0 +1,28 @@
+"""A source of runners in Ray's object store: put there once, and read in place by every actor of a node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from pipeline.embedding.embedder import Runner, Source
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """As the `Source` that was put; `ref` is an `ObjectRef` of it."""
+
+    ref: Any
+    has_own_batch_size: bool
+
+    @classmethod
+    def put(cls, source: Source) -> StoredSource:
+        """Put a source into the object store. Its arrays are not copied when it is read."""
+        return cls(ray.put(source), source.has_own_batch_size)
+
+    def runner(self, **placed: Any) -> Runner:
+        """As `Source.runner`."""
+        source: Source = ray.get(self.ref)
+        return source.runner(**placed)

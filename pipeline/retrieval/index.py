@@ -1,0 +1,251 @@
+"""An index on disk, and how it is searched.
+
+    INDEX/
+      index.json          what made it: the fingerprint of the output, metric, kind, sha256 of the files
+      data-<number>/
+        vectors.faiss     the FAISS index
+        lists.ivfdata     the lists of an ivf index
+        rows.parquet      row of the FAISS index -> image_id, shard, sample_index
+        parts.parquet     which parts of the output are in it
+
+index.json names the one data folder that counts, and is replaced last: a death at any moment leaves the
+index as it was before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
+from pipeline.output.fingerprint import Fingerprint
+from pipeline.output.stored import StoredPart
+from pipeline.retrieval.kinds import BUILD_AGAIN, KINDS, METRICS, Vectors, prepared, read_index, search_rows
+
+INDEX_FILE = "index.json"
+VECTORS_FILE = "vectors.faiss"
+LISTS_FILE = "lists.ivfdata"
+ROWS_FILE = "rows.parquet"
+PARTS_FILE = "parts.parquet"
+DATA_NAME = "data-{:05d}"
+FORMAT = 1
+ROW = "row"
+ROWS_SCHEMA = pa.schema(
+    [
+        pa.field(ROW, pa.int64(), nullable=False),
+        pa.field(IMAGE_ID, pa.string(), nullable=False),
+        pa.field(SHARD, pa.string(), nullable=False),
+        pa.field(SAMPLE_INDEX, pa.int32(), nullable=False),
+    ]
+)
+PARTS_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("num_rows", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What index.json says. `settings` and `versions` are those of the output.
+
+    `width` is how wide a search has to be for `recall` (at 10, measured on `recall_queries` rows), `lists`
+    how many an ivf index has, laid out when it had `laid_out_rows` rows. `files` are name -> (bytes, sha256).
+    """
+
+    output: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    metric: str
+    kind: str
+    kind_given: bool
+    num_rows: int
+    num_features: int
+    lists: int
+    laid_out_rows: int
+    width: int
+    recall: float
+    recall_queries: int
+    data: str
+    files: dict[str, tuple[int, str]]
+    made_with: dict[str, str]
+
+    @property
+    def made(self) -> Fingerprint:
+        """The fingerprint of the embeddings in the index."""
+        return Fingerprint(self.settings, self.versions)
+
+    def as_json(self) -> bytes:
+        """index.json."""
+        values = {"format": FORMAT, "fingerprint": self.made.digest, **asdict(self)}
+        return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def data_number(name: str) -> int | None:
+    """The number of a data folder; None where the name is not exactly as `DATA_NAME` makes it."""
+    digits = re.fullmatch(r"data-([0-9]{5,18})", name)
+    number = int(digits[1]) if digits else -1
+    return number if name == DATA_NAME.format(number) else None
+
+
+class Neighbour(NamedTuple):
+    """A row near a query. A higher `score` is nearer; for l2 it is the distance, and a lower one is."""
+
+    image_id: str
+    shard: str
+    sample_index: int
+    score: float
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Shard and sample_index."""
+        return self.shard, self.sample_index
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """What index.json of `folder` says, or None where there is none.
+
+    Raises:
+        OutputError: it is broken, or was changed by hand.
+    """
+    path = folder / INDEX_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        form, stated = values.pop("format"), values.pop("fingerprint")
+        if form != FORMAT:
+            raise OutputError(f"{path} is of format {form}, this version reads {FORMAT}")
+        values["files"] = {name: (int(size), str(sha256)) for name, (size, sha256) in values["files"].items()}
+        facts = Facts(**values)
+        if facts.kind not in KINDS or facts.metric not in METRICS or data_number(facts.data) is None:
+            raise ValueError("unknown kind, metric or data folder")
+        lists = {LISTS_FILE} if facts.kind == "ivf" else set()
+        if facts.files.keys() != {VECTORS_FILE, ROWS_FILE, PARTS_FILE} | lists:
+            raise ValueError(f"unknown files of {facts.kind}: {', '.join(sorted(facts.files))}")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OutputError(f"{path} is damaged, or not that of an index: {error!r}; name another folder") from error
+    if stated != facts.made.digest:
+        raise OutputError(f"{path} was changed by hand: its settings do not have the fingerprint {stated}")
+    return facts
+
+
+def damage(data: Path, facts: Facts, names: Iterable[str]) -> str:
+    """Which file of a data folder is not as it was written, by all sizes and the contents of `names`, or ""."""
+    for name, (num_bytes, _) in facts.files.items():
+        path = data / name
+        found = f"it has {path.stat().st_size}" if path.is_file() else "it is missing"
+        if found != f"it has {num_bytes}":
+            return f"{path} must have {num_bytes} bytes, {found}"
+    changed = (data / name for name in names if sha256_of(data / name) != facts.files[name][1])
+    return next((f"{path} has changed since it was written" for path in changed), "")
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Index:
+    """An index, open for searches. A flat or hnsw one is in memory; of an ivf one, what a search looks at."""
+
+    def __init__(self, folder: Path, facts: Facts) -> None:
+        self.facts = facts
+        self.folder = folder / facts.data
+        # The embeddings themselves may be many; damage of the rest would end in lost rows, or in a crash.
+        embeddings = LISTS_FILE if facts.kind == "ivf" else VECTORS_FILE
+        fault = damage(self.folder, facts, facts.files.keys() - {embeddings})
+        if fault:
+            raise OutputError(f"{fault}; {BUILD_AGAIN}")
+        self._index = read_index(self.folder / VECTORS_FILE)
+        self._rows = pq.ParquetFile(self.folder / ROWS_FILE)
+        self._tags: dict[str, str] | None = None
+        sizes = {self._index.ntotal, self._rows.metadata.num_rows, facts.num_rows}
+        if len(sizes) > 1 or self._index.d != facts.num_features:
+            raise OutputError(f"{folder} does not fit together: its files have {sorted(sizes)} rows; {BUILD_AGAIN}")
+
+    def search(self, queries: Vectors, count: int) -> list[list[Neighbour]]:
+        """The `count` nearest rows of each query [Q, C], nearest first; fewer where there are fewer rows."""
+        if queries.ndim != 2 or queries.shape[1] != self.facts.num_features:
+            raise SettingsError(f"queries must be [N, {self.facts.num_features}], got {list(queries.shape)}")
+        count = min(count, self.facts.num_rows)
+        scores, rows = self.search_rows(queries, count)
+        names = self.names({int(row) for row in rows.reshape(-1) if row >= 0})
+        return [
+            [
+                Neighbour(*names[row], score)
+                for row, score in zip(found.tolist(), near.tolist(), strict=True)
+                if row >= 0
+            ]
+            for found, near in zip(rows, scores, strict=True)
+        ]
+
+    def search_rows(self, queries: Vectors, count: int) -> tuple[Vectors, np.ndarray[Any, Any]]:
+        """Scores and row numbers of the nearest, each [Q, count]; -1 where a search found fewer."""
+        scores, rows = search_rows(self._index, prepared(queries, self.facts.metric), count, self.facts.width)
+        found = rows >= 0
+        if not np.isfinite(scores[found]).all() or (rows >= self.facts.num_rows).any():
+            raise OutputError(
+                f"{self.folder} gives rows or scores that cannot be: it is damaged, or was made of embeddings that "
+                f"are no finite numbers; {BUILD_AGAIN}"
+            )
+        return scores, rows
+
+    def names(self, rows: Iterable[int]) -> dict[int, tuple[str, str, int]]:
+        """image_id, shard and sample_index of some rows."""
+        wanted = sorted(rows)
+        found: dict[int, tuple[str, str, int]] = {}
+        first, position = 0, 0
+        for group in range(self._rows.num_row_groups):
+            end = first + self._rows.metadata.row_group(group).num_rows
+            inside = []
+            while position < len(wanted) and wanted[position] < end:
+                inside.append(wanted[position])
+                position += 1
+            if inside:
+                table = self._rows.read_row_group(group).take([row - first for row in inside])
+                columns = (table.column(name).to_pylist() for name in (IMAGE_ID, SHARD, SAMPLE_INDEX))
+                found |= dict(zip(inside, zip(*columns, strict=True), strict=True))
+            first = end
+        return found
+
+    def tag(self, shard: str) -> str | None:
+        """The version of a shard that is in the index (see `pipeline.output.parts.version_tag`)."""
+        if self._tags is None:
+            self._tags = {part.shard: part.tag for part in read_parts(self.folder)}
+        return self._tags.get(shard)
+
+
+def open_index(path: str | Path) -> Index:
+    """Open the index in a local folder.
+
+    Raises:
+        OutputError: no index, or a damaged one.
+        SettingsError: FAISS is not installed.
+    """
+    folder = Path(path)
+    facts = read_facts(folder)
+    if facts is None:
+        raise OutputError(f"{folder} is not an index: it has no {INDEX_FILE}; make one with jobs/index.py")
+    return Index(folder, facts)
+
+
+def read_parts(data: Path) -> list[StoredPart]:
+    """The parts that are in an index, in the order of its rows."""
+    table = pq.read_table(data / PARTS_FILE, schema=PARTS_SCHEMA)
+    return [StoredPart(**row) for row in table.to_pylist()]

@@ -1,0 +1,197 @@
+"""What a run did: counts by stage and reason while it runs, and `report.json` at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pipeline.core.errors import ShardError
+from pipeline.core.schema import STAGES
+from pipeline.core.storage import delete, join, read_bytes, write_bytes
+from pipeline.output.ledger import Counts
+from pipeline.output.names import REPORT_FILE, UNCOUNTED_FILE
+from pipeline.planning.job import Job
+from pipeline.planning.plan import Plan
+from pipeline.planning.resources import Resources
+from pipeline.run.tally import Tally, slowest_stage
+from pipeline.shards.find import Pending, Shard
+from pipeline.shards.peek import mean_sample_bytes
+
+MAX_LISTED = 100
+
+
+def make_report(
+    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources | None, problems: list[str]
+) -> dict[str, Any]:
+    """The report of a run, as it is stored in `report.json`.
+
+    Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
+    earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run stored
+    itself. Lists are cut, and have their number beside them. `problems` is what went wrong with the engine on the
+    way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
+    images of the parts stored in it, and the seconds that each stage worked on them; `stage_workers` is how many
+    workers of a stage can be busy at once, on average. `num_devices` is the most that there were at once;
+    `device_hours` counts each for as long as it was there.
+    """
+    wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
+    slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
+    slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
+    price = job.config.price_per_hour
+    device_hours = device_s / 3600
+    per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
+    return {
+        "run": job.run,
+        "started_at": tally.started_at.isoformat(timespec="seconds"),
+        "output": job.config.output,
+        "input": list(job.config.input),
+        "fingerprint": job.fingerprint.digest,
+        "backbone": job.backbone,
+        "weights": job.weights.name,
+        "weights_sha256": job.weights.sha256,
+        "features": job.config.features,
+        "embedding_shape": list(job.shape),
+        "dtype": job.config.dtype,
+        "precision": job.precision,
+        "engine": job.engine,
+        "device": resources.device if resources else None,
+        "batch_size": resources.batch_size if resources else None,
+        "batch_rates": {str(size): round(rate, 2) for size, rate in resources.batch_rates} if resources else {},
+        "decode": job.config.decode,
+        "num_devices": devices.peak if devices else 0,
+        "balanced": counts.balanced,
+        "samples": counts.num_samples,
+        "embedded": counts.num_embedded,
+        "errors": counts.num_errors,
+        "errors_by_reason": dict(tally.reasons.most_common()),
+        "error_examples": tally.examples,
+        "shards": {
+            "found": len(job.shards),
+            "done_before": plan.num_done,
+            "changed": len(plan.changed),
+            "retried": len(plan.retried),
+            "done_now": tally.num_shards,
+            "broken": len(counts.broken),
+            "missing": len(counts.missing),
+            "vanished": len(counts.vanished),
+            "stored_but_not_in_input": plan.elsewhere,
+        },
+        "broken_shards": {name: tally.faults.get(name, "broken") for name in counts.broken[:MAX_LISTED]},
+        "missing_shards": counts.missing[:MAX_LISTED],
+        "imbalances": counts.faults[:MAX_LISTED],
+        "num_imbalances": len(counts.faults),
+        "problems": problems,
+        "report_fault": None,
+        "kept_nulls": tally.kept_nulls,
+        "ignored_members": tally.ignored_members,
+        "read_bytes": tally.read_bytes,
+        "written_bytes": tally.written_bytes,
+        "wall_s": round(wall_s, 3),
+        "first_part_s": None if tally.first_part_s is None else round(tally.first_part_s, 3),
+        "samples_now": tally.num_samples,
+        "embedded_now": tally.num_embedded,
+        "images_per_s": round(tally.num_embedded / wall_s, 2) if wall_s else None,
+        "slowest_stage": slowest if tally.num_parts else None,
+        "stage_busy": {stage: round(share, 4) for stage, share in busy.items()},
+        "stage_s": {stage: round(seconds, 3) for stage, seconds in tally.stage_s.items()},
+        "stage_workers": {stage: round(number, 2) for stage, number in slots.items()} if resources else {},
+        "device_hours": round(device_hours, 6),
+        "device_hours_per_million_images": None if per_million is None else round(per_million, 4),
+        "price_per_hour": price,
+        "price": None if price is None else round(device_hours * price, 6),
+        "price_per_million_images": None if price is None or per_million is None else round(per_million * price, 4),
+        # Last, since it is long.
+        "timeline": tally.timeline.as_dict(),
+    }
+
+
+def mark_uncounted(output: str) -> None:
+    """Say that what is stored in `output` is not counted: a run that dies before it has done so leaves that."""
+    write_bytes(output, UNCOUNTED_FILE, b"")
+
+
+def mark_counted(output: str) -> None:
+    """Take that back, where the report of what was counted is stored."""
+    delete(output, [UNCOUNTED_FILE])
+
+
+def last_counts(output: str) -> Counts | None:
+    """What the stored report counted; None where it did not balance, or what was stored since is not counted."""
+    try:
+        read_bytes(join(output, UNCOUNTED_FILE))
+        return None
+    except FileNotFoundError:
+        pass
+    except (OSError, ShardError):
+        return None
+    try:
+        report = json.loads(read_bytes(join(output, REPORT_FILE)))
+        counts = Counts(int(report["samples"]), int(report["embedded"]), int(report["errors"]))
+        return counts if report["balanced"] is True else None
+    except (OSError, ShardError, ValueError, KeyError, TypeError):
+        return None
+
+
+class _Work(NamedTuple):
+    """What a run did, as its report tells."""
+
+    is_balanced: bool
+    num_samples: int
+    read_bytes: float
+    wall_s: float
+    first_part_s: float
+    stage_s: float  # what the slowest stage would have taken alone
+
+
+def _last_work(output: str) -> _Work | None:
+    """What the run did that `report.json` tells of; None where there is none, or it did nothing."""
+    try:
+        last = json.loads(read_bytes(join(output, REPORT_FILE)))
+        work = _Work(
+            bool(last["balanced"]),
+            int(last["samples_now"]),
+            float(last["read_bytes"]),
+            float(last["wall_s"]),
+            float(last["first_part_s"]),
+            max(float(last["stage_s"][stage]) / max(float(last["stage_workers"][stage]), 1e-9) for stage in STAGES),
+        )
+    except (OSError, ShardError, ValueError, KeyError, TypeError):
+        return None
+    return work if work.num_samples > 0 and work.read_bytes > 0 and work.wall_s > 0 else None
+
+
+def tells_of_work(output: str) -> bool:
+    """Whether the stored report is of a run that did something, and all of it: one without work keeps that."""
+    work = _last_work(output)
+    return work is not None and work.is_balanced
+
+
+class Estimate(NamedTuple):
+    """What a run will have to do, by what the last one on the same output did for each byte."""
+
+    num_samples: int
+    seconds: float | None
+
+
+def estimate(output: str, pending: Sequence[Pending]) -> Estimate | None:
+    """Expect the bytes of `pending` to go as those of the last run did.
+
+    Where no run of this output tells, the samples are as many as the front of the first shard has for its bytes, and
+    the seconds None; where that does not tell either, there is no estimate.
+
+    What that run took beyond its work is its start-up, which does not grow with the bytes. Its work took the time
+    after its first part, and at least what its slowest stage takes alone: of few parts, the first is most of it.
+    """
+    pending_bytes = sum(shard.num_bytes for shard in pending)
+    work = _last_work(output)
+    if work is None:
+        mean = mean_sample_bytes(Shard(*pending[0][:-1])) if pending else None
+        return None if mean is None else Estimate(round(pending_bytes / mean), None)
+    work_s = min(max(work.wall_s - work.first_part_s, work.stage_s), work.wall_s)
+    share = pending_bytes / work.read_bytes
+    return Estimate(round(share * work.num_samples), work.wall_s - work_s + share * work_s)
+
+
+def write_report(output: str, report: dict[str, Any]) -> None:
+    """Write `report.json`."""
+    write_bytes(output, REPORT_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())

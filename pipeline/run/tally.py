@@ -1,0 +1,98 @@
+"""What the receipts of stored parts add up to."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.core.schema import END_BROKEN, END_LAST, STAGE_EMBED, STAGES
+from pipeline.planning.nodes import DeviceTime
+from pipeline.planning.resources import Resources
+from pipeline.run.timeline import Timeline
+
+
+@dataclass
+class Tally:
+    """Sums over the receipts of a run."""
+
+    num_samples: int = 0
+    num_embedded: int = 0
+    num_errors: int = 0
+    num_parts: int = 0
+    num_shards: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    kept_nulls: int = 0
+    ignored_members: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    # Shards that reading again cannot mend, with their fault.
+    damaged: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    timeline: Timeline = field(default_factory=Timeline)
+    started: float = field(default_factory=time.monotonic)
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    first_part_s: float | None = None
+    # None until the run has looked at the cluster.
+    devices: DeviceTime | None = None
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        """Count one stored part."""
+        if self.first_part_s is None:
+            self.first_part_s = time.monotonic() - self.started
+        self.num_parts += 1
+        self.num_shards += receipt["end"] == END_LAST
+        self.num_samples += receipt["num_samples"]
+        self.num_embedded += receipt["num_embedded"]
+        self.num_errors += receipt["num_samples"] - receipt["num_embedded"]
+        for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members"):
+            setattr(self, name, getattr(self, name) + receipt[name])
+        busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}
+        for stage in STAGES:
+            self.stage_s[stage] += busy_s[stage]
+        self.timeline.add(self.wall_s, receipt["num_embedded"], busy_s)
+        for reason, image_id in zip(receipt["reasons"], receipt["error_ids"], strict=True):
+            kind = reason.partition(":")[0]
+            self.reasons[kind] += 1
+            place = receipt["name"] if image_id is None else f"{receipt['name']}, {image_id}"
+            self.examples.setdefault(kind, f"{place}: {reason}")
+        if receipt["end"] == END_BROKEN:
+            self.faults[receipt["name"]] = receipt["fault"]
+            if not receipt["fault_transient"]:
+                self.damaged[receipt["name"]] = receipt["fault"]
+        elif receipt["end"] == END_LAST:
+            self.faults.pop(receipt["name"], None)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.started
+
+    @property
+    def device_s(self) -> float:
+        """Device-seconds that the run has held until now."""
+        return self.devices.seconds(time.monotonic()) if self.devices else 0.0
+
+    def busy(self, resources: Resources) -> dict[str, float]:
+        """The share of the run until now in which the workers of a stage were busy: those that there were."""
+        return slowest_stage(self.stage_s, self.slots(resources), self.wall_s)[1]
+
+    def slots(self, resources: Resources) -> dict[str, float]:
+        """How many workers of a stage could be busy at once, on average until now."""
+        return {**resources.slots, **({STAGE_EMBED: self.device_s / self.wall_s} if self.devices else {})}
+
+
+def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: float) -> tuple[str, dict[str, float]]:
+    """The stage whose workers were busy for the largest share of the run, and that share of each.
+
+    Args:
+        stage_s: seconds that a stage's workers worked, all together.
+        slots: how many workers of a stage can run at once.
+        wall_s: how long the run took.
+    """
+    busy = {stage: stage_s[stage] / max(slots[stage] * wall_s, 1e-9) for stage in stage_s}
+    return max(busy, key=lambda stage: busy[stage]), busy

@@ -1,0 +1,279 @@
+"""A shard's tar stream as samples, and the samples as parts.
+
+The key rule is WebDataset's: the member's path up to the first dot of its basename. A sample is a run
+of consecutive members of one key. What `webdataset` drops or refuses becomes a row with a reason: a
+repeated key, a repeated member, a member without an extension, a sample cut short, one without an image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.core.config import Config
+from pipeline.core.errors import SampleError, ShardChangedError, ShardError
+from pipeline.core.schema import (
+    END_BROKEN,
+    END_LAST,
+    END_NONE,
+    STAGE_READ,
+    STAGES,
+    UNKNOWN_INDEX,
+    image_field,
+    part_row,
+    sample_type,
+)
+from pipeline.shards.fields import Sample, find_user_id, kept_field
+from pipeline.shards.find import Pending
+from pipeline.shards.keys import image_rank, printable, split_key
+from pipeline.shards.stream import ShardStream
+from pipeline.shards.tars import Member, iter_members
+
+# Members of one sample; what it may keep in memory has a bound, whatever a shard says.
+MAX_SAMPLE_MEMBERS = 10_000
+# A part ends early, by content alone, where its images and texts would take more memory than this.
+MAX_PART_BYTES = 512 * 2**20
+
+
+class SampleReader:
+    """Reads shards by the rules of one job's `config`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        fields = [*config.keep, *([config.id] if config.id else [])]
+        self._metadata = {item.member.lower() for item in fields}
+        self._type = sample_type(image_field(), config.kept_columns)
+
+    def _wanted(self, name: str) -> bool:
+        split = split_key(name)
+        if split is None:
+            return False
+        return split[1].lower() in self._metadata or image_rank(split[1], self._config.image_member) is not None
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Shards (`SHARD_SCHEMA`) in, their parts out, as soon as each is read."""
+        for row in table.to_pylist():
+            yield from self.parts(Pending(**{**row, "stored_parts": tuple(row["stored_parts"])}))
+
+    def parts(self, shard: Pending) -> Iterator[pa.Table]:
+        """Yield the shard's parts that are not stored yet, each a table of one row.
+
+        The last one says how the shard ended: proven (`last`), or `broken` with the fault. All
+        samples that can be read are in some part, whatever happens after them.
+        """
+        builder = _PartBuilder(shard, self._type)
+        fault: ShardError | None = None
+        ignored = 0
+        with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
+            try:
+                for sample in self._samples(stream):
+                    if sample is None:
+                        ignored += 1
+                        continue
+                    if builder.is_full(self._config.part_rows):
+                        stream.check_unchanged()
+                        yield from builder.finish(END_NONE, stream.position)
+                    builder.add(*self._row(sample))
+                stream.check_unchanged()
+            except ShardError as error:
+                fault = _confirmed(error, stream)
+                if isinstance(fault, ShardChangedError):
+                    builder.discard()
+            if fault is not None and builder.stored_reach_further:
+                builder.go_after_stored()
+            yield from builder.finish(END_LAST if fault is None else END_BROKEN, stream.position, fault, ignored)
+
+    def _samples(self, stream: ShardStream) -> Iterator[Sample | None]:
+        """Yield each sample when it is complete, and None for each ignored member."""
+        current: Sample | None = None
+        fault: ShardError | None = None
+        members = iter_members(stream, self._wanted, self._config.max_image_bytes)
+        while True:
+            try:
+                member = next(members, None)
+            except ShardError as error:
+                fault = error
+                break
+            if member is None:
+                break
+            split = split_key(member.name)
+            if split is None:
+                yield None
+                continue
+            key, extension = split
+            if current is None or current.key != key:
+                if current is not None:
+                    yield current
+                current = Sample(key, first_name=member.name)
+            self._add(current, member, extension)
+        if current is not None:
+            yield current
+        if fault is not None:
+            raise fault
+
+    def _add(self, sample: Sample, member: Member, extension: str) -> None:
+        if member.name in sample.names:
+            sample.problem = f"duplicate member: {_shown(member.name)}"
+            return
+        if len(sample.names) >= MAX_SAMPLE_MEMBERS:
+            sample.problem = f"too many members: more than {MAX_SAMPLE_MEMBERS}"
+            return
+        sample.names.add(member.name)
+        if extension.lower() in self._metadata:
+            sample.metadata.setdefault(extension.lower(), member)
+        rank = image_rank(extension, self._config.image_member)
+        if rank is not None and rank < sample.rank:
+            sample.image, sample.rank = member, rank
+
+    def _row(self, sample: Sample) -> tuple[dict[str, Any], str, str | None]:
+        """The sample's row, its key, and its id where that is of its own. Its image is None where it has a reason."""
+        key, own_id = sample.key, None
+        row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "nulls": 0}
+        row["kept"] = [None] * len(self._config.keep)
+        image = sample.image
+        row["member"] = printable(image.name if image is not None else sample.first_name)
+        try:
+            if printable(key) != key:
+                raise SampleError("key is not UTF-8: its bytes are shown escaped")
+            if sample.problem is not None:
+                raise SampleError(sample.problem)
+            if self._config.id is not None:
+                row["image_id"] = own_id = find_user_id(sample, self._config.id)
+            if image is None:
+                extensions = sorted(_shown(name[len(key) + 1 :]) or "none" for name in sample.names)
+                raise SampleError(f"no image: its members have the extensions {', '.join(extensions[:8])}")
+            if image.problem is not None:
+                raise SampleError(f"unreadable member: {image.problem}")
+            for position, item in enumerate(self._config.keep):
+                value, lost = kept_field(sample, item)
+                row["kept"][position] = value
+                row["nulls"] += lost
+            row["image"] = image.data
+        except SampleError as error:
+            row["reason"] = str(error)
+        return row, key, own_id
+
+
+class _PartBuilder:
+    """Collects rows, and cuts them into parts."""
+
+    def __init__(self, shard: Pending, sample_struct: pa.StructType) -> None:
+        self._shard = shard
+        self._type = sample_struct
+        self._stored = set(shard.stored_parts)
+        self._seen: set[int] = set()
+        self._part = 0
+        self._index = 0
+        self._since = time.perf_counter()
+        self._read_to = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._bytes = 0
+        self._nulls = 0
+
+    def discard(self) -> None:
+        """Drop the part collected so far."""
+        self._clear()
+
+    @property
+    def stored_reach_further(self) -> bool:
+        """Whether a part is stored that comes after the one collected, or is it."""
+        return self._part <= max(self._stored, default=-1)
+
+    def go_after_stored(self) -> None:
+        """Drop what is collected, and go on after the last stored part: at which sample that is, is not known."""
+        self._clear()
+        self._part = max(self._stored) + 1
+        self._index = UNKNOWN_INDEX
+
+    def is_full(self, part_rows: int) -> bool:
+        return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES
+
+    def add(self, row: dict[str, Any], key: str, own_id: str | None) -> None:
+        """Add one sample. A key, or an id of its own, seen before in this shard makes it a row with a reason."""
+        for kind, name in (("key", key), ("id", own_id)):
+            if name is None:
+                continue
+            fingerprint = hash((kind, name))
+            if fingerprint in self._seen:
+                reason = f"repeated {kind}: an earlier sample of this shard has it"
+                row |= {"image": None, "nulls": 0, "reason": reason}
+                break
+            self._seen.add(fingerprint)
+        texts = [row["image_id"], row["member"], *row["kept"]]
+        self._bytes += len(row["image"] or b"") + sum(len(text.encode()) for text in texts if isinstance(text, str))
+        self._nulls += row["nulls"]
+        self._rows.append(row)
+
+    def finish(
+        self, end: str, position: int, fault: ShardError | None = None, ignored: int = 0
+    ) -> Iterator[pa.Table]:
+        """Yield the part collected so far, unless it is stored already, and begin the next."""
+        first = self._index
+        values = {
+            "name": self._shard.name,
+            "url": self._shard.url,
+            "num_bytes": self._shard.num_bytes,
+            "version": self._shard.version,
+            "part": self._part,
+            "first_index": first,
+            "num_samples": len(self._rows),
+            "end": end,
+            "fault": None if fault is None else str(fault),
+            "fault_transient": fault is not None and fault.transient,
+            "ignored_members": ignored,
+            "kept_nulls": self._nulls,
+            "read_bytes": position - self._read_to,
+            **{f"{stage}_s": 0.0 for stage in STAGES},
+        }
+        self._index += len(self._rows)
+        self._part += 1
+        self._read_to = position
+        if values["part"] not in self._stored:
+            samples = _samples_array(self._rows, first, self._type)
+            self._clear()
+            now = time.perf_counter()
+            values[f"{STAGE_READ}_s"] = now - self._since
+            yield part_row(values, samples)
+        self._clear()
+        self._since = time.perf_counter()
+
+
+def _samples_array(rows: list[dict[str, Any]], first: int, kind: pa.StructType) -> pa.StructArray:
+    count = len(rows)
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    reasons = [row.get("reason") for row in rows]
+    kept = zip(*(row["kept"] for row in rows), strict=True) if rows else [[]] * (len(fields) - 6)
+    columns = [
+        list(range(first, first + count)),
+        [row["image_id"] for row in rows],
+        [row["member"] for row in rows],
+        [None if reason is None else STAGE_READ for reason in reasons],
+        reasons,
+        *kept,
+        [row["image"] for row in rows],
+    ]
+    arrays = [pa.array(column, item.type) for column, item in zip(columns, fields, strict=True)]
+    return pa.StructArray.from_arrays(arrays, fields=fields)
+
+
+def _confirmed(error: ShardError, stream: ShardStream) -> ShardError:
+    """`error`, unless the shard is no longer the planned one: then what was read is void."""
+    if isinstance(error, ShardChangedError):
+        return error
+    try:
+        stream.check_unchanged()
+    except ShardChangedError as changed:
+        return changed
+    return error
+
+
+def _shown(name: str) -> str:
+    """A member's name, or a piece of it, as a reason shows it: short, and without control characters."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:100])
+    return shown + ("..." if len(name) > 100 else "")

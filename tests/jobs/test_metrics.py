@@ -1,0 +1,97 @@
+"""What Prometheus sees of a run, scraped from Ray as it does, and the dashboard that shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from jobs.support.metrics import Metrics
+from pipeline.core.config import parse
+from pipeline.planning.job import prepare
+from pipeline.planning.plan import make_plan
+from pipeline.run.passes import Watcher, run
+from tests.conftest import ROOT, sample_members, write_shards, write_tar
+
+_SAMPLE = re.compile(r"(?P<name>\w+)\{(?P<tags>[^}]*)\} (?P<value>\S+)")
+
+
+def scrape() -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Every sample that this machine's Ray exports, by metric."""
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for match in _SAMPLE.finditer(text):
+        tags = dict(re.findall(r'(\w+)="([^"]*)"', match["tags"]))
+        found.setdefault(match["name"], []).append((tags, float(match["value"])))
+    return found
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_shows(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=2, samples_each=4)
+    write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
+    settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
+    job = prepare(parse({"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), **settings}))
+    metrics = Metrics(job.run)
+    watcher = Watcher(
+        lambda job, resources: metrics.resources(resources),
+        lambda number, pending: metrics.begin_pass(len(pending)),
+        metrics.part,
+    )
+    report = run(job, make_plan(job.shards, job.config.output), watcher)
+
+    def ours(name: str, **tags: str) -> list[float]:
+        wanted = {"run": report["run"], **tags}
+        return [value for has, value in found.get(name, ()) if wanted.items() <= has.items()]
+
+    deadline = time.monotonic() + 60
+    while True:
+        found = scrape()
+        if ours("ray_embed_images_total") == [9.0] or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert ours("ray_embed_images_total") == [9.0]
+    assert ours("ray_embed_errors_total", reason="not an image of a known format") == [1.0]
+    assert ours("ray_embed_read_bytes_total") == [float(report["read_bytes"])]
+    assert ours("ray_embed_written_bytes_total") == [float(report["written_bytes"])]
+    assert ours("ray_embed_pending_shards") == [0.0]
+    (busy,) = ours("ray_embed_stage_busy_ratio", stage="embed")
+    assert 0.0 < busy <= 1.0
+    named = set(re.findall(r"\bray_embed_\w+", (ROOT / "infra" / "README.md").read_text()))
+    assert len(named) >= 6
+    assert named <= found.keys(), f"the README names metrics that no run exports: {named - found.keys()}"
+    for query, labels in queries_of_dashboard():
+        for metric in re.findall(r"\bray_\w+", query):
+            assert metric in found, f"the dashboard names a metric that no run exports: {metric}"
+            assert all(labels <= tags.keys() for tags, _ in found[metric]), query
+
+
+def queries_of_dashboard() -> list[tuple[str, set[str]]]:
+    """Every query of the dashboard, with the labels that it and its legend name."""
+    dashboard: dict[str, Any] = json.loads((ROOT / "infra" / "grafana.json").read_text())
+    queries = []
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"]
+            matched = re.findall(r"(\w+) *(?:=~|!~|!=|=)", query)
+            kept = re.findall(r"\w+", " ".join(re.findall(r"\bby *\((.*?)\)", query)))
+            shown = re.findall(r"\{\{ *(\w+) *\}\}", target["legendFormat"])
+            # What is summed has no labels but those that it is summed by.
+            assert set(shown) <= set(kept) or "sum" not in query, target
+            queries.append((query, {*matched, *kept, *shown}))
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            found = re.fullmatch(r"label_values\(\w+, (\w+)\)", variable["query"])
+            assert found, variable
+            queries.append((variable["query"], {found[1]}))
+    assert len(queries) >= 8
+    return queries

@@ -1,0 +1,407 @@
+"""`ray job submit` and `jobs/submit.py` against a real Ray head."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import ROOT, S3Server, free_ports, write_shards
+
+pytestmark = pytest.mark.alone
+
+SUBMIT = ROOT / "jobs" / "submit.py"
+BINARIES = Path(sys.executable).parent
+# Ray writes a token to the home folder, and then wants it everywhere, unless told which it is. With PATH as in an
+# activated environment, a shebang finds the Python that has Ray.
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
+    "RAY_AUTH_MODE": "disabled",
+}
+
+
+# submit.py, which waits for an answer for so many seconds rather than a minute.
+LESS_PATIENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from jobs import submit
+submit.QUIET_S = 2.0
+submit.LOST_AFTER_S = submit.ANSWER_WITHIN_S = float(sys.argv[2])
+sys.exit(submit.main(sys.argv[3:]))
+"""
+
+
+def wait_for(happened: Callable[[], Any], timeout_s: float = 60) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            if result := happened():
+                return result
+        time.sleep(0.2)
+    raise AssertionError(f"did not happen within {timeout_s} s")
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """The address of a Ray head that is this module's own, with its own folder, so that none other joins it."""
+    port, dashboard, agent, agent_grpc, client = free_ports(5)
+    # Below /tmp, as the path of a socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        options = [
+            f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}", "--num-cpus=2",
+            "--object-store-memory=80000000", f"--temp-dir={folder}", "--disable-usage-stats",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            [BINARIES / "ray", "start", "--head", "--block", *options],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        address = f"http://127.0.0.1:{dashboard}"
+        try:
+            wait_for(lambda: urllib.request.urlopen(f"{address}/api/jobs/", timeout=5).status == 200, 180)
+            yield address
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start submit.py in a folder of its own, with its output in files beside that folder."""
+    processes = []
+
+    def popen(*arguments: str, patience_s: float | None = None, **environment: str) -> subprocess.Popen[str]:
+        (tmp_path / "work").mkdir(exist_ok=True)
+        command = [str(SUBMIT)] if patience_s is None else ["-c", LESS_PATIENT, str(ROOT), str(patience_s)]
+        process = subprocess.Popen(
+            [sys.executable, *command, *arguments],
+            cwd=tmp_path / "work",
+            env={**ENVIRONMENT, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield popen
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str], str]:
+    """Write `job.py` into the folder that is submitted."""
+
+    def write(text: str) -> str:
+        (tmp_path / "work").mkdir(exist_ok=True)
+        (tmp_path / "work" / "job.py").write_text(text)
+        return "job.py"
+
+    return write
+
+
+def status(head: str, submission_id: str) -> str:
+    with urllib.request.urlopen(f"{head}/api/jobs/{submission_id}", timeout=10) as response:
+        return str(json.load(response)["status"])
+
+
+@pytest.mark.slow
+def test_the_jobs_output_variables_arguments_and_exit_code_come_through(head, start, script, tmp_path):
+    script(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "print('arguments', sys.argv[1:])\n"
+        "print('input', os.environ['EMBED_INPUT'], os.environ.get('EMBED_OUTPUT'))\n"
+        "print('files', sorted(str(p) for p in Path().rglob('*.txt')))\n"
+        "print('a trouble', file=sys.stderr)\n"
+        "sys.exit(7)\n"
+    )
+    for name in ("kept/a.txt", ".venv/b.txt", ".git/c.txt", "demo/d.txt", "kept/demo/e.txt"):
+        path = tmp_path / "work" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    job = start(
+        "--address", head, "--env", "EMBED_INPUT", "--", sys.executable, "job.py", "--backbone", "a b",
+        EMBED_INPUT="s3://bkt/{0..9}.tar", EMBED_OUTPUT="not forwarded",
+    )  # fmt: skip
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 7, err
+    assert "arguments ['--backbone', 'a b']\n" in out
+    assert "input s3://bkt/{0..9}.tar None\n" in out
+    assert "files ['kept/a.txt', 'kept/demo/e.txt']\n" in out
+    assert "a trouble\n" in out
+    assert "FAILED, exit code 7" in err
+
+
+@pytest.mark.slow
+def test_a_submitted_job_reads_and_writes_s3(head: str, s3_server: S3Server, s3_url: str, tmp_path: Path) -> None:
+    """By Ray's own command, as the README has it."""
+    write_shards(tmp_path / "in", num_shards=3, samples_each=6)
+    fs = s3_server.filesystem()
+    fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
+    variables = {**s3_server.environment}
+    variables |= {"EMBED_INPUT": f"{s3_url}/shards/photos-{{00000..00002}}.tar", "EMBED_OUTPUT": f"{s3_url}/out"}
+    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+    submit = [
+        BINARIES / "ray", "job", "submit", f"--address={head}", "--working-dir", ".",
+        "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),
+        "--", "jobs/embed.py", *small, "--part-rows", "4",
+    ]  # fmt: skip
+    done = subprocess.run(submit, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "balanced: every sample is one stored row" in done.stdout
+    fs.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
+    tables = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
+    keys = sorted(key for table in tables for key in table["image_id"].to_pylist())
+    assert keys == [f"{shard:03d}-{i:04d}" for shard in range(3) for i in range(6)]
+    left = (path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert not any(s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() in data for data in left)
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_job_that_a_signal_kills_exits_as_a_shell_says_it(head, start):
+    job = start("--address", head, "--", "sh", "-c", "kill -9 $$")
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 137, err
+
+
+@pytest.mark.slow
+def test_an_id_is_a_lock_and_sigterm_leaves_the_job_running(head, start, script, tmp_path):
+    go_on, started = tmp_path / "go-on", tmp_path / "started"
+    script(
+        "import pathlib, sys, time\n"
+        "go_on, started = map(pathlib.Path, sys.argv[1:])\n"
+        "started.write_text(started.read_text() + 'x' if started.exists() else 'x')\n"
+        "while not go_on.exists():\n    time.sleep(0.1)\n"
+    )
+    arguments = ("--address", head, "--submission-id", "weekly", "--", sys.executable, "job.py", go_on, started)
+    first = start(*map(str, arguments))
+    wait_for(started.exists)
+    second = start(*map(str, arguments))
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "job weekly is RUNNING on this cluster: nothing was started" in err
+
+    first.send_signal(signal.SIGTERM)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 143
+    assert "job weekly goes on" in err
+    assert status(head, "weekly") == "RUNNING"
+    go_on.touch()
+    wait_for(lambda: status(head, "weekly") == "SUCCEEDED")
+
+    third = start(*map(str, arguments))
+    _, err = third.communicate(timeout=60)
+    assert third.returncode == 2
+    assert "job weekly has run on this cluster already (SUCCEEDED)" in err
+    assert started.read_text() == "x"
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_job_where_that_is_asked_for(head, start, script, tmp_path):
+    started, told = tmp_path / "started", tmp_path / "told"
+    script(
+        "import pathlib, signal, sys, time\n"
+        "started, told = map(pathlib.Path, sys.argv[1:])\n"
+        "def end(number, frame):\n    told.touch()\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "started.touch()\n"
+        "time.sleep(300)\n"
+    )
+    job = start(
+        "--address", head, "--submission-id", "stopped", "--stop-on-interrupt", "--",
+        sys.executable, "job.py", str(started), str(told),
+    )  # fmt: skip
+    wait_for(started.exists)
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130, err
+    assert told.exists()
+    assert status(head, "stopped") == "STOPPED"
+
+
+class Proxy:
+    """Hands TCP connections on to a port, until told to cut all that are open, or to hand nothing on any more."""
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.stopped = threading.Event()
+        self.open: list[socket.socket] = []
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self.server.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.open += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self.copy, args=(one, other), daemon=True).start()
+
+    def copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if self.stopped.is_set():
+                    return
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> int:
+        """Cut the open connections, and say how many sockets that were."""
+        cut, self.open = self.open, []
+        for one in cut:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        return len(cut)
+
+
+@pytest.mark.slow
+def test_a_cut_connection_costs_no_line_of_the_log_and_prints_none_twice(head, start, script, tmp_path):
+    script("import time\nfor i in range(60):\n    print(f'line {i}')\n    time.sleep(0.1)\n")
+    proxy = Proxy(int(head.rsplit(":", 1)[1]))
+    job = start(
+        "--address", f"http://127.0.0.1:{proxy.port}", "--submission-id", "cut", "--", sys.executable, "job.py"
+    )
+    wait_for(lambda: status(head, "cut") == "RUNNING")
+    time.sleep(3)
+    assert proxy.cut() > 0
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    lines = [line for line in out.splitlines() if line.startswith("line ")]
+    assert lines == [f"line {i}" for i in range(60)]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_stops_answering_is_given_up_and_the_job_goes_on(head, start, script, tmp_path):
+    go_on = tmp_path / "go-on"
+    script(
+        "import pathlib, sys, time\n"
+        "print('begun')\n"
+        "while not pathlib.Path(sys.argv[1]).exists():\n    time.sleep(0.1)\n"
+    )
+    proxy = Proxy(int(head.rsplit(":", 1)[1]))
+    job = start(
+        "--address", f"http://127.0.0.1:{proxy.port}", "--submission-id", "silent", "--",
+        sys.executable, "job.py", str(go_on), patience_s=5,
+    )  # fmt: skip
+    assert "begun\n" in iter(job.stdout.readline, "")
+    proxy.stopped.set()
+    # Requests that nobody answers are still under way when it ends.
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 69, err
+    assert "nothing heard of job silent for 5 s, it may still run: no answer within 5 s" in err
+    assert status(head, "silent") == "RUNNING"
+    go_on.touch()
+    wait_for(lambda: status(head, "silent") == "SUCCEEDED")
+
+
+@pytest.mark.slow
+def test_a_quiet_job_is_not_taken_for_a_lost_cluster(head, start, script):
+    script("import sys, time\nprint('begun')\ntime.sleep(12)\nsys.exit(7)\n")
+    job = start("--address", head, "--", sys.executable, "job.py", patience_s=8)
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 7, err
+    assert out.count("begun\n") == 1
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_cluster_that_wants_another_token_is_told_apart_from_one_that_is_not_there(start, code):
+    asked = []
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.send_error(code)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        job = start("--address", address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="sesame")
+        _, err = job.communicate(timeout=60)
+        server.shutdown()
+    assert job.returncode == 2
+    assert "RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: Authentication " in err
+    assert "Traceback" not in err
+    assert "sesame" not in err
+    assert asked == ["Bearer sesame"]
+
+
+def test_a_token_that_was_promised_and_is_not_there_is_told_before_anything_is_asked(start, tmp_path):
+    job = start("--address", "http://127.0.0.1:9", RAY_AUTH_MODE="token", HOME=str(tmp_path))
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert "RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: " in err
+    assert "Traceback" not in err
+
+
+def test_a_cluster_that_takes_connections_and_never_answers_is_given_up(start):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        job = start("--address", f"http://127.0.0.1:{server.getsockname()[1]}", patience_s=1)
+        _, err = job.communicate(timeout=60)
+    assert job.returncode == 69
+    assert "the cluster did not answer for 1 s" in err
+
+
+def test_a_cluster_that_is_not_there_is_told_apart_from_a_job_that_failed(start):
+    (port,) = free_ports(1)
+    job = start("--address", f"http://127.0.0.1:{port}")
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 69
+    assert "the cluster cannot be reached" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "EMBED_NOT_SET_ANYWHERE"], "--env must name a variable that is set, got EMBED_NOT_SET_ANYWHERE"),
+        (["--env", "AWS_SECRET_ACCESS_KEY"], "--env must not name a credential, got AWS_SECRET_ACCESS_KEY"),
+        (["--env", "HF_TOKEN"], "--env must not name a credential, got HF_TOKEN"),
+        (["--backbone", "resnet50"], "unrecognized arguments: --backbone resnet50"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_started(start, arguments, message):
+    job = start(*arguments, AWS_SECRET_ACCESS_KEY="sesame", HF_TOKEN="sesame")
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert message in err
+    assert "sesame" not in err
+
+
+def test_help_says_what_each_exit_code_means(start):
+    job = start("--help")
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 0
+    assert "exit codes:" in out
+    assert "--stop-on-interrupt" in out

@@ -1,0 +1,178 @@
+"""What made an output, and who may add to it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.config import parse
+from pipeline.core.errors import OutputError
+from pipeline.decoding.preprocess import Preprocess
+from pipeline.output.fingerprint import Fingerprint, follow, make_fingerprint, read_fingerprint, write_fingerprint
+from pipeline.output.names import RUN_FILE
+from tests.conftest import ROOT
+
+PREPROCESS = Preprocess(256, (224, 224), "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def made(
+    precision: str = "fp32", prefix: str = "s3://bkt/in", versions: str = "2.15", **settings: Any
+) -> Fingerprint:
+    config = parse({"input": ["in"], "output": "out", **settings})
+    return make_fingerprint(
+        config,
+        backbone="resnet18",
+        weights_name="DEFAULT",
+        weights_sha256="ab" * 32,
+        preprocess=PREPROCESS,
+        embedding_shape=(512,),
+        precision=precision,
+        input_prefix=prefix,
+        versions={"torch": versions},
+    )
+
+
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "output") if request.param == "disk" else request.getfixturevalue("s3_url")
+
+
+def test_an_output_says_what_made_it(place: str) -> None:
+    assert read_fingerprint(place) is None
+    asked = made(keep=["cls", "json:a.b=float64"], id="json:id")
+    write_fingerprint(place, asked)
+    assert read_fingerprint(place) == asked
+    assert follow(asked, read_fingerprint(place)) == asked
+
+
+def test_the_digest_is_the_same_in_every_process_and_of_the_settings_alone() -> None:
+    script = "import sys; from tests.output.test_fingerprint import made; sys.stdout.write(made().digest)"
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PYTHONPATH": f"{ROOT}", "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert digests == {made().digest} == {made(versions="3.0").digest}
+    assert Fingerprint(dict(reversed(made().settings.items())), {}).digest == made().digest
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "told"),
+    [
+        ("dtype", {"dtype": "float16"}, 'dtype: output "float32", this run "float16"'),
+        ("features", {"features": "map"}, 'features: output "pooled", this run "map"'),
+        ("normalize", {"normalize": True}, "normalize: output false, this run true"),
+        ("part_rows", {"part_rows": 5}, "part_rows: output 1024, this run 5"),
+        ("id", {"id": "json:id"}, 'id: output "key", this run "json:id=string"'),
+        ("keep", {"keep": ["cls"]}, 'keep: output [], this run ["cls=int64"]'),
+        ("precision", {"precision": "bf16"}, 'precision: output "fp32", this run "bf16"'),
+        ("prefix", {"prefix": "s3://bkt/other"}, 'input_prefix: output "s3://bkt/in", this run "s3://bkt/other"'),
+        ("max_pixels", {"max_pixels": 1000}, "max_pixels: output 178956970, this run 1000"),
+        ("image_member", {"image_member": "png"}, 'image_member: output null, this run "png"'),
+    ],
+)
+def test_another_setting_is_refused_and_named(name: str, changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(OutputError) as caught:
+        follow(made(**changed), made())
+    assert str(caught.value).splitlines()[1:] == [f"  {told}"]
+
+
+def test_every_difference_is_named() -> None:
+    with pytest.raises(OutputError) as caught:
+        follow(made(dtype="float16", normalize=True), made("bf16"))
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
+        "dtype",
+        "normalize",
+        "precision",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"limit": 3}, {"actors": "4"}, {"batch_size": 3}, {"device": "cpu"}, {"max_passes": 9}]
+)
+def test_what_does_not_change_a_vector_may_differ(changed: dict[str, Any]) -> None:
+    assert follow(made(**changed), made()).digest == made().digest
+
+
+def test_other_versions_may_go_on_and_are_told_as_their_own() -> None:
+    assert follow(made(versions="3.0"), made()).versions["torch"] == "3.0"
+
+
+def test_the_batch_size_of_an_output_is_told_to_who_goes_on() -> None:
+    begun = Fingerprint(made().settings, {"torch": "2.15", "batch_size_cuda": "512"})
+    assert follow(made(versions="3.0", batch_size="auto"), begun).versions["batch_size_cuda"] == "512"
+    assert follow(made(versions="3.0"), begun).versions["torch"] == "3.0"
+
+
+def test_decoding_on_the_cpu_is_not_said_and_on_a_device_is_another_setting() -> None:
+    assert "decode" not in made(decode="cpu").settings
+    # As outputs of before there was a choice have it.
+    assert made().digest == "b6e8ba73d5a0039258a7173e7e977bbd89a5639affc6504a58fded4ce47629cd"
+    with pytest.raises(OutputError, match='decode: output null, this run "gpu"'):
+        follow(made(decode="gpu"), made())
+    assert follow(made(decode="gpu"), made(decode="gpu")).settings["decode"] == "gpu"
+
+
+def test_an_automatic_precision_follows_the_output() -> None:
+    assert follow(made("auto"), None).settings["precision"] == "auto"
+    assert follow(made("auto"), made("bf16")) == made("bf16")
+    assert follow(made("auto"), made("fp32")).digest == made("fp32").digest
+    with pytest.raises(OutputError, match='precision: output "bf16", this run "fp32"'):
+        follow(made("fp32"), made("bf16"))
+
+
+def test_a_setting_of_another_release_is_a_difference() -> None:
+    older = Fingerprint({key: value for key, value in made().settings.items() if key != "max_pixels"}, {})
+    with pytest.raises(OutputError, match="max_pixels: output null, this run 178956970"):
+        follow(made(), older)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        "null",
+        "{}",
+        '{"settings": {}}',
+        '{"settings": 5, "versions": {}, "fingerprint": ""}',
+        '{"settings": {}, "versions": [], "fingerprint": ""}',
+        '{"settings": {}, "versions": {}}',
+        "[" * 100_000,
+        "\udcff",
+    ],
+)
+def test_a_broken_run_file_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / RUN_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(OutputError, match=r"run\.json is not a run\.json of this pipeline"):
+        read_fingerprint(str(tmp_path))
+
+
+def test_a_run_file_that_another_run_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    write_fingerprint(str(tmp_path), made("fp32"))
+    before = (tmp_path / RUN_FILE).read_bytes()
+    write_fingerprint(str(tmp_path), made("fp32"))
+    with pytest.raises(OutputError, match='precision: output "fp32", this run "bf16"'):
+        write_fingerprint(str(tmp_path), made("bf16"))
+    assert (tmp_path / RUN_FILE).read_bytes() == before
+
+
+def test_a_run_file_edited_by_hand_is_refused(tmp_path: Path) -> None:
+    write_fingerprint(str(tmp_path), made())
+    run = json.loads((tmp_path / RUN_FILE).read_text())
+    run["settings"]["dtype"] = "float16"
+    (tmp_path / RUN_FILE).write_text(json.dumps(run))
+    with pytest.raises(OutputError, match="was changed by hand"):
+        read_fingerprint(str(tmp_path))

@@ -1,0 +1,125 @@
+"""The code in docs/readers.md, as it stands there, run with the real packages on real outputs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.output.parts import vectors
+from tests.conftest import ROOT, write_shards
+from tests.outputs import embed
+
+TESTED, _, UNTESTED = (ROOT / "docs" / "readers.md").read_text().partition("## Not tested here")
+CODE = dict(re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```", TESTED, re.DOTALL | re.MULTILINE))
+MODULES = {
+    "PyArrow": "pyarrow", "DuckDB": "duckdb", "Polars": "polars", "pandas": "pandas",
+    "Hugging Face datasets": "datasets", "LanceDB": "lancedb", "FAISS": "faiss", "Ray Data": "ray",
+}  # fmt: skip
+WIDENS = ("DuckDB", "FAISS", "Hugging Face datasets")
+QUERY = 1
+
+
+@pytest.fixture(scope="module", params=["float32", "float16"])
+def output(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output of three shards, of which one is in a folder, with a kept field."""
+    folder = tmp_path_factory.mktemp("readers")
+    write_shards(folder / "in", num_shards=2)
+    write_shards(folder / "in" / "deeper" / "still", num_shards=1)
+    embed(folder / "in", folder / request.param, dtype=request.param, keep=["cls"])
+    return folder / request.param
+
+
+def run_code(name: str, output: Path, scratch: Path) -> tuple[dict[str, Any], list[str], np.ndarray[Any, Any]]:
+    """What the code of a reader defines; and the ids and embeddings that are stored, part by part."""
+    importlib.import_module("pyarrow.dataset")
+    parts = [pq.read_table(path) for path in sorted((output / "embeddings").rglob("*.parquet"))]
+    ids = [
+        f"{row['shard']}|{row['image_id']}" for part in parts for row in part.drop_columns("embedding").to_pylist()
+    ]
+    stored = np.concatenate([vectors(part) for part in parts])
+    names = {"OUTPUT": str(output), "SCRATCH": str(scratch), "C": stored.shape[1]}
+    names["query"] = stored[QUERY].astype(np.float32)
+    exec(compile(CODE[name], f"readers.md, {name}", "exec"), names)
+    return names, [image_id.partition("|")[2] for image_id in ids], stored
+
+
+def check(name: str, output: Path, scratch: Path) -> None:
+    found, ids, stored = run_code(name, output, scratch)
+    assert sorted(found["ids"]) == sorted(ids)
+    assert found["vectors"].shape == stored.shape
+    is_widened = name in WIDENS
+    assert found["vectors"].dtype == (np.float32 if is_widened else stored.dtype)
+    # The order of the parts is the reader's own: an id is in two shards here, with the same image.
+    by_id = {
+        image_id: row.tobytes() for image_id, row in zip(ids, stored.astype(found["vectors"].dtype), strict=True)
+    }
+    assert [by_id[image_id] for image_id in found["ids"]] == [row.tobytes() for row in found["vectors"]]
+    if "nearest" in found:
+        unit = stored.astype(np.float64)
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        scores = unit @ unit[QUERY]
+        expected = [ids[row] for row in np.argsort(-scores, kind="stable")[:5]]
+        assert sorted(found["nearest"]) == sorted(expected)
+        assert found["nearest"][0] == ids[QUERY]
+
+
+def test_every_reader_of_the_table_has_code_that_is_run() -> None:
+    table = re.findall(r"^\| ([A-Z][^|]+|pandas) \|", TESTED, re.MULTILINE)
+    assert [name.strip() for name in table] == list(CODE) == list(MODULES)
+    assert "```" not in UNTESTED
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "Ray Data"])
+def test_the_same_ids_and_embeddings_arrive(name: str, output: Path, tmp_path: Path) -> None:
+    pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install 'shard-embedder[readers]'")
+    check(name, output, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_same_ids_and_embeddings_arrive_in_ray(ray_session: None, output: Path, tmp_path: Path) -> None:
+    check("Ray Data", output, tmp_path)
+
+
+def one_part(output: Path, tmp_path: Path) -> tuple[Path, Any]:
+    """An output of one part alone, and its table as PyArrow reads it."""
+    part = min((output / "embeddings").rglob("*.parquet"))
+    (tmp_path / "embeddings").mkdir()
+    (tmp_path / "embeddings" / part.name).write_bytes(part.read_bytes())
+    return tmp_path, pq.read_table(part)
+
+
+def address(table: Any) -> int:
+    """Where Arrow holds the embeddings of a table of one piece."""
+    (chunk,) = table["embedding"].chunks
+    found: int = chunk.values.buffers()[1].address
+    return found
+
+
+def test_numpy_sees_the_memory_of_arrow(output: Path, tmp_path: Path) -> None:
+    alone, _ = one_part(output, tmp_path)
+    found, _, _ = run_code("PyArrow", alone, tmp_path)
+    assert found["vectors"].ctypes.data == address(found["table"])
+
+
+def test_polars_and_numpy_see_the_memory_of_arrow(output: Path, tmp_path: Path) -> None:
+    pl = pytest.importorskip("polars", reason="Polars is not installed: pip install 'shard-embedder[readers]'")
+    _, table = one_part(output, tmp_path)
+    frame = pl.from_arrow(table)
+    assert frame["embedding"].to_numpy(allow_copy=False).ctypes.data == address(table)
+
+
+def test_faiss_searches_the_memory_of_arrow(output: Path, tmp_path: Path) -> None:
+    faiss = pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'shard-embedder[index]'")
+    alone, _ = one_part(output, tmp_path)
+    found, _, _ = run_code("PyArrow", alone, tmp_path)
+    values = found["vectors"]
+    if values.dtype == np.float32:
+        # The pointer that FAISS is given for an array.
+        assert int(faiss.swig_ptr(values)) == address(found["table"])
+        assert faiss.knn(values, values, 1)[1][:, 0].tolist() == list(range(len(values)))

@@ -1,0 +1,98 @@
+"""What a run counts while it goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.config import parse
+from pipeline.core.schema import END_LAST, END_NONE, STAGES
+from pipeline.planning.nodes import DeviceTime
+from pipeline.planning.resources import divide
+from pipeline.run.tally import Tally
+from pipeline.run.timeline import MAX_STEPS, Timeline
+
+
+def receipt(**changes: Any) -> dict[str, Any]:
+    counts = dict.fromkeys(("read_bytes", "written_bytes", "kept_nulls", "ignored_members"), 0)
+    times = {f"{stage}_s": 0.25 for stage in STAGES}
+    part = {
+        "name": "a",
+        "end": END_NONE,
+        "num_samples": 4,
+        "num_embedded": 4,
+        "reasons": [],
+        "error_ids": [],
+        "fault": None,
+    }
+    return {**counts, **times, **part, **changes}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 1e7), st.integers(0, 2000), st.floats(0, 100)),
+        min_size=1,
+        max_size=60,
+    )
+)
+def test_a_timeline_loses_nothing_and_stays_small_however_long_a_run_is(
+    parts: list[tuple[float, int, float]],
+) -> None:
+    timeline = Timeline()
+    for at_s, images, busy_s in sorted(parts):
+        timeline.add(at_s, images, dict.fromkeys(STAGES, busy_s))
+    told = timeline.as_dict()
+    assert sum(told["images"]) == sum(images for _, images, _ in parts)
+    assert len(told["images"]) <= MAX_STEPS
+    for stage in STAGES:
+        assert len(told["busy_s"][stage]) == len(told["images"])
+        assert sum(told["busy_s"][stage]) == pytest.approx(sum(busy_s for _, _, busy_s in parts), abs=0.15)
+    # The last step is that of the last part.
+    assert int(max(at_s for at_s, _, _ in parts) / told["step_s"]) == len(told["images"]) - 1
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_a_part_stays_in_its_own_time_when_steps_are_put_together() -> None:
+    timeline = Timeline()
+    timeline.add(0.1, 5, dict.fromkeys(STAGES, 0.0))
+    timeline.add(119.9, 7, dict.fromkeys(STAGES, 0.0))
+    assert timeline.step_s == 0.5
+    timeline.add(120.1, 11, dict.fromkeys(STAGES, 0.0))
+    told = timeline.as_dict()
+    assert told["step_s"] == 1.0
+    assert {step: images for step, images in enumerate(told["images"]) if images} == {0: 5, 119: 7, 120: 11}
+
+
+def test_the_timeline_has_what_the_sums_have() -> None:
+    tally = Tally()
+    for _ in range(3):
+        tally.add(receipt())
+    tally.add(
+        receipt(
+            num_embedded=1,
+            reasons=["broken image: a", "broken image: b", "empty: 0 bytes"],
+            error_ids=["x", "y", "z"],
+            end=END_LAST,
+        )
+    )
+    told = tally.timeline.as_dict()
+    assert sum(told["images"]) == tally.num_embedded == 13
+    assert {stage: sum(steps) for stage, steps in told["busy_s"].items()} == tally.stage_s
+    assert tally.reasons == {"broken image": 2, "empty": 1}
+    assert tally.examples["broken image"] == "a, x: broken image: a"
+
+
+def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were_asked_for() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 1.0}]
+    resources, _ = divide(parse({"input": ["in"], "output": "out", "device": "cuda", "actors": "1:4"}), nodes)
+    tally = Tally(started=time.monotonic() - 100)
+    tally.add(receipt(embed_s=50.0))
+    assert tally.busy(resources)["embed"] == pytest.approx(50 / 400, rel=0.05)
+    tally.devices = DeviceTime(resources.requests[0], 4, tally.started, nodes)
+    assert tally.busy(resources)["embed"] == pytest.approx(50 / 100, rel=0.05)

@@ -1,0 +1,1 @@
+"""Tests of whole jobs: faults, kills, clusters, docs and deployment."""
