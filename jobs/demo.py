@@ -26,9 +26,9 @@ from PIL import Image
 
 from jobs.support.command import Parser, local_path
 from jobs.support.photos import NUM_VIEWS, make_views
-from pipeline.core import words
 from pipeline.core.config import Config, Field
 from pipeline.core.errors import InputError, OutputError, PipelineError, WeightsError
+from pipeline.core.formatting import format_count
 from pipeline.core.schema import EMBEDDING, IMAGE_ID
 from pipeline.output.names import EMBEDDINGS
 from pipeline.pages.sheet import Sheet
@@ -275,7 +275,7 @@ def show_parquet(output: Path) -> None:
     rows = sum(map(len, tables))
     say = _OUT.print
     say(
-        f"\n{folder}: {words.count(rows, 'row')} in {words.count(len(parts), 'part')}, {num_bytes / 1e6:.1f} MB",
+        f"\n{folder}: {format_count(rows, 'row')} in {format_count(len(parts), 'part')}, {num_bytes / 1e6:.1f} MB",
         style="bold",
         markup=False,
     )

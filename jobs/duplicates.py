@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from jobs.support.command import Parser, check_file, check_page, not_empty
 from jobs.support.progress import ShownProgress, plain_console
-from pipeline.core import words
 from pipeline.core.errors import PipelineError
+from pipeline.core.formatting import format_count
 
 if TYPE_CHECKING:
     from pipeline.retrieval.duplicates import Found
@@ -84,8 +84,8 @@ def parser() -> Parser:
 def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
     """What was found, by an index of `facts` or by comparing all: to print and for the page."""
     lines = [
-        f"{words.count(found.num_pairs, 'pair')} of cosine {threshold:g} and above "
-        f"among {words.count(found.num_rows, 'embedding')}"
+        f"{format_count(found.num_pairs, 'pair')} of cosine {threshold:g} and above "
+        f"among {format_count(found.num_rows, 'embedding')}"
     ]
     if found.num_true is not None:
         shares = [
@@ -100,7 +100,7 @@ def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
         )
     if found.truncated:
         lines.append(
-            f"{words.count(found.truncated, 'embedding')} with more near-duplicates than were looked for: "
+            f"{format_count(found.truncated, 'embedding')} with more near-duplicates than were looked for: "
             "pairs are missing"
         )
     return lines

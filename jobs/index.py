@@ -15,8 +15,8 @@ import rich.console
 
 from jobs.support.command import Parser, not_empty
 from jobs.support.progress import ShownProgress, plain_console
-from pipeline.core import words
 from pipeline.core.errors import PipelineError, SettingsError
+from pipeline.core.formatting import format_size
 
 if TYPE_CHECKING:
     from pipeline.retrieval.build import Built
@@ -78,7 +78,7 @@ def show(built: Built, index: str, out: rich.console.Console) -> None:
     width = f", search width {facts.width}" if facts.width else ""
     recall = f"{facts.recall:.3f} of exact search, on {facts.recall_queries} of its rows{width}"
     rows = [
-        ("index", f"{index}, {words.size(size)}"),
+        ("index", f"{index}, {format_size(size)}"),
         ("kind", f"{facts.kind}{lists}, {facts.metric}, {facts.num_features} features"),
         ("rows", f"{facts.num_rows}, {built.num_added} of them added now"),
         ("recall@10", recall if facts.recall_queries else "not measured: there is no other row to find"),

@@ -17,8 +17,8 @@ from rich.filesize import decimal
 
 from jobs.support.command import Parser, at_least, check_file, not_empty
 from jobs.support.progress import ShownProgress, plain_console
-from pipeline.core import words
 from pipeline.core.errors import PipelineError
+from pipeline.core.formatting import format_count
 from pipeline.core.storage import join
 from pipeline.verify.findings import RULES, Verdict, one_line
 from pipeline.verify.proof import THREADS, verify
@@ -110,7 +110,7 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
     if verdict.mended_by_a_run:
         then = "then run" if verdict.to_delete() else "run"
         out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing")
-    wrong = f"NOT PROVEN: {words.count(len(verdict.findings), 'finding')} in {verdict.output}"
+    wrong = f"NOT PROVEN: {format_count(len(verdict.findings), 'finding')} in {verdict.output}"
     out.print(f"proven: {verdict.output}" if verdict.proven else wrong)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from pipeline.core import words
 from pipeline.core.errors import ClusterError
+from pipeline.core.formatting import format_size
 from pipeline.core.redact import describe
 
 _SHARED_MEMORY = "/dev/shm"
@@ -58,6 +58,6 @@ def _store_on_disk() -> str | None:
     if size >= store:
         return None
     return (
-        f"{_SHARED_MEMORY} has {words.size(size)}, so Ray keeps its objects on disk: give it {words.size(store)} "
+        f"{_SHARED_MEMORY} has {format_size(size)}, so Ray keeps its objects on disk: give it {format_size(store)} "
         "(docker run --shm-size, in Kubernetes a volume with medium: Memory)"
     )

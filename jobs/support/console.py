@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from jobs.support.progress import LINE_EVERY_S, plain_console
-from pipeline.core import words
 from pipeline.core.config import AUTO
+from pipeline.core.formatting import format_count, format_size
 from pipeline.core.redact import redact
 from pipeline.core.schema import SHARD_FAULT
 
@@ -78,7 +78,7 @@ class Console:
         say(f"backbone  {job.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
         kind = f"{settings['features']} [{shape}] {settings['dtype']}"
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")
-        say(f"input     {' '.join(job.config.input)}: {words.count(len(job.shards), 'shard')}")
+        say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
         say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))
         more = [
             f"{len(names)} {what}"
@@ -88,17 +88,17 @@ class Console:
         say(
             f"shards    {plan.num_done} done, {len(plan.pending)} pending"
             + (f" ({', '.join(more)})" if more else "")
-            + f", {words.size(plan.pending_bytes)} to read"
+            + f", {format_size(plan.pending_bytes)} to read"
         )
         if job.config.limit is not None and job.config.limit < len(plan.pending):
             now = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
-            say(f"limit     {job.config.limit} of these in this run, {words.size(now)} to read")
+            say(f"limit     {job.config.limit} of these in this run, {format_size(now)} to read")
         if estimated is not None and plan.pending:
             if estimated.seconds is None:
                 took = "by the front of the first shard; no run of this output tells how fast they go"
             else:
                 took = f"{human_s(estimated.seconds)} at the rate of the last run, start-up included"
-            say(f"estimate  {words.count(estimated.num_samples, 'sample')}, {took}")
+            say(f"estimate  {format_count(estimated.num_samples, 'sample')}, {took}")
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
 
@@ -202,7 +202,7 @@ class Console:
         self._num_shards = len(pending)
         self._show()
         if number > 1:
-            self._out.print(f"pass {number}: {words.count(len(pending), 'shard')} not complete, which run again")
+            self._out.print(f"pass {number}: {format_count(len(pending), 'shard')} not complete, which run again")
 
     def part(self, tally: Tally) -> None:
         """Show that one more part is stored."""
@@ -261,7 +261,7 @@ class Console:
 
     def nothing_to_do(self, num_shards: int) -> None:
         """Say that every shard was done before."""
-        self._out.print(f"nothing to do: {words.count(num_shards, 'shard')}, all done")
+        self._out.print(f"nothing to do: {format_count(num_shards, 'shard')}, all done")
 
     @staticmethod
     def _price(report: dict[str, Any]) -> list[tuple[str, str]]:

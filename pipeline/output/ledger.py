@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipeline.core import words
 from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe
 from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
 from pipeline.core.storage import FileInfo, join, list_files, locate, without_gc
@@ -122,8 +122,8 @@ def _count_shard(
             num_faults = 1 if name.end == END_BROKEN else 0
             if facts.num_rows + num_errors != num_samples + num_faults:
                 raise OutputError(
-                    f"{name} has {words.count(facts.num_rows, 'embedding')} and {words.count(num_errors, 'error')} "
-                    f"for {words.count(num_samples, 'sample')}"
+                    f"{name} has {format_count(facts.num_rows, 'embedding')} and {format_count(num_errors, 'error')} "
+                    f"for {format_count(num_samples, 'sample')}"
                 )
             counts.num_samples += num_samples
             counts.num_embedded += facts.num_rows

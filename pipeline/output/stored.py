@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core import words
 from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe
 from pipeline.core.schema import EMBEDDING, END_NONE, IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.core.storage import join, read_bytes
@@ -96,7 +96,7 @@ def list_stored(output: Output) -> list[StoredPart]:
     twice = sorted(shard for shard, versions in tags.items() if len(versions) > 1)
     if twice:
         raise OutputError(
-            f"{words.count(len(twice), 'shard')} stored in two versions, such as {twice[0]!r}: a run has replaced "
+            f"{format_count(len(twice), 'shard')} stored in two versions, such as {twice[0]!r}: a run has replaced "
             "a shard and is not done; run embed.py to its end first"
         )
     return [part for _, part in sorted(found)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.core import words
+from pipeline.core.formatting import format_count, format_share
 from pipeline.pages.charts import Axis, axis, bars, dots, number, plot, round_step
 from pipeline.pages.html import Tile, figure, safe, shown
 from pipeline.pages.previews import Preview, preview, read_fronts
@@ -102,11 +102,11 @@ def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str
 
 def told(sample: Sample) -> str:
     """Where the sample is from, in words."""
-    parts = f"{words.count(sample.num_read, 'part')} of {sample.num_stored:,} that are stored"
+    parts = f"{format_count(sample.num_read, 'part')} of {sample.num_stored:,} that are stored"
     more = " (there are more, which were not listed)" if sample.is_cut else ""
     maps = " Feature maps are averaged over their grid here." if sample.is_map else ""
     return (
-        f"{words.count(len(sample.ids), 'embedding')} from the fronts of {parts}{more}: a look, and no "
+        f"{format_count(len(sample.ids), 'embedding')} from the fronts of {parts}{more}: a look, and no "
         f"measure of the whole.{maps}"
     )
 
@@ -127,7 +127,7 @@ def lengths(sample: Sample) -> str:
     y = axis("embeddings", 0.0, max(counts), 4)
     said = f"from {number(low)} to {number(high)}, median {number(middle)}"
     zeros = int((values == 0).sum())
-    zero = f" {words.count(zeros, 'embedding')} of length 0." if zeros else ""
+    zero = f" {format_count(zeros, 'embedding')} of length 0." if zeros else ""
     chart = plot(x, y, bars(x, y, edges, counts, gap=4), "11rem", f"Histogram of the lengths of embeddings: {said}")
     return f"<p>Lengths {safe(said)}.{zero}</p>{chart}"
 
@@ -141,13 +141,13 @@ def map_of(sample: Sample, pictures: Pictures) -> str:
     x, y = _axes(found)
     shared = sum(found.explained)
     said = (
-        f"The first two principal components (PCA) of the embeddings, scaled to length 1: {words.share(shared)} of "
+        f"The first two principal components (PCA) of the embeddings, scaled to length 1: {format_share(shared)} of "
         "the variance lies in this plane"
     )
     pictured = [row for row, picture in pictures.previews.items() if picture.url is not None]
     others = [(left, up) for left, up in found.points.tolist()]
     over = "".join(_point(sample, pictures, row, found.points, x, y) for row in pictured)
-    chart = plot(x, y, dots(x, y, others), "auto", f"Map of {words.count(len(others), 'embedding')}: {said}", over)
+    chart = plot(x, y, dots(x, y, others), "auto", f"Map of {format_count(len(others), 'embedding')}: {said}", over)
     hint = (
         '<label class="hide"><input type="radio" name="map" checked> no picture</label>'
         if pictured
@@ -163,7 +163,8 @@ def _axes(found: Plane) -> tuple[Axis, Axis]:
     middle, half = (low + high) / 2, (high - low) / 2 * _MARGIN
     tall = max(float(half[1]), float(half[0]) / _RATIO)
     labels = [
-        f"principal component {n + 1} ({words.share(part)} of the variance)" for n, part in enumerate(found.explained)
+        f"principal component {n + 1} ({format_share(part)} of the variance)"
+        for n, part in enumerate(found.explained)
     ]
     reach = (tall * _RATIO, tall)
     first, second = (
@@ -189,7 +190,7 @@ def gallery(sample: Sample, pictures: Pictures) -> str:
     """Queries, each with its nearest."""
     if not pictures.gallery:
         return "<p>Too few embeddings for neighbours.</p>"
-    queries = f"{words.count(len(pictures.gallery), 'embedding')} drawn at random (with a fixed seed), "
+    queries = f"{format_count(len(pictures.gallery), 'embedding')} drawn at random (with a fixed seed), "
     among = f"among the {pictures.num_in_reach:,} of this sample whose images were read"
     if not any(picture.url for picture in pictures.previews.values()):
         among = f"among the {pictures.num_in_reach:,} of this sample; no images could be read"

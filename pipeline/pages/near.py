@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.core import words
+from pipeline.core.formatting import format_count
 from pipeline.output.names import Place
 from pipeline.output.stored import open_output
 from pipeline.pages.html import Tile, document, figure, safe, shown
@@ -100,7 +100,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
         for hit in hits
     ]
     said = [
-        f"{words.count(len(hits), 'query image')} in {words.count(facts.num_rows, 'embedding')} of {facts.output}",
+        f"{format_count(len(hits), 'query image')} in {format_count(facts.num_rows, 'embedding')} of {facts.output}",
         f"{facts.settings['backbone']}, weights {facts.versions.get('weights', '?')}; {facts.kind} index, "
         f"recall@10 {facts.recall:.3f}",
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from pipeline.core import words
+from pipeline.core.formatting import format_count, format_duration, format_share, format_size
 from pipeline.core.redact import describe
 from pipeline.core.storage import write_bytes
 from pipeline.output.names import PAGE_FILE
@@ -119,15 +119,15 @@ def _verdict(report: Mapping[str, Any]) -> tuple[str, str, str]:
     """How it went: how grave, in a word, and in a sentence."""
     shards = report["shards"]
     if not report["balanced"]:
-        missing = f"{words.count(shards['missing'], 'shard')} not complete, " if shards["missing"] else ""
-        found = words.count(report["num_imbalances"], "disagreement")
+        missing = f"{format_count(shards['missing'], 'shard')} not complete, " if shards["missing"] else ""
+        found = format_count(report["num_imbalances"], "disagreement")
         return "bad", "Not balanced", f"{missing}{found} in what is stored. Run the same command again."
     if _was_idle(report):
-        return "", "Nothing to do", f"All {words.count(shards['found'], 'shard')} had been embedded before."
-    rows = f"{words.count(report['embedded'], 'embedding')} and {words.count(report['errors'], 'error')}"
-    balanced = f"Every sample is one stored row: {rows} for {words.count(report['samples'], 'sample')}."
+        return "", "Nothing to do", f"All {format_count(shards['found'], 'shard')} had been embedded before."
+    rows = f"{format_count(report['embedded'], 'embedding')} and {format_count(report['errors'], 'error')}"
+    balanced = f"Every sample is one stored row: {rows} for {format_count(report['samples'], 'sample')}."
     if shards["broken"]:
-        broken = f"{words.count(shards['broken'], 'shard')} could not be read to the end"
+        broken = f"{format_count(shards['broken'], 'shard')} could not be read to the end"
         return (
             "warn",
             "Broken shards",
@@ -139,7 +139,7 @@ def _verdict(report: Mapping[str, Any]) -> tuple[str, str, str]:
 def _header(report: Mapping[str, Any]) -> str:
     kind, word, sentence = _verdict(report)
     when = str(report["started_at"]).replace("T", " ").replace("+00:00", " UTC")
-    sub = f"run {report['run']}, started {when}, {words.seconds(report['wall_s'])}"
+    sub = f"run {report['run']}, started {when}, {format_duration(report['wall_s'])}"
     return (
         f'<header><h1>{safe(report["backbone"], 80)} embeddings</h1><p class="sub">{safe(sub)}</p>'
         f'<p class="verdict {kind}"><b>{word}</b><span>{safe(sentence)}</span></p>{_figures(report)}</header>'
@@ -154,9 +154,9 @@ def _figures(report: Mapping[str, Any]) -> str:
     price = report["price_per_million_images"]
     found = [
         ("embeddings", f"{report['embedded']:,}"),
-        ("errors", f"{errors:,} <small>{words.share(errors / samples) if samples else '-'} of samples</small>"),
+        ("errors", f"{errors:,} <small>{format_share(errors / samples) if samples else '-'} of samples</small>"),
         ("throughput", f"{report['images_per_s']:,} <small>images/s</small>"),
-        ("run time", words.seconds(report["wall_s"])),
+        ("run time", format_duration(report["wall_s"])),
         ("a million images", "-" if million is None else f"{number(million)} <small>device-hours</small>"),
         *(
             []
@@ -201,7 +201,7 @@ def _facts(report: Mapping[str, Any]) -> str:
         ("input", ", ".join(inputs[:5]) + (f" and {len(inputs) - 5:,} more" if len(inputs) > 5 else "")),
         ("output", report["output"]),
         ("shards", ", ".join(parts)),
-        ("read, written", f"{words.size(report['read_bytes'])}, {words.size(report['written_bytes'])}"),
+        ("read, written", f"{format_size(report['read_bytes'])}, {format_size(report['written_bytes'])}"),
         ("fingerprint", report["fingerprint"]),
     ]
     return '<dl class="facts">' + "".join(f"<dt>{name}</dt><dd>{safe(value)}</dd>" for name, value in facts) + "</dl>"
@@ -214,11 +214,11 @@ def _errors(report: Mapping[str, Any]) -> str:
         said = "no sample was read" if _was_idle(report) else "every sample became an embedding"
         return f"<p>No errors: {said}.</p>"
     if not reasons:
-        return f"<p>{words.count(stored, 'error')}, stored before this run, with the reasons in errors/.</p>"
+        return f"<p>{format_count(stored, 'error')}, stored before this run, with the reasons in errors/.</p>"
     reasons.sort(key=lambda item: -item[1])
     rows = "".join(
         f'<tr><td>{safe(reason, 80)}</td><td class="n">{times:,}</td>'
-        f'<td class="n wide">{words.share(times / total)}</td>'
+        f'<td class="n wide">{format_share(times / total)}</td>'
         f"<td>{safe(report['error_examples'].get(reason, ''), 240)}</td></tr>"
         for reason, times in reasons[:MAX_REASONS]
     )
@@ -227,9 +227,10 @@ def _errors(report: Mapping[str, Any]) -> str:
     in_all = (
         ""
         if total == stored
-        else f" The reasons are of what this run stored; {words.count(stored, 'sample')} of its shards failed in all."
+        else " The reasons are of what this run stored; "
+        f"{format_count(stored, 'sample')} of its shards failed in all."
     )
-    more = f"{len(rest):,} more kinds of reason, {words.count(sum(times for _, times in rest), 'error')}"
+    more = f"{len(rest):,} more kinds of reason, {format_count(sum(times for _, times in rest), 'error')}"
     return (
         '<table><thead><tr><th>reason</th><th class="n">errors</th><th class="n wide">of all errors</th>'
         f"<th>an example: shard, image_id, and what was wrong</th></tr></thead><tbody>{rows}</tbody></table>"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.core import words
+from pipeline.core.formatting import format_count, format_duration, format_share
 from pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE, STAGES
 from pipeline.pages.charts import Axis, axis, bars, frame, plot, upright
 from pipeline.pages.html import safe
@@ -73,9 +73,9 @@ def bottleneck(report: Mapping[str, Any]) -> str:
     """What was slowest, in a sentence or two."""
     slowest = report["slowest_stage"]
     busy = min(report["stage_busy"][slowest], 1.0)
-    said = f"{slowest.capitalize()} was the slowest stage: its workers were busy {words.share(busy)} of the time."
+    said = f"{slowest.capitalize()} was the slowest stage: its workers were busy {format_share(busy)} of the time."
     first_s = report["first_part_s"]
-    start = "" if first_s is None else f" The first part was stored after {words.seconds(first_s)}."
+    start = "" if first_s is None else f" The first part was stored after {format_duration(first_s)}."
     late = first_s is not None and first_s > report["wall_s"] / 3
     if busy >= _IDLE_SHARE:
         return f"{said} {_ADVICE[slowest]}{start if late else ''}"
@@ -136,10 +136,10 @@ def _charts(report: Mapping[str, Any], slowest: str) -> str:
     y = axis("images/s", 0.0, max([*bins.images_per_s, 1e-3]), 4)
     first_s = report["first_part_s"]
     mark = "" if first_s is None else upright(x, min(first_s / unit_s, x.high))
-    told = f"Images embedded a second over {words.seconds(bins.edges[-1])}: {report['images_per_s']} on average"
+    told = f"Images embedded a second over {format_duration(bins.edges[-1])}: {report['images_per_s']} on average"
     said = (
         f'<p class="note">{report["images_per_s"]:,} images/s on average over the whole run'
-        + ("" if first_s is None else f"; the dashed line is the first stored part, after {words.seconds(first_s)}")
+        + ("" if first_s is None else f"; the dashed line is the first stored part, after {format_duration(first_s)}")
         + ".</p>"
     )
     rates = plot(x._replace(label=""), y, bars(x, y, edges, bins.images_per_s) + mark, "11rem", told)
@@ -160,7 +160,7 @@ def _busy_over_time(report: Mapping[str, Any], bins: Bins, x: Axis, edges: list[
         back = f'<rect class="row" x="0" y="{top:.0f}" width="1000" height="{tall:.0f}"/>'
         rows.append(f'<g class="{"slowest" if stage == slowest else ""}">{back}{cells}</g>')
     names = [(1 - (row + 0.5) / len(STAGES), stage) for row, stage in enumerate(STAGES)]
-    shares = ", ".join(f"{stage} {words.share(min(share, 1))}" for stage, share in report["stage_busy"].items())
+    shares = ", ".join(f"{stage} {format_share(min(share, 1))}" for stage, share in report["stage_busy"].items())
     label = "busy workers of each stage: from none (no colour) to all (full colour)"
     told = f"Share of each stage's workers that were busy over time; over the whole run: {shares}"
     return frame(x, label, names, "".join(rows), "7rem", told, "")
@@ -171,13 +171,13 @@ def _stages(report: Mapping[str, Any], slowest: str) -> str:
     for stage in STAGES:
         busy, workers = min(report["stage_busy"][stage], 1.0), report["stage_workers"].get(stage, 1.0)
         spent = (
-            f"{words.seconds(report['stage_s'][stage])} of work, up to {words.count(math.ceil(workers), 'worker')}"
+            f"{format_duration(report['stage_s'][stage])} of work, up to {format_count(math.ceil(workers), 'worker')}"
         )
         rows.append(
             f'<div class="stage {"slowest" if stage == slowest else ""}">'
             f"<span>{stage} <small>{_WORK[stage]}</small></span>"
             f'<span class="track" aria-hidden="true"><i style="width:{100 * busy:.1f}%"></i></span>'
-            f'<span class="spent">{words.share(busy)} busy <small>{spent}</small></span></div>'
+            f'<span class="spent">{format_share(busy)} busy <small>{spent}</small></span></div>'
         )
     return f'<div class="stages">{"".join(rows)}</div>'
 

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core import words
 from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.formatting import format_count
 from pipeline.core.storage import TEMPORARY_FOLDER, clear_temporary, write_bytes
 from pipeline.output.stored import Output, StoredPart, list_stored, open_output, stream, unfinished, with_facts
 from pipeline.retrieval.index import (
@@ -234,7 +234,7 @@ def _notes(stored: list[StoredPart]) -> list[str]:
     if not shards:
         return []
     return [
-        f"{words.count(len(shards), 'shard')} not whole yet, such as {shards[0]!r}: what is stored there is indexed"
+        f"{format_count(len(shards), 'shard')} not whole yet, such as {shards[0]!r}: what is stored there is indexed"
     ]
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import ray
 from ray.data import Dataset
 
-from pipeline.core import words
 from pipeline.core.config import Config
 from pipeline.core.errors import ClusterError, SettingsError, ShardError
+from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe, redact
 from pipeline.core.storage import clear_temporary, delete
 from pipeline.embedding.embedder import Source
@@ -158,7 +158,7 @@ def _counted(job: Job, shards: list[Shard], names: set[str], problems: list[str]
     if counts.vanished:
         gone = ", ".join(counts.vanished[:4]) + (" ..." if len(counts.vanished) > 4 else "")
         problems.append(
-            f"{words.count(len(counts.vanished), 'shard')} went from the input before the end of the run: {gone}"
+            f"{format_count(len(counts.vanished), 'shard')} went from the input before the end of the run: {gone}"
         )
     return counts
 

@@ -15,8 +15,8 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core import words
 from pipeline.core.errors import InputError, SettingsError
+from pipeline.core.formatting import format_count
 from pipeline.core.redact import REFUSAL, describe, has_secret
 from pipeline.core.retries import with_retries
 from pipeline.core.storage import FileInfo, list_files, locate, read_bytes, stat, to_url, without_gc
@@ -266,7 +266,7 @@ def _named(fs: fsspec.AbstractFileSystem, named: dict[str, list[str]]) -> Iterat
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         names = ", ".join(to_url(fs, path) for path in sorted(missing)[:4])
         raise InputError(
-            f"{len(missing)} of {words.count(total, 'shard')} named in the input not found: {names}{more}"
+            f"{len(missing)} of {format_count(total, 'shard')} named in the input not found: {names}{more}"
         )
 
 

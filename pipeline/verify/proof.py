@@ -12,8 +12,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.core import words
 from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe
 from pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
 from pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
@@ -136,7 +136,7 @@ def _groups(stored: dict[str, set[PartName]], shards: dict[str, Shard], verdict:
         verdict.find(f"{EMBEDDINGS}/{name}.*", "shard-missing", f"no part of {shards[name].url}")
     if elsewhere and shards:
         verdict.notes.append(
-            f"{words.count(elsewhere, 'shard')} stored and not in this input: not compared with any tar"
+            f"{format_count(elsewhere, 'shard')} stored and not in this input: not compared with any tar"
         )
     verdict.shards = len(tags)
     return groups

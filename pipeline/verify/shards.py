@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
-from pipeline.core import words
 from pipeline.core.errors import ShardError
+from pipeline.core.formatting import format_count
 from pipeline.core.schema import END_BROKEN, END_NONE
 from pipeline.output.names import EMBEDDINGS, ERRORS, PartName
 from pipeline.shards.find import Shard
@@ -127,7 +127,7 @@ def compare(group: Group, parts: list[Part], tar: Tar, verdict: Verdict) -> None
         lost = _lost(parts, tar) if are_whole else []
         if lost:
             names = few(map(ascii, lost))
-            value = f"tarfile finds {words.count(len(lost), 'sample')} in its tar beyond those stored: {names}"
+            value = f"tarfile finds {format_count(len(lost), 'sample')} in its tar beyond those stored: {names}"
             verdict.find(group.where, "tar-count", value)
         return
     if tar.fault is not None:

@@ -15,14 +15,14 @@ from jobs import embed
 from jobs.support import console
 from jobs.support.console import Console, human_s
 from jobs.support.console_json import JsonConsole
-from pipeline.core import words
+from pipeline.core.formatting import format_size
 from pipeline.run.tally import Tally
 from pipeline.shards.find import Pending
 from tests.conftest import sample_members, write_shards, write_tar
 
 
 def test_sizes_and_times_are_shown_as_people_say_them() -> None:
-    assert [words.size(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]
+    assert [format_size(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]
     assert [human_s(n) for n in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
 
 

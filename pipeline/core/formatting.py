@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 
-def count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """`1 shard`, `2,000 shards`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def share(part: float) -> str:
+def format_share(part: float) -> str:
     """0.932 as `93 %`."""
     if 0 < part < 0.01:
         return "under 1 %"
     return f"{100 * part:.0f} %"
 
 
-def seconds(length_s: float) -> str:
+def format_duration(length_s: float) -> str:
     """A length of time by its two largest units."""
     if length_s < 9.95:
         return f"{length_s:.1f} s"
@@ -29,7 +29,7 @@ def seconds(length_s: float) -> str:
     return f"{hours:,} h {minutes} min"
 
 
-def size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
     """Bytes in the largest unit that leaves a number of at least 1."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if num_bytes < 1024:
