@@ -28,7 +28,15 @@ class PrecisionError(SettingsError):
 
 
 class OutputError(SettingsError):
-    """The output was made with another setting, or is not an output of this pipeline."""
+    """The output, or an index, cannot be used: it is none of this pipeline, or cannot be written."""
+
+
+class OtherSettingsError(OutputError):
+    """The output was made with other settings than those asked for."""
+
+
+class StoredDataError(OutputError):
+    """Something stored is not what it should be: it is missing, damaged, or was changed by hand."""
 
 
 class OutputBusyError(PipelineError):
@@ -37,6 +45,18 @@ class OutputBusyError(PipelineError):
 
 class ClusterError(PipelineError):
     """The cluster lacks what the job needs."""
+
+
+class StoreError(PipelineError, OSError):
+    """A disk or an object store refused, failed, or did not answer in time.
+
+    It is an `OSError`, as the faults of a local disk are. `transient` says that each attempt failed with a fault
+    that may pass.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 class ShardError(PipelineError):

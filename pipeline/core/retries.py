@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from botocore.exceptions import (
@@ -16,17 +17,14 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-from pipeline.core.errors import ShardError
+from pipeline.core.errors import StoreError
 from pipeline.core.redact import describe
 
-# No attempt begins later than this after the first.
-RETRY_S = 60.0
-_MAX_PAUSE_S = 8.0
 # Refusals (4xx) that do not mean what was asked, only how it went.
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _PASSING_CODES = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"})
 _LASTING = (
-    ShardError,
+    StoreError,
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
@@ -36,6 +34,21 @@ _LASTING = (
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLimits:
+    """When an object store is given up, and in what pieces it is read."""
+
+    retry_s: float = 60.0  # no attempt begins later than this after the first
+    max_pause_s: float = 8.0  # between two attempts
+    request_timeout_s: float = 20.0  # a request that shows no byte for this long is tried again
+    slowest_bytes_per_s: int = 120_000  # and so is one that moves, but slower than this
+    chunk_bytes: int = 8 * 2**20  # read at once
+
+
+LIMITS = StoreLimits()
+
 _given_up = threading.Event()
 
 
@@ -51,14 +64,14 @@ def _may_pass(error: Exception) -> bool:
     return True
 
 
-def with_retries(what: str, call: Callable[[], _T]) -> _T:
-    """`call()`, again after a fault that may pass, with growing pauses, for `RETRY_S`.
+def with_retries(what: str, call: Callable[[], _T], limits: StoreLimits = LIMITS) -> _T:
+    """`call()`, again after a fault that may pass, with growing pauses, for `limits.retry_s`.
 
     Where this process has just given up a call, the next gets one attempt until one succeeds: a store that is
     away costs a task its patience once, and not for each of its shards.
 
     Raises:
-        ShardError: transient, when every attempt failed.
+        StoreError: transient, when every attempt failed.
         FileNotFoundError, PermissionError and other lasting errors: at once, as they are.
         PermissionError, OSError: at once, where there are no credentials, or no such name can be.
     """
@@ -78,11 +91,11 @@ def with_retries(what: str, call: Callable[[], _T]) -> _T:
             if not _may_pass(error):
                 _given_up.clear()  # the store has answered
                 raise
-            pause = min(_MAX_PAUSE_S, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
+            pause = min(limits.max_pause_s, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)
             elapsed = time.monotonic() - started
-            if elapsed + pause > RETRY_S or _given_up.is_set():
+            if elapsed + pause > limits.retry_s or _given_up.is_set():
                 _given_up.set()
-                raise ShardError(
+                raise StoreError(
                     f"{what} failed {attempt} times in {elapsed:.0f} s, at last with {describe(error)}",
                     transient=True,
                 ) from error

@@ -1,10 +1,8 @@
 """Files on local disk or object storage through fsspec: list, read with retries, write whole or not at all.
 
 There is one layer of retries, `with_retries`: those of s3fs and botocore are switched off, since layers
-multiply. A request that shows no byte for `REQUEST_TIMEOUT_S` is given up; one that goes on slower than
-`SLOWEST_BYTES_PER_S` too; and no attempt begins later than `RETRY_S` after the first. So an endpoint that
-refuses or answers 503 is given up after 60 s, one that swallows requests after 80 s, and the read of one
-chunk ends after 150 s whatever the network does.
+multiply. `StoreLimits` bound it. By default an endpoint that refuses or answers 503 is given up after 60 s, one
+that swallows requests after 80 s, and the read of one chunk ends after 150 s whatever the network does.
 """
 
 from __future__ import annotations
@@ -26,13 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.core.errors import SettingsError
 from pipeline.core.redact import REFUSAL, has_secret
-from pipeline.core.retries import with_retries
+from pipeline.core.retries import LIMITS, StoreLimits, with_retries
 
-CHUNK_BYTES = 8 * 2**20
-# A request that shows no byte for this long is given up and tried again.
-REQUEST_TIMEOUT_S = 20.0
-# So is one that moves, but slower than this.
-SLOWEST_BYTES_PER_S = 120_000
 TEMPORARY_FOLDER = ".tmp"
 _S3 = ("s3", "s3a")
 # S3 allows 5 GiB in one PUT. s3fs sends one PUT below twice its chunk size, else a multipart upload, of
@@ -54,14 +47,14 @@ class FileInfo(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def _filesystem(protocol: str) -> fsspec.AbstractFileSystem:
+def _filesystem(protocol: str, limits: StoreLimits) -> fsspec.AbstractFileSystem:
     if protocol in ("file", "local"):
         return LocalFileSystem(auto_mkdir=False)
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in _S3:
         options["config_kwargs"] = {
-            "connect_timeout": REQUEST_TIMEOUT_S,
-            "read_timeout": REQUEST_TIMEOUT_S,
+            "connect_timeout": limits.request_timeout_s,
+            "read_timeout": limits.request_timeout_s,
             "retries": {"total_max_attempts": 1, "mode": "standard"},
         }
         options["session"] = _s3_session()
@@ -95,7 +88,7 @@ def _parse_time(value: Any) -> datetime:
         return parsed
 
 
-def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def locate(url: str, limits: StoreLimits = LIMITS) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a URL or local path, and the path in it.
 
     Names are taken as they are: `%`, `#` and `?` mean themselves.
@@ -104,14 +97,14 @@ def locate(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         SettingsError: a URL that carries credentials, or of an unknown scheme.
     """
     if "://" not in url:
-        return _filesystem("file"), os.path.abspath(url)
+        return _filesystem("file", limits), os.path.abspath(url)
     scheme, _, rest = url.partition("://")
     authority = rest.split("/", 1)[0]
     if has_secret(url) or "@" in authority or (scheme in _S3 and ":" in authority and authority[:4] != "arn:"):
         raise SettingsError(f"a {scheme}:// URL {REFUSAL}")
     if "::" in scheme or scheme in ("pipe", "exec"):
         raise SettingsError(f"{scheme}:// URLs are not read: name the store itself, such as s3://")
-    fs = _filesystem(scheme)
+    fs = _filesystem(scheme, limits)
     return fs, fs._strip_protocol(url)
 
 
@@ -129,9 +122,9 @@ def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
     return not isinstance(fs.protocol, str) and "s3" in fs.protocol
 
 
-def _within(fs: fsspec.AbstractFileSystem, num_bytes: int = 0) -> dict[str, float]:
+def _within(fs: fsspec.AbstractFileSystem, limits: StoreLimits, num_bytes: int = 0) -> dict[str, float]:
     """Option of a call that ends it after a while; local calls have none."""
-    return {"timeout": 2 * REQUEST_TIMEOUT_S + num_bytes / SLOWEST_BYTES_PER_S} if fs.async_impl else {}
+    return {"timeout": 2 * limits.request_timeout_s + num_bytes / limits.slowest_bytes_per_s} if fs.async_impl else {}
 
 
 def _version(info: dict[str, Any]) -> str:
@@ -146,7 +139,7 @@ def _file_info(info: dict[str, Any]) -> FileInfo:
     return FileInfo(info["name"], int(info["size"] or 0), _version(info))
 
 
-def stat(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo:
+def stat(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS) -> FileInfo:
     """Size and version of one file as they are now; not tried again.
 
     Raises:
@@ -158,27 +151,29 @@ def stat(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo:
             raise FileNotFoundError(f"{path} is a folder")
         return FileInfo(path, status.st_size, str(status.st_mtime_ns))
     fs.invalidate_cache(fs._parent(path))
-    info = fs.info(path, **_within(fs))
+    info = fs.info(path, **_within(fs, limits))
     if info.get("type") == "directory":
         raise FileNotFoundError(f"{path} is a folder")
     return _file_info(info)
 
 
-def list_files(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
+def list_files(
+    fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True, limits: StoreLimits = LIMITS
+) -> Iterator[FileInfo]:
     """Every file below `folder`, in no set order; nothing where there is no such folder.
 
     A link to a file or folder is what it leads to; one that leads nowhere, or to itself, is a file of 0 bytes, so
     that whoever reads it finds out. A link to a folder above itself is not followed.
 
     Raises:
-        PermissionError, ShardError: the folder cannot be listed.
+        PermissionError, StoreError: the folder cannot be listed.
     """
     if isinstance(fs, LocalFileSystem):
         yield from _list_local(folder, recursive)
     elif _is_s3(fs):
-        yield from _list_s3(fs, folder, recursive)
+        yield from _list_s3(fs, folder, recursive, limits)
     else:
-        yield from _list_other(fs, folder, recursive)
+        yield from _list_other(fs, folder, recursive, limits)
 
 
 @contextlib.contextmanager
@@ -219,20 +214,20 @@ def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
                 yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
 
 
-def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> Iterator[FileInfo]:
+def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits: StoreLimits) -> Iterator[FileInfo]:
     """Page by page: `fs.find` would hold every entry as a dictionary, twice."""
     bucket, key, _ = fs.split_path(folder)
     query = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **({} if recursive else {"Delimiter": "/"})}
 
     def page() -> dict[str, Any]:
-        answer: dict[str, Any] = fs.call_s3("list_objects_v2", **query, **_within(fs))
+        answer: dict[str, Any] = fs.call_s3("list_objects_v2", **query, **_within(fs, limits))
         if "IsTruncated" not in answer:
             raise OSError("the answer is not a listing")
         return answer
 
     while True:
         try:
-            answer = with_retries(f"listing s3://{folder}", page)
+            answer = with_retries(f"listing s3://{folder}", page, limits)
         except FileNotFoundError:
             return
         for entry in answer.get("Contents", ()):
@@ -244,11 +239,13 @@ def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> Ite
         query["ContinuationToken"] = answer["NextContinuationToken"]
 
 
-def _list_other(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> Iterator[FileInfo]:
+def _list_other(
+    fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits: StoreLimits
+) -> Iterator[FileInfo]:
     fs.invalidate_cache()
     depth = {} if recursive else {"maxdepth": 1}
     try:
-        found = with_retries(f"listing {folder}", lambda: fs.find(folder, detail=True, **depth))
+        found = with_retries(f"listing {folder}", lambda: fs.find(folder, detail=True, **depth), limits)
     except FileNotFoundError:
         return
     for info in found.values():
@@ -256,50 +253,51 @@ def _list_other(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool) -> 
             yield _file_info(info)
 
 
-def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int) -> bytes:
+def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int, limits: StoreLimits = LIMITS) -> bytes:
     """Bytes `start` to `end`, all of them; not tried again."""
     if end <= start:
         return b""
-    data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, end - start)))
+    data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, limits, end - start)))
     if len(data) != end - start:
         raise ShortReadError(f"asked for bytes {start} to {end}, got {len(data)} bytes")
     return data
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, limits: StoreLimits = LIMITS) -> bytes:
     """A whole file, in chunks of which each is tried again.
 
     Raises:
         FileNotFoundError, PermissionError: at once.
-        ShardError: what may pass did not.
+        StoreError: what may pass did not.
     """
-    fs, path = locate(url)
-    size = with_retries(f"reading {url}", lambda: stat(fs, path)).num_bytes
+    fs, path = locate(url, limits)
+    size = with_retries(f"reading {url}", lambda: stat(fs, path, limits), limits).num_bytes
     chunks = [
         with_retries(
             f"reading {url}",
-            functools.partial(read_range, fs, path, start, min(start + CHUNK_BYTES, size)),
+            functools.partial(read_range, fs, path, start, min(start + limits.chunk_bytes, size), limits),
+            limits,
         )
-        for start in range(0, size, CHUNK_BYTES)
+        for start in range(0, size, limits.chunk_bytes)
     ]
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def read_tail(url: str, num_bytes: int, size: int | None = None) -> bytes:
+def read_tail(url: str, num_bytes: int, size: int | None = None, limits: StoreLimits = LIMITS) -> bytes:
     """The last `num_bytes` bytes of a file, or all of a shorter one. Raises as `read_bytes` does.
 
     `size` is the file's, where it is known: that saves a request.
     """
-    fs, path = locate(url)
+    fs, path = locate(url, limits)
 
     def tail() -> bytes:
-        end = stat(fs, path).num_bytes if size is None else size
-        return read_range(fs, path, max(0, end - num_bytes), end)
+        end = stat(fs, path, limits).num_bytes if size is None else size
+        return read_range(fs, path, max(0, end - num_bytes), end, limits)
 
-    return with_retries(f"reading the end of {url}", tail)
+    return with_retries(f"reading the end of {url}", tail, limits)
 
 
-def write_bytes(root: str, name: str, data: bytes) -> None:
+def write_bytes(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS) -> None:
     """Write `root`/`name` so that it is there whole or not at all: by rename, or by one PUT.
 
     On local disk the bytes go through `root`/.tmp, so that a death leaves nothing elsewhere. A PUT that is
@@ -308,12 +306,16 @@ def write_bytes(root: str, name: str, data: bytes) -> None:
     Raises:
         OSError: the disk is full, or the like.
         PermissionError: at once.
-        ShardError: what may pass did not.
+        StoreError: what may pass did not.
     """
-    fs, path = locate(join(root, name))
+    fs, path = locate(join(root, name), limits)
     if not isinstance(fs, LocalFileSystem):
         chunk = {"chunksize": _PUT_BYTES} if _is_s3(fs) else {}
-        with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, **chunk, **_within(fs, len(data))))
+
+        def put() -> None:
+            fs.pipe_file(path, data, **chunk, **_within(fs, limits, len(data)))
+
+        with_retries(f"writing {name}", put, limits)
         return
     with _named(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -321,7 +323,7 @@ def write_bytes(root: str, name: str, data: bytes) -> None:
             os.replace(temporary, path)
 
 
-def create(root: str, name: str, data: bytes) -> bool:
+def create(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS) -> bool:
     """Write `root`/`name` where there is no such file yet; false where there is.
 
     Of several callers at once one gets true, on local disk and on stores with conditional writes (S3's
@@ -329,13 +331,17 @@ def create(root: str, name: str, data: bytes) -> bool:
     tried again, and then says false of a file that it made itself: `data` must tell whose it is.
 
     Raises:
-        OSError, PermissionError, ShardError: as `write_bytes` does.
+        OSError: as `write_bytes` does.
     """
-    fs, path = locate(join(root, name))
+    fs, path = locate(join(root, name), limits)
     if isinstance(fs, LocalFileSystem):
         return _create_local(root, path, data)
+
+    def put() -> None:
+        fs.pipe_file(path, data, mode="create", **_within(fs, limits, len(data)))
+
     try:
-        with_retries(f"writing {name}", lambda: fs.pipe_file(path, data, mode="create", **_within(fs, len(data))))
+        with_retries(f"writing {name}", put, limits)
     except FileExistsError:
         return False
     except OSError as error:
@@ -385,9 +391,9 @@ def _temporary(root: str, data: bytes) -> Iterator[str]:
             os.unlink(temporary)
 
 
-def delete(root: str, names: list[str]) -> None:
+def delete(root: str, names: list[str], limits: StoreLimits = LIMITS) -> None:
     """Delete files below `root`; those already gone are no fault."""
-    fs, base = locate(root)
+    fs, base = locate(root, limits)
     if isinstance(fs, LocalFileSystem):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
@@ -395,19 +401,21 @@ def delete(root: str, names: list[str]) -> None:
         return
     for start in range(0, len(names), _DELETE_AT_ONCE):
         some = names[start : start + _DELETE_AT_ONCE]
-        with_retries("deleting old parts", functools.partial(_delete, fs, base, some))
+        with_retries("deleting old parts", functools.partial(_delete, fs, base, some, limits), limits)
 
 
-def _delete(fs: fsspec.AbstractFileSystem, base: str, names: list[str]) -> None:
+def _delete(fs: fsspec.AbstractFileSystem, base: str, names: list[str], limits: StoreLimits) -> None:
     """Not by `fs.rm`, which takes `[`, `*` and `?` in names for wildcards and tells no failures."""
     if not _is_s3(fs):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                fs.rm_file(f"{base}/{name}", **_within(fs))
+                fs.rm_file(f"{base}/{name}", **_within(fs, limits))
         return
     bucket, prefix, _ = fs.split_path(base)
     keys = [{"Key": f"{prefix}/{name}" if prefix else name} for name in names]
-    answer = fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}, **_within(fs))
+    answer = fs.call_s3(
+        "delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}, **_within(fs, limits)
+    )
     failed = [item for item in answer.get("Errors", ()) if item.get("Code") != "NoSuchKey"]
     if failed:
         code, key = failed[0].get("Code"), failed[0].get("Key")

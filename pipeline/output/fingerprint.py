@@ -14,7 +14,7 @@ import PIL
 import pyarrow
 
 from pipeline.core.config import DECODES, Config, Field
-from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.errors import OtherSettingsError, StoredDataError, StoreError
 from pipeline.core.redact import describe
 from pipeline.core.storage import create, join, read_bytes
 from pipeline.decoding.preprocess import Preprocess
@@ -96,7 +96,8 @@ def read_fingerprint(output: str) -> Fingerprint | None:
     """What made `output`, or None where nothing has.
 
     Raises:
-        OutputError: `run.json` cannot be read, is broken, or was changed by hand.
+        StoreError: `run.json` cannot be read.
+        StoredDataError: it is broken, or was changed by hand.
     """
     url = join(output, RUN_FILE)
     try:
@@ -107,12 +108,12 @@ def read_fingerprint(output: str) -> Fingerprint | None:
         stated = run["fingerprint"]
     except FileNotFoundError:
         return None
-    except (OSError, ShardError) as error:
-        raise OutputError(f"{url} cannot be read: {describe(error)}") from error
+    except OSError as error:
+        raise StoreError(f"{url} cannot be read: {describe(error)}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OutputError(f"{url} is not a run.json of this pipeline: {error!r}") from error
+        raise StoredDataError(f"{url} is not a run.json of this pipeline: {error!r}") from error
     if stated != fingerprint.digest:
-        raise OutputError(f"{url} was changed by hand: its settings do not have the fingerprint {stated}")
+        raise StoredDataError(f"{url} was changed by hand: its settings do not have the fingerprint {stated}")
     return fingerprint
 
 
@@ -120,7 +121,7 @@ def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
     """`asked`, with a precision of `auto` and the chosen batch sizes as the output was `made`.
 
     Raises:
-        OutputError: the output was made with another setting; each difference is named.
+        OtherSettingsError: the output was made with another setting; each difference is named.
     """
     if made is None:
         return asked
@@ -133,7 +134,7 @@ def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
         if made.settings.get(name) != settings.get(name)
     ]
     if differences:
-        raise OutputError(
+        raise OtherSettingsError(
             "the output was made with other settings; choose another --output, or run with the same:\n  "
             + "\n  ".join(differences)
         )
@@ -145,7 +146,7 @@ def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:
     """Write `run.json` of a new output; what another run wrote meanwhile stays.
 
     Raises:
-        OutputError: that was made with another setting.
+        OtherSettingsError: that was made with another setting.
     """
     run = {
         "fingerprint": fingerprint.digest,

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import OutputBusyError, OutputError, ShardError
+from pipeline.core.errors import OutputBusyError, OutputError, ShardError, StoredDataError
 from pipeline.core.redact import describe
 from pipeline.core.storage import (
     clear_temporary,
@@ -87,7 +87,7 @@ class Lease:
                     self._lost = _shown(holder) if holder is not None else "one that has ended since"
                     return
                 write_bytes(self._output, _name(self._generation), _encoded(self._content))
-            except (OSError, ShardError, OutputError):
+            except (OSError, OutputError):
                 # The store is away, for other runs too; the next beat may reach it.
                 continue
 
@@ -104,7 +104,7 @@ def hold(output: str, on_wait: Callable[[str], None], run: str | None = None) ->
     """
     try:
         lease = _acquire(output, on_wait, run or uuid.uuid4().hex[:12])
-    except (OSError, ShardError) as error:
+    except OSError as error:
         raise OutputError(f"cannot write to {output}: {describe(error)}") from error
     try:
         yield lease
@@ -175,7 +175,7 @@ def _read(output: str, generation: int) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError) as error:
-        raise OutputError(f"{url} is no lease: {error}; delete it if no run is going on") from error
+        raise StoredDataError(f"{url} is no lease: {error}; delete it if no run is going on") from error
     return dict(content)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.errors import StoredDataError, StoreError
 from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe
 from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
@@ -23,7 +23,7 @@ def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, FileInfo]]:
     """The parts stored below `output`/`folder` with their files, in no set order.
 
     Raises:
-        OutputError: the output cannot be listed.
+        StoreError: the output cannot be listed.
     """
     fs, base = locate(join(output, folder))
     start = len(base) + 1
@@ -32,8 +32,8 @@ def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, FileInfo]]:
             name = PartName.parse(info.path[start:])
             if name is not None:
                 yield name, info
-    except (OSError, ShardError) as error:
-        raise OutputError(f"cannot list {join(output, folder)}: {describe(error)}") from error
+    except OSError as error:
+        raise StoreError(f"cannot list {join(output, folder)}: {describe(error)}") from error
 
 
 @dataclass
@@ -64,7 +64,7 @@ def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts
     their part, and no part of an older version.
 
     Raises:
-        OutputError: the output cannot be listed.
+        StoreError: the output cannot be listed.
     """
     tags = {shard.name: version_tag(shard.num_bytes, shard.version) for shard in shards}
     counts = Counts()
@@ -108,26 +108,28 @@ def _count_shard(
         for number, (name, num_bytes) in enumerate(parts):
             if name.part != number:
                 problem = "is missing" if name.part > number else "is there twice"
-                raise OutputError(f"part {min(number, name.part)} {problem}")
+                raise StoredDataError(f"part {min(number, name.part)} {problem}")
             if name.end != END_NONE and number + 1 < len(parts):
-                raise OutputError(f"{name} ends the shard, and part {number + 1} is there")
+                raise StoredDataError(f"{name} ends the shard, and part {number + 1} is there")
             facts = read_facts(output, f"{EMBEDDINGS}/{name}", num_bytes)
             if digest is not None and facts.metadata.get("fingerprint") != digest:
-                raise OutputError(f"{name} was made with other settings than {digest}: its metadata tells which")
+                raise StoredDataError(f"{name} was made with other settings than {digest}: its metadata tells which")
             num_errors = read_facts(output, f"{ERRORS}/{name}", errors[name]).num_rows if name in errors else 0
             num_samples = facts.number("num_samples")
             if facts.number("first_index") != counts.num_samples:
-                raise OutputError(f"{name} begins at sample {facts.number('first_index')}, not {counts.num_samples}")
+                raise StoredDataError(
+                    f"{name} begins at sample {facts.number('first_index')}, not {counts.num_samples}"
+                )
             # The fault of a broken shard is a row of its own, and no sample.
             num_faults = 1 if name.end == END_BROKEN else 0
             if facts.num_rows + num_errors != num_samples + num_faults:
-                raise OutputError(
+                raise StoredDataError(
                     f"{name} has {format_count(facts.num_rows, 'embedding')} and {format_count(num_errors, 'error')} "
                     f"for {format_count(num_samples, 'sample')}"
                 )
             counts.num_samples += num_samples
             counts.num_embedded += facts.num_rows
             counts.num_errors += num_errors - num_faults
-    except OutputError as error:
+    except (StoredDataError, StoreError) as error:
         counts.faults.append(str(error))
     return counts

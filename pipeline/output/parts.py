@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.config import Config
-from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.errors import StoredDataError, StoreError
 from pipeline.core.redact import describe
 from pipeline.core.schema import (
     EMBEDDING,
@@ -112,7 +112,7 @@ class PartWriter:
         """Whether a part of that name is stored with more samples."""
         try:
             return read_facts(self._root, f"{EMBEDDINGS}/{name}").number("num_samples") > num_samples
-        except OutputError:  # there is none, or it is damaged
+        except StoredDataError:  # there is none, or it is damaged
             return False
 
     def _end_before(self, part: PartName) -> int:
@@ -182,20 +182,20 @@ class PartFacts:
     metadata: dict[str, str]
 
     def number(self, key: str) -> int:
-        """A count of the metadata. Raises `OutputError` where it is missing or no number."""
+        """A count of the metadata. Raises `StoredDataError` where it is missing or no number."""
         try:
             return int(self.metadata[key])
         except (KeyError, ValueError) as error:
-            raise OutputError(f"its metadata has no number {key!r}") from error
+            raise StoredDataError(f"its metadata has no number {key!r}") from error
 
     def fingerprint(self) -> Fingerprint:
-        """What made the part. Raises `OutputError` where its metadata does not say."""
+        """What made the part. Raises `StoredDataError` where its metadata does not say."""
         try:
             made = Fingerprint(json.loads(self.metadata["settings"]), json.loads(self.metadata["versions"]))
             if made.digest != self.metadata["fingerprint"]:
                 raise ValueError("the settings do not have the fingerprint beside them")
         except (KeyError, ValueError) as error:
-            raise OutputError(f"its metadata does not tell what made it: {error!r}") from error
+            raise StoredDataError(f"its metadata does not tell what made it: {error!r}") from error
         return made
 
 
@@ -203,23 +203,24 @@ def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:
     """Read one stored Parquet's footer, and no more of it. `size` is the file's, where it is known.
 
     Raises:
-        OutputError: it is missing, cut, not Parquet, or cannot be read.
+        StoredDataError: it is missing, cut, or not Parquet.
+        StoreError: it cannot be read.
     """
     url = join(output, name)
     try:
         tail = read_tail(url, _FOOTER_BYTES, size)
         if tail[-4:] != _MAGIC:
-            raise OutputError(f"{name} is not whole Parquet: its last bytes are {tail[-4:]!r}")
+            raise StoredDataError(f"{name} is not whole Parquet: its last bytes are {tail[-4:]!r}")
         footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
         if footer_bytes > len(tail):
             tail = read_tail(url, footer_bytes, size)
         footer = pq.read_metadata(io.BytesIO(tail))
     except FileNotFoundError as error:
-        raise OutputError(f"{name} is missing") from error
-    except (PermissionError, ShardError) as error:
-        raise OutputError(f"{name} cannot be read: {describe(error)}") from error
+        raise StoredDataError(f"{name} is missing") from error
+    except (PermissionError, StoreError) as error:
+        raise StoreError(f"{name} cannot be read: {describe(error)}") from error
     except (pa.ArrowException, OSError) as error:
-        raise OutputError(f"{name} is not whole Parquet: {error}") from error
+        raise StoredDataError(f"{name} is not whole Parquet: {error}") from error
     metadata = {
         key.decode().removeprefix(METADATA_PREFIX): value.decode(errors="replace")
         for key, value in (footer.metadata or {}).items()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.errors import OutputError, StoredDataError
 from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe
 from pipeline.core.schema import EMBEDDING, END_NONE, IMAGE_ID, SAMPLE_INDEX, SHARD
@@ -121,10 +121,10 @@ def with_facts(output: Output, parts: Sequence[StoredPart]) -> list[StoredPart]:
     def one(part: StoredPart) -> StoredPart:
         facts = read_facts(output.url, f"{EMBEDDINGS}/{part.name}", part.num_bytes)
         if facts.metadata.get("fingerprint") != output.made.digest:
-            raise OutputError(f"{part.name} was made with other settings than {RUN_FILE} of {output.url} names")
+            raise StoredDataError(f"{part.name} was made with other settings than {RUN_FILE} of {output.url} names")
         sha256 = facts.metadata.get("content_sha256")
         if not sha256:
-            raise OutputError(f"{part.name} has no content_sha256 in its metadata")
+            raise StoredDataError(f"{part.name} has no content_sha256 in its metadata")
         return part._replace(sha256=sha256, num_rows=facts.num_rows)
 
     with ThreadPoolExecutor(_FOOTER_THREADS, thread_name_prefix="footers") as pool:
@@ -159,13 +159,15 @@ def _pieces(output: Output, part: StoredPart, data: Future[bytes]) -> Iterator[P
             table = pa.Table.from_batches([batch])
             values = vectors(table).astype(np.float32, copy=False)
             if values.shape != (len(table), output.num_features):
-                raise OutputError(f"{part.name} has embeddings of {values.shape[1:]}, not ({output.num_features},)")
+                raise StoredDataError(
+                    f"{part.name} has embeddings of {values.shape[1:]}, not ({output.num_features},)"
+                )
             count += len(table)
             yield Piece(table.select(ID_COLUMNS), values)
-    except (pa.ArrowException, OSError, KeyError, ValueError, ShardError) as error:
-        raise OutputError(f"{part.name} cannot be read: {describe(error)}") from error
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise StoredDataError(f"{part.name} cannot be read: {describe(error)}") from error
     if count != part.num_rows:
-        raise OutputError(f"{part.name} has {count} rows now, and had {part.num_rows} when it was listed")
+        raise StoredDataError(f"{part.name} has {count} rows now, and had {part.num_rows} when it was listed")
 
 
 def unit(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.backbones.weights_spec import Weights
 from pipeline.core.config import Config
-from pipeline.core.errors import OutputError, WeightsError
+from pipeline.core.errors import StoredDataError, WeightsError
 from pipeline.core.storage import locate, to_url
 from pipeline.decoding.jpeg_forwarder import require_device_resize
 from pipeline.decoding.preprocess import Preprocess
@@ -137,7 +137,8 @@ def follow_output(job: Job) -> Job:
     """The job as its output allows it now; another run may have begun that since the job was prepared.
 
     Raises:
-        OutputError: the output was made with another setting, or does not say with which.
+        OtherSettingsError: the output was made with another setting.
+        StoredDataError: it does not say with which.
     """
     made = read_fingerprint(job.config.output)
     fingerprint = follow(job.fingerprint, made or _made_parts(job.config.output))
@@ -146,12 +147,12 @@ def follow_output(job: Job) -> Job:
 
 def _made_parts(output: str) -> Fingerprint | None:
     """What made the parts of an output whose run.json is gone; None where it has none."""
-    problem: OutputError | None = None
+    problem: StoredDataError | None = None
     for part, info in itertools.islice(list_parts(output, EMBEDDINGS), _MAX_PARTS_ASKED):
         try:
             return read_facts(output, f"{EMBEDDINGS}/{part}", info.num_bytes).fingerprint()
-        except OutputError as error:
+        except StoredDataError as error:
             problem = error
     if problem is not None:
-        raise OutputError(f"{output} has parts and no {RUN_FILE}, and they do not tell what made them: {problem}")
+        raise StoredDataError(f"{output} has parts and no {RUN_FILE}, and they do not tell what made them: {problem}")
     return None

@@ -14,7 +14,7 @@ import ray
 from ray.data import Dataset
 
 from pipeline.core.config import Config
-from pipeline.core.errors import ClusterError, SettingsError, ShardError
+from pipeline.core.errors import ClusterError, SettingsError
 from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe, redact
 from pipeline.core.storage import clear_temporary, delete
@@ -59,7 +59,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
 
     Raises:
         ClusterError: the cluster lacks what the job needs.
-        OutputError: the output cannot be used.
+        OSError: the store failed.
     """
     config, shards, plan = job.config, job.shards, first_plan
     tally = Tally()
@@ -144,7 +144,7 @@ def _finish(
         if plan.pending or not counts.balanced or not tells_of_work(job.config.output):
             write_report(job.config.output, report)
         mark_counted(job.config.output)
-    except (OSError, ShardError) as error:
+    except OSError as error:
         # What it tells is needed the more.
         report["report_fault"] = describe(error)
     clear_temporary(job.config.output)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pipeline.core.errors import ShardError
 from pipeline.core.schema import STAGES
 from pipeline.core.storage import delete, join, read_bytes, write_bytes
 from pipeline.output.ledger import Counts
@@ -122,13 +121,13 @@ def last_counts(output: str) -> Counts | None:
         return None
     except FileNotFoundError:
         pass
-    except (OSError, ShardError):
+    except OSError:
         return None
     try:
         report = json.loads(read_bytes(join(output, REPORT_FILE)))
         counts = Counts(int(report["samples"]), int(report["embedded"]), int(report["errors"]))
         return counts if report["balanced"] is True else None
-    except (OSError, ShardError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -155,7 +154,7 @@ def _last_work(output: str) -> _Work | None:
             float(last["first_part_s"]),
             max(float(last["stage_s"][stage]) / max(float(last["stage_workers"][stage]), 1e-9) for stage in STAGES),
         )
-    except (OSError, ShardError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return work if work.num_samples > 0 and work.read_bytes > 0 and work.wall_s > 0 else None
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.core.errors import ShardChangedError, ShardError
+from pipeline.core.errors import ShardChangedError, ShardError, StoreError
 from pipeline.core.redact import describe
-from pipeline.core.retries import with_retries
-from pipeline.core.storage import CHUNK_BYTES, FileInfo, ShortReadError, locate, read_range, stat
+from pipeline.core.retries import LIMITS, StoreLimits, with_retries
+from pipeline.core.storage import FileInfo, ShortReadError, locate, read_range, stat
 
 
 class ShardStream:
     """Reads one file forward, in chunks fetched one ahead; a fault is retried from the byte reached."""
 
-    def __init__(self, url: str, num_bytes: int, version: str) -> None:
+    def __init__(self, url: str, num_bytes: int, version: str, limits: StoreLimits = LIMITS) -> None:
         self.position = 0
         self.num_bytes = num_bytes
-        self._fs, self._path = locate(url)
+        self._limits = limits
+        self._fs, self._path = locate(url, limits)
         self._version = version
         self._chunk = memoryview(b"")
         self._chunk_start = 0
@@ -30,20 +31,22 @@ class ShardStream:
         self._fetcher.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, start: int) -> bytes:
-        end = min(start + CHUNK_BYTES, self.num_bytes)
+        end = min(start + self._limits.chunk_bytes, self.num_bytes)
 
         def once() -> bytes:
             try:
-                return read_range(self._fs, self._path, start, end)
+                return read_range(self._fs, self._path, start, end, self._limits)
             except ShortReadError:
                 # Where the file is another one by now, trying again does not help.
-                self._compare(stat(self._fs, self._path))
+                self._compare(stat(self._fs, self._path, self._limits))
                 raise
 
         try:
-            return with_retries(f"reading bytes {start} to {end}", once)
+            return with_retries(f"reading bytes {start} to {end}", once, self._limits)
         except ShardError:
             raise
+        except StoreError as error:
+            raise ShardError(str(error), transient=error.transient) from error
         except FileNotFoundError as error:
             raise ShardError("listed, but not found when it was read", transient=True) from error
         except PermissionError as error:
@@ -55,7 +58,7 @@ class ShardStream:
         """Make the chunk that holds `position` the present one, and begin to fetch the one after it."""
         ahead, self._ahead = self._ahead, None
         start = position
-        if ahead is not None and ahead[0] <= position < ahead[0] + CHUNK_BYTES:
+        if ahead is not None and ahead[0] <= position < ahead[0] + self._limits.chunk_bytes:
             start, future = ahead
             data = future.result()
         else:
@@ -91,14 +94,16 @@ class ShardStream:
     def check_unchanged(self) -> None:
         """Raise `ShardChangedError` unless the file is still the one that was planned."""
         try:
-            now = with_retries("asking for its version", lambda: stat(self._fs, self._path))
+            now = with_retries(
+                "asking for its version", lambda: stat(self._fs, self._path, self._limits), self._limits
+            )
         except FileNotFoundError as error:
             raise ShardChangedError("listed, but not found when it was read", transient=True) from error
         except PermissionError as error:
             raise ShardChangedError(f"not permitted to read it: {describe(error)}") from error
         except Exception as error:
             raise ShardChangedError(
-                f"cannot tell whether it changed: {describe(error)}", transient=isinstance(error, ShardError)
+                f"cannot tell whether it changed: {describe(error)}", transient=isinstance(error, StoreError)
             ) from error
         self._compare(now)
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.config import Field
-from pipeline.core.errors import OutputError, SettingsError, ShardError
+from pipeline.core.errors import OutputError, SettingsError
 from pipeline.core.redact import describe
 from pipeline.core.schema import (
     EMBEDDING,
@@ -226,7 +226,7 @@ def _read(output: str, expected: Expected, part: Part, folder: str) -> _File | N
             part.find(folder, "schema", _schema_difference(file.schema, schema))
             return None
         checksum = content_sha256(file.pieces())
-    except (pa.ArrowException, OSError, ValueError, ShardError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         part.find(folder, "unreadable", describe(error))
         return None
     said = file.metadata.pop("content_sha256", None)

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.core.errors import OutputError, ShardError
+from pipeline.core.errors import StoreError
 from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe
 from pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
@@ -79,8 +79,8 @@ def _list(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
     num_temporary = num_leases = 0
     try:
         files = sorted(list_files(fs, base))
-    except (OSError, ShardError) as error:
-        raise OutputError(f"cannot list {output}: {describe(error)}") from error
+    except OSError as error:
+        raise StoreError(f"cannot list {output}: {describe(error)}") from error
     for info in files:
         path = info.path[len(base) :].lstrip("/")
         folder, _, rest = path.partition("/")

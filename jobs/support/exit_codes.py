@@ -1,0 +1,32 @@
+"""Exit codes of the commands, and which errors lead to which."""
+
+from __future__ import annotations
+
+import signal
+
+from pipeline.core.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_BROKEN_SHARDS = 3
+EXIT_FAILED = 4  # the counts do not balance, or a disk or store failed
+EXIT_TOO_MANY_ERRORS = 5
+# As in sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
+EXIT_BUSY = 75
+
+# The first class that an error is of decides.
+_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (OutputBusyError, EXIT_BUSY),
+    (SettingsError, EXIT_USAGE),
+    (ClusterError, EXIT_USAGE),
+    (PipelineError, EXIT_FAILED),
+    (OSError, EXIT_FAILED),
+    (KeyboardInterrupt, 128 + signal.SIGINT),
+)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that an error leads to; that of a `SystemExit` is its own."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return next((code for kind, code in _CODES if isinstance(error, kind)), 1)
