@@ -20,13 +20,14 @@ from benchmarks.runs import Settings, print_result
 from jobs.support.connection import connect
 from pipeline.core.config import Config
 from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.rules import DecodingRules
 from pipeline.flow import read_and_decode
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.planning.resources import plan_resources
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from pipeline.run.tally import Tally
+from pipeline.shards.samples import SampleReader
 
 # Workers send the events of their tasks once a second.
 _EVENTS_S = 2.5
@@ -57,7 +58,7 @@ def tiny(settings: Settings) -> dict[str, Any]:
 
 def _run(config: Config) -> dict[str, Any]:
     """One run; `memory` is of this process as it goes: [shards done, MiB resident]."""
-    prepared = prepare(config)
+    prepared = prepare_job(config)
     first_plan = make_plan(prepared.shards, prepared.config.output)
     memory: list[tuple[int, float]] = []
     step = max(1, len(first_plan.pending) // 200)
@@ -66,7 +67,7 @@ def _run(config: Config) -> dict[str, Any]:
         if tally.num_parts % step == 0:
             memory.append((tally.num_shards, _resident_mib()))
 
-    report = run(prepared, first_plan, Watcher(lambda *_: None, lambda *_: None, on_part))
+    report = run(prepared, first_plan, Watcher(lambda *_: None, lambda *_: None, on_part), OnRay())
     if not report["balanced"] or report["errors"] or report["problems"]:
         raise RuntimeError(f"the job did not embed every image: {report}")
     memory.append((report["shards"]["done_now"], _resident_mib()))
@@ -101,13 +102,13 @@ def _count(table: pa.Table) -> pa.Table:
 def no_model(settings: Settings) -> dict[str, Any]:
     """Read and decode on Ray as the flow does them, and count what comes out."""
     config = settings.config(settings.shards, str(settings.fresh("no_model")))
-    prepared = prepare(config)
+    prepared = prepare_job(config)
     pending = make_plan(prepared.shards, prepared.config.output).pending
-    decoder = Decoder(DecodingRules.of(config, prepared.preprocess))
+    decoder = Decoder(prepared.rules)
     with _ray_session():
         resources = plan_resources(config)
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-        decoded = read_and_decode(pending, config, decoder, resources)
+        decoded = read_and_decode(pending, SampleReader(config), decoder, resources)
         counted = decoded.map_batches(_count, num_cpus=resources.write_cpus, **whole)
         rows = [row for batch in counted.iter_batches(prefetch_batches=0, **whole) for row in batch.to_pylist()]
         return {"parts": [(row["time"], row["images"]) for row in rows], "decode_tasks": _decode_tasks()}

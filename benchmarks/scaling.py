@@ -29,7 +29,7 @@ from benchmarks.sleep import SleepSource, Start
 from pipeline.core.config import Config
 from pipeline.flow import make_flow
 from pipeline.output.parts import vectors
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.planning.resources import plan_resources
 from pipeline.run.tally import Tally, slowest_stage
@@ -127,7 +127,7 @@ def scaled(shards: Path, output: Path, num_actors: int, images_per_s: float) -> 
         part_rows=IMAGES_A_SHARD,
         actors=(num_actors, num_actors),
     )
-    prepared = replace(prepare(config).with_engine("sleep", "fp32"), shape=(4,))
+    prepared = replace(prepare_job(config).with_engine("sleep", "fp32"), shape=(4,))
     pending = make_plan(prepared.shards, config.output).pending
     resources = plan_resources(config)
     tally = Tally()

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.decoding.preprocess import Preprocess
 from pipeline.embedding.embedder import Runner
+from pipeline.embedding.network import Network, Placement
 
 _START_S = 120.0
 
@@ -71,13 +71,6 @@ class SleepSource:
     epoch: float
     start: Start | None = None
 
-    def runner(
-        self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None, compiled: bool = False,
-    ) -> Runner:  # fmt: skip
+    def runner(self, network: Network, placement: Placement) -> Runner:
         """Loads nothing, whatever the device."""
         return SleepRunner(self.images_per_s, self.epoch, self.start)
-
-    def share(self) -> SleepSource:
-        """Itself."""
-        return self

@@ -28,13 +28,13 @@ from pipeline.core.errors import SettingsError
 from pipeline.core.schema import IMAGE, REASON, part_rows
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.jpeg_forwarder import JpegForwarder
-from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.device_decode import DeviceDecoder
 from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.network import Placement
 from pipeline.output.parts import PartWriter
 from pipeline.planning.cpu import cpu_has_bf16
 from pipeline.planning.engine import choose_engine
-from pipeline.planning.job import Job, prepare
+from pipeline.planning.job import Job, prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.shards.find import Pending
 from pipeline.shards.samples import SampleReader
@@ -72,21 +72,15 @@ class Stages:
         compiled: bool = False,
     ) -> Embedder:
         """An embedder like those of the job."""
-        job, config = self.job, self.job.config
-        return Embedder(
-            backbone=job.backbone,
-            source=self.engine.source,
-            features=config.features,
-            preprocess=job.preprocess,
-            shape=job.shape,
-            dtype=config.dtype,
-            precision=precision or self.precision,
-            normalize=config.normalize,
+        placement = Placement(
             device=self.settings.device,
+            precision=precision or self.precision,
             batch_size=batch_size,
             num_threads=None if self.settings.device == "cuda" else num_threads,
             compiled=compiled,
         )
+        job = self.job
+        return Embedder(self.engine.source, job.network, placement, shape=job.shape, dtype=job.config.dtype)
 
     def samples(self, most: int) -> list[pa.Table]:
         """Parts of the first shards as they leave the reader, with about `most` images in all."""
@@ -101,12 +95,12 @@ class Stages:
 
 
 def _look_up(settings: Settings, shards: str) -> tuple[Job, list[Pending]]:
-    job = prepare(settings.config(shards, f"{settings.scratch}/{Path(shards).name}-{settings.part_rows}"))
+    job = prepare_job(settings.config(shards, f"{settings.scratch}/{Path(shards).name}-{settings.part_rows}"))
     return job, make_plan(job.shards, job.config.output).pending
 
 
 def _decoder(job: Job) -> Decoder:
-    return Decoder(DecodingRules.of(job.config, job.preprocess))
+    return Decoder(job.rules)
 
 
 def _num_samples(tables: list[pa.Table]) -> int:
@@ -163,11 +157,11 @@ def decode(settings: Settings) -> dict[str, float | str]:
 
 def plain_transform(job: Job) -> Callable[[Image.Image], torch.Tensor]:
     """`weights.transforms()` of the backbone at the job's size."""
-    preprocess = job.preprocess
+    preprocess = job.network.preprocess
     try:
-        weights: Any = get_model_weights(job.backbone).DEFAULT
+        weights: Any = get_model_weights(job.network.backbone).DEFAULT
     except ValueError as error:
-        raise SettingsError(f"backbone must be one of torchvision's, got {job.backbone!r}") from error
+        raise SettingsError(f"backbone must be one of torchvision's, got {job.network.backbone!r}") from error
     transform: Callable[[Image.Image], torch.Tensor] = weights.transforms(
         crop_size=preprocess.crop[0], resize_size=preprocess.resize
     )
@@ -304,7 +298,7 @@ def compiled(settings: Settings) -> dict[str, float | str]:
 def _model_rates(stages: Stages, precision: str, *, compiled: bool = False) -> dict[str, float]:
     """Images/s by batch size."""
     settings = stages.settings
-    height, width = stages.job.preprocess.crop
+    height, width = stages.job.network.preprocess.crop
     rates: dict[str, float] = {}
     for batch in _GPU_BATCHES:
         name = f"model_{precision}{'_compiled' if compiled else ''}_batch_{batch}"

@@ -32,7 +32,7 @@ from pipeline.core.formatting import format_count
 from pipeline.core.schema import EMBEDDING, IMAGE_ID
 from pipeline.output.names import EMBEDDINGS
 from pipeline.pages.sheet import Sheet
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -131,7 +131,7 @@ def _check_job(backbone: str, weights: str, shards: Path, output: Path) -> None:
     keep = tuple(Field.parse(field) for field in KEEP)
     config = Config(input=(str(shards),), output=str(output), backbone=backbone, weights=weights, keep=keep)
     try:
-        prepare(config)
+        prepare_job(config)
     except OutputError:
         _OUT.print("the output was made with other settings: it is made anew")
         shutil.rmtree(output)

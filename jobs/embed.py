@@ -14,12 +14,12 @@ from typing import Any
 
 from jobs.support.command import Parser
 from jobs.support.console_json import make_console
+from jobs.support.exit_codes import EXIT_USAGE
 from pipeline.core import config as settings
 from pipeline.core.config import Config
 from pipeline.core.errors import SettingsError
 from pipeline.core.schema import KEEP_TYPES
 
-EXIT_USAGE = 2
 _EPILOG = """\
 Every option may also come from the environment (EMBED_INPUT, EMBED_OUTPUT, EMBED_PART_ROWS ...) or from a
 TOML file (input = "...", part_rows = 1024 ...). A flag beats the environment, that beats the file, and that
@@ -153,14 +153,6 @@ def parser() -> Parser:
         "node_wait_s",
         "how long to wait for nodes that are missing, at the start and later (default: 0 at the start, 1800 later)",
         metavar="S",
-    )
-
-    add(
-        compute,
-        "cache",
-        "folder of this machine where the backbone is kept as converted for its CPU, so that the next run starts "
-        "sooner; none keeps nothing (default: $XDG_CACHE_HOME/shard-embedder, or that in ~/.cache)",
-        metavar="FOLDER",
     )
 
     shown = top.add_argument_group("what is shown")

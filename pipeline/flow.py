@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from pipeline.core.config import Config
 from pipeline.core.schema import SHARD_SCHEMA
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.isolated import IsolatedDecoder
 from pipeline.decoding.jpeg_forwarder import JpegForwarder
-from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Embedder, Source
 from pipeline.output.parts import PartWriter
 from pipeline.planning.job import Job
-from pipeline.planning.nodes import FlowCallback
 from pipeline.planning.resources import Resources
 from pipeline.shards.find import Pending
 from pipeline.shards.samples import SampleReader
@@ -34,6 +34,38 @@ _RETRIES = 3
 _PARTS_AT_ONCE = 2
 
 
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a job: what each is made of, wherever it runs."""
+
+    reader: SampleReader
+    decoder: Decoder | JpegForwarder
+    embedder: functools.partial[Embedder]
+    writer: PartWriter
+
+    @classmethod
+    def of(cls, job: Job, source: Source, resources: Resources, *, isolated: bool = False) -> Stages:
+        """The stages of a job. With `isolated`, an image that kills its decoder becomes an error."""
+        config = job.config
+        decoder = (IsolatedDecoder if isolated else Decoder)(job.rules)
+        on_device = config.decode == "gpu"
+        embedder = functools.partial(
+            Embedder,
+            source,
+            job.network,
+            resources.placement(job.precision, compiled=config.compile),
+            shape=job.shape,
+            dtype=config.dtype,
+            decoder=decoder if on_device else None,
+        )
+        return cls(
+            reader=SampleReader(config),
+            decoder=JpegForwarder(decoder) if on_device else decoder,
+            embedder=embedder,
+            writer=PartWriter(config, job.fingerprint, job.shape),
+        )
+
+
 def make_flow(
     pending: list[Pending], job: Job, source: Source, resources: Resources, *, isolated: bool = False
 ) -> Dataset:
@@ -41,27 +73,12 @@ def make_flow(
 
     With `isolated`, an image that kills its decoder becomes an error; it is somewhat slower.
     """
-    config = job.config
-    decoder = (IsolatedDecoder if isolated else Decoder)(DecodingRules.of(config, job.preprocess))
-    on_device = config.decode == "gpu"
-    decoded = read_and_decode(pending, config, JpegForwarder(decoder) if on_device else decoder, resources)
+    stages = Stages.of(job, source, resources, isolated=isolated)
+    decoded = read_and_decode(pending, stages.reader, stages.decoder, resources)
     embedded = decoded.map_batches(
         Embedder,
-        fn_constructor_kwargs={
-            "backbone": job.backbone,
-            "source": source,
-            "features": config.features,
-            "preprocess": job.preprocess,
-            "shape": job.shape,
-            "dtype": config.dtype,
-            "precision": job.precision,
-            "normalize": config.normalize,
-            "device": resources.device,
-            "batch_size": resources.batch_size,
-            "num_threads": resources.num_threads,
-            "decoder": decoder if on_device else None,
-            "compiled": config.compile,
-        },
+        fn_constructor_args=stages.embedder.args,
+        fn_constructor_kwargs=stages.embedder.keywords,
         # One part a call: with GPUs Ray Data refuses None, which would be a block.
         batch_size=1,
         batch_format="pyarrow",
@@ -72,7 +89,8 @@ def make_flow(
         ray_remote_args_fn=_actor_retries,
     )
     return embedded.map_batches(
-        PartWriter(config, job.fingerprint, job.shape),
+        write,
+        fn_args=(stages.writer,),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.write_cpus,
@@ -81,14 +99,15 @@ def make_flow(
 
 
 def read_and_decode(
-    pending: list[Pending], config: Config, decoder: Decoder | JpegForwarder, resources: Resources
+    pending: list[Pending], reader: SampleReader, decoder: Decoder | JpegForwarder, resources: Resources
 ) -> Dataset:
     """The first half of the flow: shards to parts of samples with pixels, or with what the device is to decode."""
     _set_up_engine(resources)
     # Unlike `from_arrow` it runs no task to look at each table, and waits for none.
     shards = ray.data.from_blocks(_task_tables(pending))
     samples = shards.map_batches(
-        SampleReader(config),
+        read,
+        fn_args=(reader,),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.read_cpus,
@@ -96,12 +115,28 @@ def read_and_decode(
         ray_remote_args_fn=_task_retries,
     )
     return samples.map_batches(
-        decoder,
+        decode,
+        fn_args=(decoder,),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.decode_cpus,
         ray_remote_args_fn=_task_retries,
     )
+
+
+def read(shards: pa.Table, reader: SampleReader) -> Iterator[pa.Table]:
+    """Shards in, parts of encoded samples out."""
+    return reader(shards)
+
+
+def decode(samples: pa.Table, decoder: Decoder | JpegForwarder) -> Iterator[pa.Table]:
+    """Parts of encoded samples in, the same with pixels out."""
+    return decoder(samples)
+
+
+def write(embedded: pa.Table, writer: PartWriter) -> pa.Table:
+    """Parts with embeddings in, a receipt for each out, once it is stored."""
+    return writer(embedded)
 
 
 def _pool(resources: Resources) -> ActorPoolStrategy:
@@ -132,14 +167,18 @@ def _actor_retries() -> dict[str, Any]:
 
 def _set_up_engine(resources: Resources) -> None:
     context = DataContext.get_current()
-    # Ray Data keeps half of what it may fill of the object store in equal shares for the stages; here decoding needs
-    # nearly all. Of a store it fills half; that of a lone node may be filled further, up to where Ray spills.
-    context.op_resource_reservation_ratio = _RESERVED_SHARE
-    context.override_object_store_memory_limit_fraction = _LONE_STORE_SHARE if resources.num_nodes == 1 else None
-    context.custom_execution_callback_classes = [FlowCallback]
-    context.target_max_block_size = _BLOCK_BYTES
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    for name, value in {
+        # Ray Data keeps half of what it may fill of the object store in equal shares for the stages; here decoding
+        # needs nearly all. Of a store it fills half; a lone node's may be filled further, up to where Ray spills.
+        "op_resource_reservation_ratio": _RESERVED_SHARE,
+        "override_object_store_memory_limit_fraction": _LONE_STORE_SHARE if resources.num_nodes == 1 else None,
+        "target_max_block_size": _BLOCK_BYTES,
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+    }.items():
+        if not hasattr(context, name):
+            raise AttributeError(f"Ray Data's DataContext has no {name} any more: this Ray is too new")
+        setattr(context, name, value)
 
 
 def _task_tables(pending: list[Pending]) -> list[pa.Table]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from pipeline.core.config import Config, parse
 from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.network import Placement
 from pipeline.embedding.torch_runner import SharedWeights
 from pipeline.output.fingerprint import write_fingerprint
 from pipeline.output.parts import PartWriter
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.shards.find import Pending
 from pipeline.shards.samples import SampleReader
 
@@ -24,24 +24,14 @@ def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
         | {"part_rows": 3, "device": "cpu", "batch_size": 4, "input": [str(folder)], "output": str(output)}
         | settings
     )
-    assert config.batch_size is not None
-    job = prepare(config)
+    assert isinstance(config.batch_size, int)
+    job = prepare_job(config)
     write_fingerprint(config.output, job.fingerprint)
     reader = SampleReader(config)
-    decoder = Decoder(DecodingRules.of(config, job.preprocess))
-    embedder = Embedder(
-        backbone=job.backbone,
-        source=SharedWeights.of(job.weights),
-        features=config.features,
-        preprocess=job.preprocess,
-        shape=job.shape,
-        dtype=config.dtype,
-        precision=config.precision,
-        normalize=config.normalize,
-        device="cpu",
-        batch_size=config.batch_size,
-        num_threads=None,
-    )
+    decoder = Decoder(job.rules)
+    placement = Placement(precision=config.precision, batch_size=config.batch_size)
+    source = SharedWeights.of(job.weights)
+    embedder = Embedder(source, job.network, placement, shape=job.shape, dtype=config.dtype)
     writer = PartWriter(config, job.fingerprint, job.shape)
     for shard in job.shards:
         for part in reader.parts(Pending(*shard)):

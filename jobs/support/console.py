@@ -72,11 +72,11 @@ class Console:
         """Say what will be done, and what that should take."""
         settings = job.fingerprint.settings
         shape = "x".join(map(str, job.shape))
-        crop = "x".join(map(str, job.preprocess.crop))
+        crop = "x".join(map(str, job.network.preprocess.crop))
         say = self._out.print
         say(f"run       {job.run}")
-        say(f"backbone  {job.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
-        kind = f"{settings['features']} [{shape}] {settings['dtype']}"
+        say(f"backbone  {job.network.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
+        kind = f"{settings.features} [{shape}] {settings.dtype}"
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")
         say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
         say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))

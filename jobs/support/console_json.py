@@ -55,7 +55,7 @@ class JsonConsole(Console):
         self._say(
             _INFO,
             "plan",
-            backbone=job.backbone,
+            backbone=job.network.backbone,
             weights=job.weights.name,
             weights_sha256=job.weights.sha256,
             fingerprint=job.fingerprint.digest,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,42 +9,44 @@ from typing import Any
 
 import ray
 
-from jobs.support.cache_folder import find_cache
 from jobs.support.connection import connect
 from jobs.support.console import Console
+from jobs.support.exit_codes import (
+    EXIT_BROKEN_SHARDS,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_TOO_MANY_ERRORS,
+    code_of,
+)
 from jobs.support.metrics import Metrics
 from pipeline.core.config import Config
-from pipeline.core.errors import ClusterError, OutputBusyError, OutputError, PipelineError, SettingsError
+from pipeline.core.errors import PipelineError
 from pipeline.core.redact import describe
 from pipeline.output.lease import Lease, hold
 from pipeline.pages.run_page import write_page
-from pipeline.planning.engine import foreseen_engine
-from pipeline.planning.job import Job, follow_output, prepare
+from pipeline.planning.engine import choose_meanwhile
+from pipeline.planning.job import Job, follow_output, prepare_job
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.planning.resources import Resources
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from pipeline.run.report import estimate, tells_of_work
 from pipeline.run.tally import Tally
 from pipeline.shards.find import Pending
 
-EXIT_OK = 0
-EXIT_USAGE = 2
-EXIT_BROKEN_SHARDS = 3
-EXIT_UNBALANCED = 4
-EXIT_TOO_MANY_ERRORS = 5
-# As sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
-EXIT_BUSY = 75
-
 
 def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
     """The worst that a report tells."""
     if not report["balanced"] or report.get("report_fault") is not None:
-        return EXIT_UNBALANCED
+        return EXIT_FAILED
     if report["shards"]["broken"] or report["shards"]["vanished"]:
         return EXIT_BROKEN_SHARDS
     if report["errors"] > max_error_fraction * report["samples"]:
         return EXIT_TOO_MANY_ERRORS
     return EXIT_OK
+
+
+_GO_ON = "what is stored stays: run the same command again to go on"
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -75,7 +76,7 @@ def _shut_down() -> None:
 def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     """Run the job, and return its exit code."""
     try:
-        job = replace(prepare(config, find_cache(config.cache, os.environ)), run=console.run)
+        job = replace(prepare_job(config), run=console.run)
         if dry_run:
             _say_plan(job, make_plan(job.shards, job.config.output), console)
             return EXIT_OK
@@ -83,18 +84,14 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
         signal.signal(signal.SIGTERM, _terminate)
         with hold(job.config.output, console.waiting, job.run) as lease:
             return _run_held(follow_output(job), lease, console)
-    except OutputBusyError as error:
-        console.error(str(error))
-        return EXIT_BUSY
-    except (SettingsError, ClusterError) as error:
-        console.error(str(error))
-        return EXIT_USAGE
-    except (PipelineError, OSError) as error:
-        console.error(f"{describe(error)}; what is stored stays: run the same command again to go on")
-        return EXIT_UNBALANCED
     except (KeyboardInterrupt, SystemExit) as stop:
         console.error("interrupted: what is stored stays; run the same command again to go on")
-        return stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 128 + signal.SIGINT
+        return code_of(stop)
+    except (PipelineError, OSError) as error:
+        code = code_of(error)
+        # Of a store that failed, what is stored is not lost.
+        console.error(f"{describe(error)}; {_GO_ON}" if code == EXIT_FAILED else str(error))
+        return code
 
 
 def _say_plan(job: Job, plan: Plan, console: Console) -> None:
@@ -126,15 +123,11 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
 
     watcher = Watcher(on_resources, on_pass, on_part, console.waiting)
     try:
-        with foreseen_engine(job, plan.pending) as choose:
+        with choose_meanwhile(job, plan.pending) as choose:
             if plan.pending:
                 _connect(console)
             with console.progress():
-                report = run(job, plan, watcher, choose)
-    except OutputError as error:
-        # The run had begun: it is the store that failed, and not the settings.
-        console.error(f"{error}; what is stored stays: run the same command again to go on")
-        return EXIT_UNBALANCED
+                report = run(job, plan, watcher, OnRay(choose))
     finally:
         # Before the lease ends, so that no worker writes after it.
         _shut_down()

@@ -36,6 +36,11 @@ class Field:
         """Name of the output column: the JSON path, else the member's extension."""
         return ".".join(self.path) or self.member
 
+    @property
+    def spec(self) -> str:
+        """The inverse of `parse`, with its type."""
+        return f"{self.member}{':' if self.path else ''}{'.'.join(self.path)}={self.type}"
+
     @classmethod
     def parse(cls, spec: str) -> Field:
         """`EXT`, `EXT:PATH` or either with `=TYPE`, e.g. `json:user.name=string`.
@@ -88,7 +93,6 @@ class Config:
     max_error_fraction: float = 1.0
     price_per_hour: float | None = None  # money a device-hour, for the report
     log_format: str = "text"
-    cache: str | None = None  # folder on this machine; none: nothing is kept there; None: the user's own
 
     def __post_init__(self) -> None:
         _check(bool(self.input), "input", "name at least one shard, folder, glob or list", self.input)
@@ -115,7 +119,6 @@ class Config:
             self.normalize,
         )
         _check(self.log_format in LOG_FORMATS, "log_format", f"be one of {', '.join(LOG_FORMATS)}", self.log_format)
-        _check(self.cache is None or bool(self.cache.strip()), "cache", "be a folder, or none", self.cache)
         if isinstance(self.batch_size, str):
             _check(self.batch_size == AUTO, "batch_size", "be a number or auto", self.batch_size)
         else:

@@ -28,20 +28,17 @@ class Preprocess:
         """For another input size: the longer side keeps the ratio of resize to crop."""
         return replace(self, resize=round(max(size) * self.resize / max(self.crop)), crop=size)
 
-    def settings(self) -> dict[str, Any]:
-        """The same as JSON has it in a fingerprint; a mode of `center` is not said, as before there was another."""
-        values = asdict(self)
-        if self.mode == CENTER:
-            del values["mode"]
-        return values
+    def to_json(self) -> dict[str, Any]:
+        """As the settings of an output have it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> Preprocess:
-        """The inverse of `settings`, also after JSON, which has lists where it has tuples."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+    def from_json(cls, values: dict[str, Any]) -> Preprocess:
+        """The inverse of `to_json`."""
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        return cls(**values)
+        return cls(**given)
 
 
 def resized_size(height: int, width: int, preprocess: Preprocess) -> tuple[int, int]:

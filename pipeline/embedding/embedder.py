@@ -22,7 +22,7 @@ from pipeline.core.schema import (
     with_payload,
 )
 from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.preprocess import Preprocess
+from pipeline.embedding.network import Network, Placement
 
 
 class Runner(Protocol):
@@ -65,11 +65,8 @@ class Source(Protocol):
     @property
     def has_own_batch_size(self) -> bool: ...  # noqa: D102
 
-    def runner(
-        self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None, compiled: bool = False,
-    ) -> Runner:  # fmt: skip
-        """Load it. A `batch_size` or `num_threads` of None is the runner's to choose; `compiled` is for GPUs."""
+    def runner(self, network: Network, placement: Placement) -> Runner:
+        """Load it."""
         ...
 
 
@@ -106,19 +103,21 @@ class Embedder:
     """
 
     def __init__(
-        self, *, source: Source, backbone: str, features: str, preprocess: Preprocess, shape: tuple[int, ...],
-        dtype: str, precision: str, normalize: bool, device: str, batch_size: int | None, num_threads: int | None,
-        decoder: Decoder | None = None, compiled: bool = False,
-    ) -> None:  # fmt: skip
-        self._crop = preprocess.crop
-        self._intake = self._pixels if decoder is None else _device_intake(decoder, device)
+        self,
+        source: Source,
+        network: Network,
+        placement: Placement,
+        *,
+        shape: tuple[int, ...],
+        dtype: str,
+        decoder: Decoder | None = None,
+    ) -> None:
+        self._crop = network.preprocess.crop
+        self._intake = self._pixels if decoder is None else _device_intake(decoder, placement.device)
         self._field = embedding_field(shape, dtype)
         self._stored = np.dtype(dtype)
         self._busy = _BusyTime()
-        self._runner = source.runner(
-            backbone=backbone, features=features, preprocess=preprocess, normalize=normalize, precision=precision,
-            device=device, batch_size=batch_size, num_threads=num_threads, compiled=compiled,
-        )  # fmt: skip
+        self._runner = source.runner(network, placement)
 
     def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `Runner.embed` does."""

@@ -13,11 +13,11 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from pipeline.embedding.openvino_runner import SharedGraph
-from pipeline.embedding.torch_runner import Network
+from pipeline.embedding.torch_runner import NetworkModule
 
 
-def convert(network: Network, crop: tuple[int, int]) -> SharedGraph:
-    """Convert a network (`pipeline.embedding.torch_runner.Network`) for inputs of `crop` (height, width).
+def convert(network: NetworkModule, crop: tuple[int, int]) -> SharedGraph:
+    """Convert a network (`build_network`) for inputs of `crop` (height, width).
 
     Raises:
         Exception: of any kind, where tracing or converting does not work for this architecture.

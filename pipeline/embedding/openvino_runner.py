@@ -16,7 +16,7 @@ import numpy as np
 import openvino as ov
 
 from pipeline.core.errors import PrecisionError
-from pipeline.decoding.preprocess import Preprocess
+from pipeline.embedding.network import Network, Placement
 
 # Larger batches are no faster, and small ones waste less where a part ends.
 BATCH_SIZE = 4
@@ -40,15 +40,9 @@ class SharedGraph:
     graph: bytes
     constants: np.ndarray[Any, np.dtype[np.uint8]]
 
-    def runner(
-        self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None, compiled: bool = False,
-    ) -> OpenVinoRunner:  # fmt: skip
+    def runner(self, network: Network, placement: Placement) -> OpenVinoRunner:
         """The network on the CPUs of this process. What it computes stands in the graph, which is always compiled."""
-        return OpenVinoRunner(
-            self.graph, self.constants, precision=precision, crop=preprocess.crop, batch_size=batch_size,
-            num_threads=num_threads,
-        )  # fmt: skip
+        return OpenVinoRunner(self.graph, self.constants, network.preprocess.crop, placement)
 
 
 class OpenVinoRunner:
@@ -60,12 +54,12 @@ class OpenVinoRunner:
     """
 
     def __init__(
-        self, graph: bytes, constants: np.ndarray[Any, Any], *, precision: str, crop: tuple[int, int],
-        batch_size: int | None, num_threads: int | None,
-    ) -> None:  # fmt: skip
+        self, graph: bytes, constants: np.ndarray[Any, Any], crop: tuple[int, int], placement: Placement
+    ) -> None:
+        precision, num_threads = placement.precision, placement.num_threads
         if not computes(precision):
             raise PrecisionError(f"precision must be one that the processor of {gethostname()} has, got {precision}")
-        self._batch_size = batch_size or BATCH_SIZE
+        self._batch_size = placement.batch_size or BATCH_SIZE
         # The model reads its constants in place.
         self._constants = ov.Tensor(constants)
         core = ov.Core()

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from pipeline.core.errors import InputError, SampleError, SettingsError
+from pipeline.decoding.decoder import Decoder
 from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.network import Placement
 from pipeline.embedding.recipe import recipe_of
 from pipeline.embedding.torch_runner import SharedWeights
 from pipeline.output.fingerprint import Fingerprint
@@ -77,21 +79,16 @@ class QueryEmbedder:
         if device == "auto":
             device = "cuda" if has_gpu else "cpu"
         recipe = recipe_of(made, weights)
-        self._decoder = recipe.decoder()
-        self._crop = recipe.rules.preprocess.crop
-        self._stored = np.dtype(recipe.dtype)
+        settings = recipe.settings
+        self._decoder = Decoder(settings.rules)
+        self._crop = settings.preprocess.crop
+        self._stored = np.dtype(settings.dtype)
         self._embedder = Embedder(
-            backbone=recipe.backbone,
-            source=SharedWeights.of(recipe.weights),
-            features=recipe.features,
-            preprocess=recipe.rules.preprocess,
-            shape=recipe.shape,
-            dtype=recipe.dtype,
-            precision=recipe.precision,
-            normalize=recipe.normalize,
-            device=device,
-            batch_size=BATCH_SIZE,
-            num_threads=None,
+            SharedWeights.of(recipe.weights),
+            recipe.network,
+            Placement(device=device, precision=settings.precision, batch_size=BATCH_SIZE),
+            shape=settings.embedding_shape,
+            dtype=settings.dtype,
         )
 
     def __call__(self, paths: Iterable[Path]) -> Iterator[Query]:

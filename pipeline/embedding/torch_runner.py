@@ -18,6 +18,7 @@ from pipeline.backbones import build_backbone
 from pipeline.backbones.base import Backbone
 from pipeline.backbones.weights_spec import Weights
 from pipeline.decoding.preprocess import Preprocess
+from pipeline.embedding.network import Network, Placement
 
 BATCH_SIZES = {"cuda": 128, "cpu": 16}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,19 +55,12 @@ class SharedWeights:
                  for key, value in self.state.items()}  # fmt: skip
         return Weights(self.name, self.sha256, state)
 
-    def runner(
-        self, *, backbone: str, features: str, preprocess: Preprocess, normalize: bool, precision: str, device: str,
-        batch_size: int | None, num_threads: int | None, compiled: bool = False,
-    ) -> TorchRunner:  # fmt: skip
+    def runner(self, network: Network, placement: Placement) -> TorchRunner:
         """The backbone with these weights, on a device of this process."""
-        network = make_network(backbone, self.get(), features, preprocess, normalize)
-        return TorchRunner(
-            network, precision=precision, crop=preprocess.crop, device=device, batch_size=batch_size,
-            num_threads=num_threads, compiled=compiled,
-        )  # fmt: skip
+        return TorchRunner(build_network(network, self.get()), network.preprocess.crop, placement)
 
 
-class Network(nn.Module):
+class NetworkModule(nn.Module):
     """uint8 RGB [N, H, W, 3] to what is stored: normalisation, backbone, and L2 where asked."""
 
     def __init__(self, backbone: Backbone, preprocess: Preprocess, normalize: bool) -> None:
@@ -81,7 +75,7 @@ class Network(nn.Module):
         self.dtype = torch.float32
         self.normalize = normalize
 
-    def as_precision(self, dtype: torch.dtype) -> Network:
+    def as_precision(self, dtype: torch.dtype) -> NetworkModule:
         """Compute in `dtype` from now on; what goes in and comes out stays as it is."""
         self.backbone = self.backbone.to(dtype).to(memory_format=torch.channels_last)
         self.dtype = dtype
@@ -97,13 +91,14 @@ class Network(nn.Module):
         return features
 
 
-def make_network(backbone: str, weights: Weights, features: str, preprocess: Preprocess, normalize: bool) -> Network:
-    """The network of one job, in fp32.
+def build_network(network: Network, weights: Weights) -> NetworkModule:
+    """The network with these weights, in fp32.
 
     Raises:
         BackboneError, WeightsError: as `build_backbone` does.
     """
-    return Network(build_backbone(backbone, weights, features, preprocess.crop), preprocess, normalize).eval()
+    backbone = build_backbone(network.backbone, weights, network.features, network.preprocess.crop)
+    return NetworkModule(backbone, network.preprocess, network.normalize).eval()
 
 
 def _folded(backbone: nn.Module) -> nn.Module:
@@ -147,26 +142,24 @@ class TorchRunner:
     takes a C compiler and some ten seconds for each batch size; torch keeps what it made on disk, for the next actor.
     """
 
-    def __init__(
-        self, network: Network, *, precision: str, crop: tuple[int, int], device: str, batch_size: int | None,
-        num_threads: int | None, compiled: bool = False,
-    ) -> None:  # fmt: skip
-        if num_threads is not None:
+    def __init__(self, network: NetworkModule, crop: tuple[int, int], placement: Placement) -> None:
+        if placement.num_threads is not None:
             # Ray sets OMP_NUM_THREADS from the CPUs that the actor reserves; it may use more than it reserves.
-            torch.set_num_threads(num_threads)
-        self._device = torch.device(device)
-        if precision == "fp32":
+            torch.set_num_threads(placement.num_threads)
+        self._device = torch.device(placement.device)
+        if placement.precision == "fp32":
             # On GPUs cuDNN's convolutions would round their inputs to 10 bits (TF32), as fp16 does.
             torch.backends.cudnn.allow_tf32 = False
         self._crop = crop
-        self._network: Callable[[Tensor], Tensor] = network.as_precision(_DTYPES[precision]).eval().to(self._device)
+        module = network.as_precision(_DTYPES[placement.precision]).eval().to(self._device)
+        self._network: Callable[[Tensor], Tensor] = module
         # What is copied in the stream that computes would wait for the batch before.
         on_gpu = self._device.type == "cuda"
         self._copies = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self.use_batches_of(batch_size or BATCH_SIZES[self._device.type])
+        self.use_batches_of(placement.batch_size or BATCH_SIZES[self._device.type])
         self._thread = ThreadPoolExecutor(1, "torch")
-        self._is_compiled = compiled
-        if compiled:
+        self._is_compiled = placement.compiled
+        if placement.compiled:
             mode = "reduce-overhead" if self._device.type == "cuda" else "default"
             self._network = torch.compile(self._network, mode=mode, dynamic=False)
             # By the way that the work takes, and twice, as a graph is recorded in the second call.

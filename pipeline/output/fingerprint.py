@@ -1,11 +1,12 @@
-"""What made an output: the settings that decide what its vectors mean, kept in `run.json` and every part."""
+"""What made an output: kept in `run.json` and every part."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import platform
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -13,66 +14,69 @@ import numpy
 import PIL
 import pyarrow
 
-from pipeline.core.config import DECODES, Config, Field
 from pipeline.core.errors import OtherSettingsError, StoredDataError, StoreError
 from pipeline.core.redact import describe
 from pipeline.core.storage import create, join, read_bytes
-from pipeline.decoding.preprocess import Preprocess
 from pipeline.output.names import RUN_FILE
-
-FORMAT = 1
-# Before the kind of device, among the versions: in batches of how many images it computed, where that was chosen.
-BATCH_SIZE = "batch_size_"
+from pipeline.output.settings import OutputSettings, canonical_json
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Fingerprint:
-    """`settings` must be equal for two runs to share an output; `versions` are only told."""
+    """What made an output. Only `settings` must be equal for two runs to share it.
 
-    settings: dict[str, Any]
+    `input_prefix` is where the input lay, and `batch_size` the images a batch, by kind of device, where it was asked
+    for or measured.
+    """
+
+    settings: OutputSettings
     versions: dict[str, str]
+    input_prefix: str = ""
+    batch_size: dict[str, int] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the settings."""
-        return hashlib.sha256(_json(self.settings).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.settings.to_json()).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """As run.json has it."""
+        return {
+            "fingerprint": self.digest,
+            "settings": self.settings.to_json(),
+            "input_prefix": self.input_prefix,
+            "batch_size": self.batch_size,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> Fingerprint:
+        """The inverse of `to_json`; without `input_prefix` and `batch_size`, as a part tells it.
+
+        Raises:
+            StoredDataError: not of this version, or changed by hand.
+        """
+        try:
+            stated, versions = values["fingerprint"], values["versions"]
+            prefix, sizes = values.get("input_prefix", ""), values.get("batch_size", {})
+            if not isinstance(prefix, str) or not isinstance(stated, str):
+                raise TypeError("fingerprint and input_prefix must be text")
+            if not all(isinstance(told, str) for told in versions.values()):
+                raise TypeError("versions must be texts")
+            if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+                raise TypeError("batch_size must be whole numbers of at least 1")
+            made = cls(OutputSettings.from_json(values["settings"]), dict(versions), prefix, dict(sizes))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoredDataError(f"it does not say what made the output: {error!r}") from error
+        if made.digest != stated:
+            raise StoredDataError(f"it was changed by hand: its settings do not have the fingerprint {stated}")
+        return made
 
 
 def make_fingerprint(
-    config: Config,
-    *,
-    backbone: str,
-    weights_name: str,
-    weights_sha256: str,
-    preprocess: Preprocess,
-    embedding_shape: tuple[int, ...],
-    precision: str,
-    input_prefix: str,
-    versions: dict[str, str],
+    settings: OutputSettings, *, weights_name: str, input_prefix: str, versions: dict[str, str]
 ) -> Fingerprint:
-    """The fingerprint of a run. `precision` may be `auto` where it is not known before Ray starts."""
-    settings = {
-        "format": FORMAT,
-        "backbone": backbone,
-        "weights_sha256": weights_sha256,
-        "preprocess": preprocess.settings(),
-        "features": config.features,
-        "embedding_shape": list(embedding_shape),
-        "normalize": config.normalize,
-        "dtype": config.dtype,
-        "precision": precision,
-        "id": _spec(config.id) if config.id else "key",
-        "keep": [_spec(field) for field in config.keep],
-        "image_member": config.image_member,
-        "ignore_orientation": config.ignore_orientation,
-        "max_pixels": config.max_pixels,
-        "max_image_bytes": config.max_image_bytes,
-        "part_rows": config.part_rows,
-        "input_prefix": input_prefix,
-    }
-    if config.decode != DECODES[0]:
-        # As before there was another: outputs of that time go on.
-        settings["decode"] = config.decode
+    """The fingerprint of a run. `versions` are those of what computes the features."""
     base = {
         "weights": weights_name,
         "python": platform.python_version(),
@@ -81,15 +85,7 @@ def make_fingerprint(
         "cykooz_resizer": version("cykooz_resizer"),
         "pyarrow": pyarrow.__version__,
     }
-    return Fingerprint(json.loads(_json(settings)), base | versions)
-
-
-def _spec(field: Field) -> str:
-    return f"{field.member}{':' if field.path else ''}{'.'.join(field.path)}={field.type}"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return Fingerprint(settings, base | versions, input_prefix)
 
 
 def read_fingerprint(output: str) -> Fingerprint | None:
@@ -101,45 +97,35 @@ def read_fingerprint(output: str) -> Fingerprint | None:
     """
     url = join(output, RUN_FILE)
     try:
-        run = json.loads(read_bytes(url))
-        if not isinstance(run["settings"], dict) or not isinstance(run["versions"], dict):
-            raise TypeError("settings and versions must be objects")
-        fingerprint = Fingerprint(run["settings"], run["versions"])
-        stated = run["fingerprint"]
+        return Fingerprint.from_json(json.loads(read_bytes(url)))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StoreError(f"{url} cannot be read: {describe(error)}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise StoredDataError(f"{url} is not a run.json of this pipeline: {error!r}") from error
-    if stated != fingerprint.digest:
-        raise StoredDataError(f"{url} was changed by hand: its settings do not have the fingerprint {stated}")
-    return fingerprint
+    except StoredDataError as error:
+        raise StoredDataError(f"{url} cannot be used: {error}") from error
 
 
-def follow(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
-    """`asked`, with a precision of `auto` and the chosen batch sizes as the output was `made`.
+def check_against_output(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
+    """`asked`, with a precision of `auto` and the batch sizes as the output was `made`.
 
     Raises:
         OtherSettingsError: the output was made with another setting; each difference is named.
     """
     if made is None:
         return asked
-    settings = dict(asked.settings)
-    if settings["precision"] == "auto":
-        settings["precision"] = made.settings.get("precision", "auto")
-    differences = [
-        f"{name}: output {_json(made.settings.get(name))}, this run {_json(settings.get(name))}"
-        for name in sorted(settings.keys() | made.settings.keys())
-        if made.settings.get(name) != settings.get(name)
-    ]
+    settings = asked.settings
+    if settings.precision == "auto":
+        settings = replace(settings, precision=made.settings.precision)
+    differences = made.settings.differences(settings)
     if differences:
         raise OtherSettingsError(
             "the output was made with other settings; choose another --output, or run with the same:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(f"{name}: output {own}, this run {other}" for name, own, other in differences)
         )
-    chosen = {name: told for name, told in made.versions.items() if name.startswith(BATCH_SIZE)}
-    return Fingerprint(settings, chosen | asked.versions)
+    return replace(asked, settings=settings, batch_size=made.batch_size)
 
 
 def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:
@@ -148,12 +134,8 @@ def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:
     Raises:
         OtherSettingsError: that was made with another setting.
     """
-    run = {
-        "fingerprint": fingerprint.digest,
-        "settings": fingerprint.settings,
-        "versions": fingerprint.versions,
-    }
-    if not create(output, RUN_FILE, (json.dumps(run, indent=2, ensure_ascii=False) + "\n").encode()):
+    text = json.dumps(fingerprint.to_json(), indent=2, ensure_ascii=False) + "\n"
+    if not create(output, RUN_FILE, text.encode()):
         made = read_fingerprint(output)
         if made is not None and made.digest != fingerprint.digest:
-            follow(fingerprint, made)
+            check_against_output(fingerprint, made)

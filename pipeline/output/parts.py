@@ -40,6 +40,7 @@ from pipeline.core.schema import (
 from pipeline.core.storage import join, read_tail, write_bytes
 from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.names import EMBEDDINGS, ERRORS, METADATA_PREFIX, PartName, version_tag
+from pipeline.output.settings import canonical_json
 
 ROW_GROUP_ROWS = 1024
 _FOOTER_BYTES = 16 * 2**10
@@ -56,8 +57,9 @@ class PartWriter:
         self._schema = embeddings_schema(shape, config.dtype, self._keep)
         self._metadata = {
             "fingerprint": fingerprint.digest,
-            "settings": json.dumps(fingerprint.settings, sort_keys=True, ensure_ascii=False),
-            "versions": json.dumps(fingerprint.versions, sort_keys=True),
+            "settings": canonical_json(fingerprint.settings.to_json()),
+            "batch_size": canonical_json(fingerprint.batch_size),
+            "versions": canonical_json(fingerprint.versions),
         }
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -190,13 +192,20 @@ class PartFacts:
 
     def fingerprint(self) -> Fingerprint:
         """What made the part. Raises `StoredDataError` where its metadata does not say."""
-        try:
-            made = Fingerprint(json.loads(self.metadata["settings"]), json.loads(self.metadata["versions"]))
-            if made.digest != self.metadata["fingerprint"]:
-                raise ValueError("the settings do not have the fingerprint beside them")
-        except (KeyError, ValueError) as error:
-            raise StoredDataError(f"its metadata does not tell what made it: {error!r}") from error
-        return made
+        return fingerprint_of(self.metadata)
+
+
+def fingerprint_of(metadata: Mapping[str, str]) -> Fingerprint:
+    """What made a part, by its metadata.
+
+    Raises:
+        StoredDataError: it does not say.
+    """
+    try:
+        values: dict[str, Any] = {key: json.loads(metadata[key]) for key in ("settings", "versions", "batch_size")}
+        return Fingerprint.from_json({**values, "fingerprint": metadata["fingerprint"]})
+    except (KeyError, ValueError, RecursionError) as error:
+        raise StoredDataError(f"its metadata does not tell what made it: {error!r}") from error
 
 
 def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:

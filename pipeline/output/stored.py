@@ -74,10 +74,10 @@ def open_output(url: str) -> Output:
     made = read_fingerprint(url)
     if made is None:
         raise OutputError(f"{url} is not an output: it has no {RUN_FILE}")
-    shape = made.settings.get("embedding_shape")
-    if not isinstance(shape, list) or len(shape) != 1:
-        raise OutputError(f"{url} has embeddings of shape {shape}: only pooled features [C] can be compared")
-    return Output(url, made, int(shape[0]))
+    shape = made.settings.embedding_shape
+    if len(shape) != 1:
+        raise OutputError(f"{url} has embeddings of shape {list(shape)}: only pooled features [C] can be compared")
+    return Output(url, made, shape[0])
 
 
 def list_stored(output: Output) -> list[StoredPart]:

@@ -26,9 +26,9 @@ def duplicates_page(
     Raises:
         InputError: the inputs name no shard.
     """
-    settings = open_output(output).made.settings
+    made = open_output(output).made
     places = {one.place for one in drawn} | {near.place for one in drawn for near in one.near}
-    found = previews(inputs, settings["image_member"], places, tag_of, settings["input_prefix"])
+    found = previews(inputs, made.settings.image_member, places, tag_of, made.input_prefix)
     rows = [
         Row(Tile(one.image_id, shown(one.place), found[one.place]), near_tiles(one.near, "cosine", found))
         for one in drawn
@@ -91,7 +91,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
     """
     facts = index.facts
     places = {near.place for hit in hits for near in hit.neighbours}
-    found = previews(inputs, facts.settings["image_member"], places, index.tag, facts.settings["input_prefix"])
+    found = previews(inputs, facts.made.settings.image_member, places, index.tag, facts.made.input_prefix)
     rows = [
         Row(
             Tile(Path(hit.query.name).name, hit.query.reason or "query", _preview(hit.query.path)),
@@ -101,7 +101,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
     ]
     said = [
         f"{format_count(len(hits), 'query image')} in {format_count(facts.num_rows, 'embedding')} of {facts.output}",
-        f"{facts.settings['backbone']}, weights {facts.versions.get('weights', '?')}; {facts.kind} index, "
+        f"{facts.made.settings.backbone}, weights {facts.made.versions.get('weights', '?')}; {facts.kind} index, "
         f"recall@10 {facts.recall:.3f}",
     ]
     return page("Nearest images", said, rows)

@@ -2,8 +2,8 @@
 
 How many images fill a device depends on the device, the backbone and the image size, so `auto` tries: one task with
 the resources of an actor, and so on the kind of device that will do the work, loads the backbone and embeds noise.
-Kernels of another batch shape may round the last bit otherwise. What was found therefore stands in `run.json`, among
-the versions as `batch_size_cuda` or `batch_size_cpu`, and a later run on the same output does not measure again.
+Kernels of another batch shape may round the last bit otherwise. What was found therefore stands in `run.json`, by
+kind of device, and a later run on the same output does not measure again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import numpy as np
 import ray
 
 from pipeline.core.config import AUTO
-from pipeline.core.errors import OutputError
 from pipeline.embedding.embedder import Runner, Source
-from pipeline.output.fingerprint import BATCH_SIZE
+from pipeline.embedding.network import Network, Placement
 from pipeline.planning.job import Job
 from pipeline.planning.nodes import SAY_EVERY_S
 from pipeline.planning.resources import Resources
@@ -57,39 +56,30 @@ class ResizableRunner(Runner, Protocol):
         ...
 
 
-def settle(
+def choose_batch_size(
     job: Job, source: Source, resources: Resources, on_wait: Callable[[str], object], wait_s: float = _WAIT_S
 ) -> tuple[Job, Resources, str | None]:
     """The job and its resources with the batch size, and why that could not be measured, where it could not.
 
     `source` is what the actors will load, and `wait_s` how long a cluster without room is waited for. An output that
     was begun without a batch size that was measured or asked for goes on with the device's own.
-
-    Raises:
-        OutputError: the output tells a batch size that is none.
     """
-    key = BATCH_SIZE + resources.device
-    begun = job.fingerprint.versions.get(key)
+    begun = job.fingerprint.batch_size.get(resources.device)
     asked, note = job.config.batch_size, None
     rates: dict[int, float] = {}
     size = asked if isinstance(asked, int) else None
     if asked == AUTO and not source.has_own_batch_size:
         if begun is not None:
-            size = _begun(job, key, begun)
+            size = begun
         elif job.is_new:
             rates, note = _measured(job, source, resources, on_wait, wait_s)
             size = best(rates) if rates else None
-    versions = {name: told for name, told in job.fingerprint.versions.items() if not name.startswith(BATCH_SIZE)}
+    # Of another kind of device it stays: the output may go on there.
+    sizes = {device: told for device, told in job.fingerprint.batch_size.items() if device != resources.device}
     if size is not None:
-        versions[key] = str(size)
-    job = replace(job, fingerprint=replace(job.fingerprint, versions=versions))
+        sizes[resources.device] = size
+    job = replace(job, fingerprint=replace(job.fingerprint, batch_size=sizes))
     return job, replace(resources, batch_size=size, batch_rates=tuple(rates.items())), note
-
-
-def _begun(job: Job, key: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise OutputError(f"{key} of {job.config.output} must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def best(rates: dict[int, float]) -> int:
@@ -159,10 +149,12 @@ def measure(
     return rates
 
 
-def _measure(source: Source, loading: dict[str, Any], sizes: list[int], part_rows: int) -> dict[int, float]:
+def _measure(
+    source: Source, network: Network, placement: Placement, sizes: list[int], part_rows: int
+) -> dict[int, float]:
     """In a worker."""
-    runner: Any = source.runner(**loading, batch_size=SMALLEST)
-    return measure(runner, sizes, part_rows, loading["preprocess"].crop)
+    runner: Any = source.runner(network, placement)
+    return measure(runner, sizes, part_rows, network.preprocess.crop)
 
 
 def _measured(
@@ -173,17 +165,10 @@ def _measured(
     # The process ends with the task, and leaves the device and its memory to an actor.
     task: Any = ray.remote(max_calls=1, max_retries=0)(_measure)
     task = task.options(num_cpus=actor.cpus, num_gpus=actor.gpus, resources=actor.named)
-    loading = {
-        "backbone": job.backbone,
-        "features": job.config.features,
-        "preprocess": job.preprocess,
-        "normalize": job.config.normalize,
-        "precision": job.precision,
-        "device": resources.device,
-        "num_threads": resources.num_threads,
-    }
+    placement = replace(resources, batch_size=SMALLEST).placement(job.precision)
     part_rows = job.config.part_rows
-    found = task.remote(source, loading, ladder(part_rows, job.preprocess.crop, resources.device), part_rows)
+    sizes = ladder(part_rows, job.network.preprocess.crop, resources.device)
+    found = task.remote(source, job.network, placement, sizes, part_rows)
     left_s = wait_s
     while not ray.wait([found], timeout=min(left_s, SAY_EVERY_S))[0]:
         left_s -= SAY_EVERY_S

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +24,10 @@ import pyarrow as pa
 from pipeline.core.errors import PrecisionError
 from pipeline.core.schema import PIXELS, REASON, part_rows
 from pipeline.decoding.isolated import IsolatedDecoder
-from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Runner, Source
+from pipeline.embedding.network import Placement
 from pipeline.planning.cpu import cpu_has_bf16
-from pipeline.planning.job import Job, loaded
-from pipeline.planning.known import Kept, Known, Pixels
+from pipeline.planning.job import Job
 from pipeline.shards.find import Pending
 from pipeline.shards.samples import SampleReader
 
@@ -46,6 +47,7 @@ MIN_COSINE = 0.9998
 # is 0.014.
 MAX_DISTANCE = 0.002
 
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 
@@ -66,36 +68,31 @@ def choose_engine(job: Job, pending: Sequence[Pending], device: str, candidates:
     """The engine for `device` with its precision: the job's own, else the first of `candidates` close to fp32.
 
     Close is a cosine of at least `MIN_COSINE` on each of `NUM_IMAGES` images of the `pending` shards. Where none of
-    these can be decoded the precision is fp32, which needs no trial. A graph that the job's cache has needs none
-    against eager torch either, and its own fp32 is what a reduced precision is held against, whether it was kept or
-    made just now; what came of that on the same images is in the cache too.
-
-    Raises:
-        WeightsError: the weights changed since the job was prepared.
+    these can be decoded the precision is fp32, which needs no trial. A reduced precision is compared with the
+    network's own fp32 output.
     """
     trial = _Trial(job, pending)
     note = None
     if device != "cuda":
-        kept = _kept_graph(job)
-        graph, fp32, note = (kept, None, None) if kept is not None else _converted(loaded(job), trial)
+        graph, fp32, note = _converted(job, trial)
         if graph is not None:
-            precision = trial.precision(graph, candidates, fp32, job.kept)
+            precision = trial.precision(graph, candidates, fp32)
             return Engine(f"openvino {version('openvino')}", precision, graph, trial.doubt(candidates))
-    # torch takes seconds to import, and a graph that was kept needs it not.
+    # torch takes seconds to import: whoever only asks for help shall not wait for it.
     from pipeline.embedding.torch_runner import SharedWeights  # noqa: PLC0415
 
-    weights = SharedWeights.of(loaded(job).weights)
+    weights = SharedWeights.of(job.weights)
     name = f"torch {job.fingerprint.versions['torch']}{', compiled' if job.config.compile else ''}"
     return Engine(name, trial.precision(weights, candidates), weights, note or trial.doubt(candidates))
 
 
 @contextmanager
-def foreseen_engine(job: Job, pending: list[Pending]) -> Iterator[Choose]:
-    """`choose_engine`, begun in a thread for this machine's CPU while Ray starts, if an earlier run kept the graph.
+def choose_meanwhile(job: Job, pending: list[Pending]) -> Iterator[Choose]:
+    """`choose_engine`, begun in a thread for this machine's CPU: Ray starts meanwhile, in other processes.
 
-    Otherwise, and where the cluster turns out to have GPUs, the engine is chosen when it is asked for.
+    Where the job may get a GPU, the engine is chosen when it is asked for.
     """
-    if not pending or job.kept is None or job.kept.entry is None:
+    if not pending or job.config.device == "cuda" or Path("/dev/nvidiactl").exists():
         yield choose_engine
         return
     foreseen = (job, pending, "cpu", ("bf16",) if cpu_has_bf16() else ())
@@ -104,47 +101,27 @@ def foreseen_engine(job: Job, pending: list[Pending]) -> Iterator[Choose]:
         yield lambda *asked: engine.result() if asked == foreseen else choose_engine(*asked)
 
 
-def _kept_graph(job: Job) -> Source | None:
-    """The graph that an earlier run kept; its facts and the weights were compared when the job was prepared."""
-    if openvino_runner is None or job.kept is None or not _openvino_computes(job.precision):
-        return None
-    parts = job.kept.graph()
-    return None if parts is None else openvino_runner.SharedGraph(*parts)
-
-
-def _openvino_computes(precision: str) -> bool:
-    return precision == "auto" or (openvino_runner is not None and openvino_runner.computes(precision))
-
-
 def _converted(job: Job, trial: _Trial) -> tuple[Source | None, Vectors | None, str | None]:
     """The job's network for OpenVINO and what it gives in fp32, or None and why not."""
     if openvino_runner is None:
         return None, None, "OpenVINO is not installed"
-    if not _openvino_computes(job.precision):
+    if job.precision != "auto" and not openvino_runner.computes(job.precision):
         return None, None, f"OpenVINO computes no {job.precision} on this processor"
-    from pipeline import backbones  # noqa: PLC0415  as above
     from pipeline.embedding import torch_runner  # noqa: PLC0415  as above
 
-    network = torch_runner.make_network(
-        job.backbone, job.weights, job.config.features, job.preprocess, job.config.normalize
-    )
-    eager = torch_runner.TorchRunner(
-        network, precision="fp32", crop=job.preprocess.crop, device="cpu", batch_size=None, num_threads=None
-    )
-    expected = trial.run(eager)
+    backbone, crop = job.network.backbone, job.network.preprocess.crop
+    network = torch_runner.build_network(job.network, job.weights)
+    expected = trial.run(torch_runner.TorchRunner(network, crop, Placement()))
     try:
         from pipeline.embedding.openvino_graph import convert  # noqa: PLC0415  as above
 
-        graph = convert(network, job.preprocess.crop)
+        graph = convert(network, crop)
         found = trial.embed(graph, "fp32")
     except Exception as error:
-        return None, None, f"OpenVINO cannot take {job.backbone}: {type(error).__name__}: {str(error).strip()[:200]}"
+        return None, None, f"OpenVINO cannot take {backbone}: {type(error).__name__}: {str(error).strip()[:200]}"
     distance = _distance(expected, found)
     if not distance <= MAX_DISTANCE:
-        return None, None, f"OpenVINO is {distance:.2g} of the length from eager torch for {job.backbone}"
-    if job.kept is not None and trial.is_real:
-        known = Known(job.backbone, job.weights, job.preprocess, job.shape, backbones.versions(job.backbone))
-        job.kept.keep(known, graph.graph, graph.constants)
+        return None, None, f"OpenVINO is {distance:.2g} of the length from eager torch for {backbone}"
     return graph, found, None
 
 
@@ -160,10 +137,10 @@ class _Trial:
         config = self._job.config
         reader = SampleReader(replace(config, part_rows=-(-NUM_IMAGES // len(self._shards))))
         # No image shall kill the driver.
-        decoder = IsolatedDecoder(DecodingRules.of(config, self._job.preprocess))
+        decoder = IsolatedDecoder(self._job.rules)
         with ThreadPoolExecutor(len(self._shards)) as pool:
             fronts = pool.map(lambda shard: next(reader.parts(shard._replace(stored_parts=()))), self._shards)
-            return _pixels(pa.concat_tables(decoder(pa.concat_tables(fronts))), self._job.preprocess.crop)
+            return _pixels(pa.concat_tables(decoder(pa.concat_tables(fronts))), self._job.network.preprocess.crop)
 
     @property
     def is_real(self) -> bool:
@@ -179,26 +156,14 @@ class _Trial:
             f"fp32, as none was tried; --precision {candidates[0]} takes that"
         )
 
-    def precision(
-        self, source: Source, candidates: tuple[str, ...], fp32: Vectors | None = None, kept: Kept | None = None
-    ) -> str:
-        """The job's precision; for `auto` the first of `candidates` that is close to what `source` gives in fp32.
-
-        `kept` is where an earlier run left which one that was, if `source` is the graph of that place.
-        """
+    def precision(self, source: Source, candidates: tuple[str, ...], fp32: Vectors | None = None) -> str:
+        """The job's precision; for `auto` the first of `candidates` that is close to what `source` gives in fp32."""
         if self._job.precision != "auto":
             return self._job.precision
         if not candidates or not self.is_real:
             return "fp32"
-        asked = (self._job.weights, self._images, candidates)
-        remembered = kept.verdict(*asked) if kept is not None else None
-        if remembered is not None:
-            return remembered
         expected = self.embed(source, "fp32") if fp32 is None else fp32
-        precision = next((name for name in candidates if self._is_close(expected, source, name)), "fp32")
-        if kept is not None:
-            kept.keep_verdict(*asked, precision)
-        return precision
+        return next((name for name in candidates if self._is_close(expected, source, name)), "fp32")
 
     def _is_close(self, expected: Vectors, source: Source, precision: str) -> bool:
         try:
@@ -208,24 +173,16 @@ class _Trial:
 
     def embed(self, source: Source, precision: str) -> Vectors:
         """Embeddings [N, C] on this process's CPU (feature maps flattened)."""
-        config = self._job.config
-        runner = source.runner(
-            backbone=self._job.backbone,
-            features=config.features,
-            preprocess=self._job.preprocess,
-            normalize=config.normalize,
-            precision=precision,
-            device="cpu",
-            batch_size=None,
-            num_threads=None,
-        )
+        runner = source.runner(self._job.network, Placement(precision=precision))
         return self.run(runner)
 
     def run(self, runner: Runner) -> Vectors:
         """The same by a runner that is loaded."""
         pixels = self._images
         if not len(pixels):
-            pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, *self._job.preprocess.crop, 3), np.uint8)
+            pixels = np.random.default_rng(0).integers(
+                0, 256, (NUM_IMAGES, *self._job.network.preprocess.crop, 3), np.uint8
+            )
         rows = np.arange(len(pixels))
         embedded: Vectors = runner.embed(pixels, rows).reshape(len(rows), -1)
         return embedded

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import ray
 
@@ -169,27 +168,3 @@ class NodeWatch:
         if now - self._said >= SAY_EVERY_S:
             self._said = now
             self._say(f"for nodes, {self._wait_s - waited_s:.0f} s more: {lacking}")
-
-
-class FlowCallback:
-    """What Ray Data calls at each step of an execution; what `check` raises ends it.
-
-    Ray Data makes one by itself, from this class, and pickles the class along with its settings: the watch is one of
-    the process.
-    """
-
-    watch: ClassVar[NodeWatch | None] = None
-
-    def before_execution_starts(self, executor: Any) -> None:
-        """Nothing."""
-
-    def on_execution_step(self, executor: Any) -> None:
-        """End the execution where a stage has had no node for too long."""
-        if FlowCallback.watch is not None:
-            FlowCallback.watch.check()
-
-    def after_execution_succeeds(self, executor: Any) -> None:
-        """Nothing."""
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None:
-        """Nothing."""

@@ -12,6 +12,7 @@ from ray.util import placement_group, remove_placement_group
 from pipeline.core.config import Config
 from pipeline.core.errors import ClusterError
 from pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
+from pipeline.embedding.network import Placement
 from pipeline.planning.cpu import cpu_has_bf16
 from pipeline.planning.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
 
@@ -67,6 +68,16 @@ class Resources:
             Request(STAGE_READ, self.read_cpus),
             Request(STAGE_DECODE, self.decode_cpus),
             Request(STAGE_WRITE, self.write_cpus),
+        )
+
+    def placement(self, precision: str, *, compiled: bool = False) -> Placement:
+        """Where each actor's network runs."""
+        return Placement(
+            device=self.device,
+            precision=precision,
+            batch_size=self.batch_size,
+            num_threads=self.num_threads,
+            compiled=compiled,
         )
 
     def fast_precisions(self) -> tuple[str, ...]:

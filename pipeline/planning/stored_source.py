@@ -8,6 +8,7 @@ from typing import Any
 import ray
 
 from pipeline.embedding.embedder import Runner, Source
+from pipeline.embedding.network import Network, Placement
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class StoredSource:
         """Put a source into the object store. Its arrays are not copied when it is read."""
         return cls(ray.put(source), source.has_own_batch_size)
 
-    def runner(self, **placed: Any) -> Runner:
+    def runner(self, network: Network, placement: Placement) -> Runner:
         """As `Source.runner`."""
         source: Source = ray.get(self.ref)
-        return source.runner(**placed)
+        return source.runner(network, placement)

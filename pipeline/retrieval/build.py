@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import platform
 import random
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.errors import OtherSettingsError, OutputError, SettingsError
 from pipeline.core.formatting import format_count
 from pipeline.core.storage import TEMPORARY_FOLDER, clear_temporary, write_bytes
 from pipeline.output.stored import Output, StoredPart, list_stored, open_output, stream, unfinished, with_facts
@@ -212,16 +211,11 @@ def _clear(folder: Path, facts: Facts | None) -> None:
 
 def _check_same(folder: Path, old: Facts, source: Output, options: Options) -> None:
     """Raise where the index is of other settings than the output, or of another metric than asked for."""
-    before, now = old.settings, source.made.settings
-    differences = [
-        f"{name}: index {json.dumps(before.get(name))}, output {json.dumps(now.get(name))}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
+    differences = old.made.settings.differences(source.made.settings)
     if differences:
-        raise OutputError(
+        raise OtherSettingsError(
             f"the index {folder} was made from embeddings of other settings; name another folder:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(f"{name}: index {own}, output {other}" for name, own, other in differences)
         )
     if options.metric is not None and options.metric != old.metric:
         raise SettingsError(
@@ -270,8 +264,7 @@ def _plan(source: Output, old: Facts | None, num_rows: int, options: Options) ->
     kind = given or choose_kind(num_rows, source.num_features, options.memory_bytes)
     return Facts(
         output=source.url,
-        settings=source.made.settings,
-        versions=source.made.versions,
+        made=source.made,
         metric=options.metric or (old.metric if old is not None else METRICS[0]),
         kind=kind,
         kind_given=given is not None,

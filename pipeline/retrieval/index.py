@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.errors import OutputError, SettingsError, StoredDataError
 from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.stored import StoredPart
@@ -38,7 +38,7 @@ LISTS_FILE = "lists.ivfdata"
 ROWS_FILE = "rows.parquet"
 PARTS_FILE = "parts.parquet"
 DATA_NAME = "data-{:05d}"
-FORMAT = 1
+FORMAT = 2
 ROW = "row"
 ROWS_SCHEMA = pa.schema(
     [
@@ -61,15 +61,14 @@ PARTS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What index.json says. `settings` and `versions` are those of the output.
+    """What index.json says. `made` is what made the embeddings in it.
 
     `width` is how wide a search has to be for `recall` (at 10, measured on `recall_queries` rows), `lists`
     how many an ivf index has, laid out when it had `laid_out_rows` rows. `files` are name -> (bytes, sha256).
     """
 
     output: str
-    settings: dict[str, Any]
-    versions: dict[str, str]
+    made: Fingerprint
     metric: str
     kind: str
     kind_given: bool
@@ -84,14 +83,9 @@ class Facts:
     files: dict[str, tuple[int, str]]
     made_with: dict[str, str]
 
-    @property
-    def made(self) -> Fingerprint:
-        """The fingerprint of the embeddings in the index."""
-        return Fingerprint(self.settings, self.versions)
-
     def as_json(self) -> bytes:
         """index.json."""
-        values = {"format": FORMAT, "fingerprint": self.made.digest, **asdict(self)}
+        values = {"format": FORMAT, **vars(self), "made": self.made.to_json()}
         return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -125,10 +119,11 @@ def read_facts(folder: Path) -> Facts | None:
     path = folder / INDEX_FILE
     try:
         values = json.loads(path.read_bytes())
-        form, stated = values.pop("format"), values.pop("fingerprint")
+        form = values.pop("format")
         if form != FORMAT:
             raise OutputError(f"{path} is of format {form}, this version reads {FORMAT}")
         values["files"] = {name: (int(size), str(sha256)) for name, (size, sha256) in values["files"].items()}
+        values["made"] = Fingerprint.from_json(values["made"])
         facts = Facts(**values)
         if facts.kind not in KINDS or facts.metric not in METRICS or data_number(facts.data) is None:
             raise ValueError("unknown kind, metric or data folder")
@@ -137,10 +132,12 @@ def read_facts(folder: Path) -> Facts | None:
             raise ValueError(f"unknown files of {facts.kind}: {', '.join(sorted(facts.files))}")
     except FileNotFoundError:
         return None
+    except StoredDataError as error:
+        raise StoredDataError(f"{path} cannot be used: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise OutputError(f"{path} is damaged, or not that of an index: {error!r}; name another folder") from error
-    if stated != facts.made.digest:
-        raise OutputError(f"{path} was changed by hand: its settings do not have the fingerprint {stated}")
+        raise StoredDataError(
+            f"{path} is damaged, or not that of an index: {error!r}; name another folder"
+        ) from error
     return facts
 
 

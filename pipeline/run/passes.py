@@ -5,37 +5,24 @@ from __future__ import annotations
 import errno
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.data import Dataset
-
-from pipeline.core.config import Config
 from pipeline.core.errors import ClusterError, SettingsError
 from pipeline.core.formatting import format_count
-from pipeline.core.redact import describe, redact
+from pipeline.core.redact import describe
 from pipeline.core.storage import clear_temporary, delete
-from pipeline.embedding.embedder import Source
-from pipeline.flow import make_flow
 from pipeline.output.fingerprint import write_fingerprint
 from pipeline.output.ledger import Counts, count
-from pipeline.planning.batch_size import settle
-from pipeline.planning.engine import Choose, choose_engine
 from pipeline.planning.job import Job
-from pipeline.planning.nodes import DeviceTime, FlowCallback, NodeWatch, alive_nodes
 from pipeline.planning.plan import Plan, make_plan
-from pipeline.planning.resources import Resources, plan_resources
-from pipeline.planning.stored_source import StoredSource
+from pipeline.planning.resources import Resources
+from pipeline.run.executor import Executor, PassError
 from pipeline.run.report import last_counts, make_report, mark_counted, mark_uncounted, tells_of_work, write_report
 from pipeline.run.tally import Tally
 from pipeline.shards.find import Pending, Shard, find_shards
 
-# Spot machines may stay away for many minutes.
-_NODE_WAIT_S = 1800
-_CAUSED = "The above exception was the direct cause of the following exception:"
 # How an error says that there is no space, and will be none in the next pass either.
 _FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
@@ -50,12 +37,11 @@ class Watcher:
     on_wait: Callable[[str], object] = lambda why: None
 
 
-def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_engine) -> dict[str, Any]:
+def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dict[str, Any]:
     """Embed what is pending until all of it is stored, and return the report.
 
-    Ray must be up, unless the plan has nothing pending. Ray Data may fail, or lose a part, in any way:
-    what is done is read from the output alone, and what is not is run again, until `max_passes` passes in a row
-    stored nothing new.
+    A pass of the `executor` may fail, or lose a part, in any way: what is done is read from the output alone, and
+    what is not is run again, until `max_passes` passes in a row stored nothing new.
 
     Raises:
         ClusterError: the cluster lacks what the job needs.
@@ -71,9 +57,9 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         _begin(job)
         counts = counted or _counted(job, shards, {shard.name for shard in shards}, problems)
         return _finish(job, plan, None, tally, counts, problems)
-    resources = plan_resources(config, watcher.on_wait)
-    tally.devices = devices = DeviceTime(resources.requests[0], resources.num_actors[1], tally.started, alive_nodes())
-    job, source, resources = _decide(job, plan.pending, resources, watcher, choose, problems)
+    prepared = executor.prepare(job, plan.pending, tally.started, watcher.on_wait)
+    job, resources, tally.devices = prepared.job, prepared.resources, prepared.devices
+    problems += prepared.problems
     watcher.on_resources(job, resources)
     _begin(job)
     mark_uncounted(config.output)
@@ -91,13 +77,12 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         _clear(job, plan, [shard.name for shard in pending])
         try:
             # What failed may be a native decoder that an image killed, and its worker with it.
-            with _watch_nodes(resources, config, watcher, devices):
-                for receipt in _receipts(make_flow(pending, job, source, resources, isolated=failed)):
-                    tally.add(receipt)
-                    watcher.on_part(tally)
-        except ray.exceptions.RayError as error:
+            for receipt in executor.receipts(prepared, pending, isolated=failed, on_wait=watcher.on_wait):
+                tally.add(receipt)
+                watcher.on_part(tally)
+        except PassError as error:
             failed = True
-            problems.append(f"pass {number}: {_brief(error)}")
+            problems.append(f"pass {number}: {error}")
         except ClusterError as error:
             no_nodes = True
             problems.append(f"pass {number}: {error}")
@@ -114,20 +99,6 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         # An earlier run did not count what it stored, or found that it does not balance.
         names |= {shard.name for shard in shards} - {shard.name for shard in plan.pending}
     return _finish(job, first_plan, resources, tally, _counted(job, shards, names, problems), problems)
-
-
-def _decide(
-    job: Job, pending: list[Pending], resources: Resources, watcher: Watcher, choose: Choose, problems: list[str]
-) -> tuple[Job, Source, Resources]:
-    """What computes, in which precision and batches: job and resources with it, and what the actors are to load."""
-    engine = choose(job, pending, resources.device, resources.fast_precisions())
-    if engine.note is not None:
-        problems.append(f"slower than it could be: {engine.note}")
-    source = StoredSource.put(engine.source)
-    job, resources, note = settle(job.with_engine(engine.name, engine.precision), source, resources, watcher.on_wait)
-    if note is not None:
-        problems.append(note)
-    return job, source, resources
 
 
 def _has_got_on(before: list[Pending], now: list[Pending]) -> bool:
@@ -168,17 +139,6 @@ def _clear(job: Job, plan: Plan, names: Iterable[str]) -> None:
     delete(job.config.output, [file for name in names for file in plan.stale.get(name, ())])
 
 
-@contextmanager
-def _watch_nodes(resources: Resources, config: Config, watcher: Watcher, devices: DeviceTime) -> Iterator[None]:
-    """Let the flow end with a `ClusterError` where a stage has had no node for too long."""
-    wait_s = _NODE_WAIT_S if config.node_wait_s is None else config.node_wait_s
-    FlowCallback.watch = NodeWatch(resources.requests, wait_s, watcher.on_wait, devices)
-    try:
-        yield
-    finally:
-        FlowCallback.watch = None
-
-
 def _begin(job: Job) -> None:
     clear_temporary(job.config.output)
     if job.is_new:
@@ -192,15 +152,3 @@ def _listed_again(job: Job, shards: list[Shard], problems: list[str]) -> list[Sh
     except SettingsError as error:
         problems.append(str(error))
         return shards
-
-
-def _receipts(flow: Dataset) -> Iterator[dict[str, Any]]:
-    for table in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from table.to_pylist()
-
-
-def _brief(error: BaseException) -> str:
-    """An error's type and the line that says what went wrong: not Ray's advice, which follows an error of ours."""
-    text, _, advice = str(error).rpartition(_CAUSED)
-    lines = [line for line in (text if "UserCodeException" in advice else str(error)).splitlines() if line.strip()]
-    return redact(f"{type(error).__name__}: {lines[-1].strip() if lines else ''}")[:500]

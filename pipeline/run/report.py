@@ -45,7 +45,7 @@ def make_report(
         "output": job.config.output,
         "input": list(job.config.input),
         "fingerprint": job.fingerprint.digest,
-        "backbone": job.backbone,
+        "backbone": job.network.backbone,
         "weights": job.weights.name,
         "weights_sha256": job.weights.sha256,
         "features": job.config.features,

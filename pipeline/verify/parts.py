@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.config import Field
-from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.errors import OutputError, StoredDataError
 from pipeline.core.redact import describe
 from pipeline.core.schema import (
     EMBEDDING,
@@ -28,7 +28,7 @@ from pipeline.core.schema import (
 from pipeline.core.storage import join, read_bytes
 from pipeline.output.fingerprint import Fingerprint, read_fingerprint
 from pipeline.output.names import EMBEDDINGS, ERRORS, RUN_FILE, PartName, version_tag
-from pipeline.output.parts import content_sha256, vectors
+from pipeline.output.parts import content_sha256, fingerprint_of, vectors
 from pipeline.verify.findings import Finding, few
 
 PIECE_BYTES = 32 * 2**20
@@ -55,22 +55,18 @@ def expectation(output: str) -> Expected:
     if made is None:
         raise OutputError(f"{output} is not an output: it has no {RUN_FILE}")
     settings = made.settings
-    try:
-        shape = tuple(int(size) for size in settings["embedding_shape"])
-        keep = [Field.parse(spec) for spec in settings["keep"]]
-        row_bytes = int(np.prod(shape)) * np.dtype(settings["dtype"]).itemsize
-        return Expected(
-            made=made,
-            digest=made.digest,
-            schema=embeddings_schema(shape, settings["dtype"], tuple((item.column, item.type) for item in keep)),
-            piece_rows=max(1, PIECE_BYTES // max(1, row_bytes)),
-            length_tolerance=_LENGTH_TOLERANCE[settings["dtype"]] if settings["normalize"] else None,
-            part_rows=int(settings["part_rows"]),
-            id=None if settings["id"] == "key" else Field.parse(settings["id"]),
-            image_member=settings["image_member"],
-        )
-    except (KeyError, TypeError, ValueError, SettingsError) as error:
-        raise OutputError(f"{join(output, RUN_FILE)} is not a run.json of this pipeline: {error!r}") from error
+    keep = tuple((item.column, item.type) for item in settings.keep)
+    row_bytes = math.prod(settings.embedding_shape) * np.dtype(settings.dtype).itemsize
+    return Expected(
+        made=made,
+        digest=made.digest,
+        schema=embeddings_schema(settings.embedding_shape, settings.dtype, keep),
+        piece_rows=max(1, PIECE_BYTES // max(1, row_bytes)),
+        length_tolerance=_LENGTH_TOLERANCE[settings.dtype] if settings.normalize else None,
+        part_rows=settings.part_rows,
+        id=settings.id,
+        image_member=settings.image_member,
+    )
 
 
 class Rows(NamedTuple):
@@ -256,22 +252,15 @@ def _field(field: pa.Field) -> str:
 
 
 def _check_fingerprint(expected: Expected, part: Part, folder: str, metadata: dict[str, str]) -> None:
-    digest, wanted = metadata.get("fingerprint"), expected.made.settings
     try:
-        settings = json.loads(metadata.get("settings", "null"))
-    except ValueError:
-        settings = None
-    if digest == expected.digest and settings == wanted:
+        made = fingerprint_of(metadata)
+    except StoredDataError as error:
+        part.find(folder, "fingerprint", str(error))
         return
-    named = settings if isinstance(settings, dict) else wanted
-    differences = [
-        f"{name} {json.dumps(named.get(name))} instead of {json.dumps(wanted.get(name))}"
-        for name in sorted(named.keys() | wanted.keys())
-        if named.get(name) != wanted.get(name)
-    ]
-    without = "" if isinstance(settings, dict) else ", and it names no settings"
-    value = "; ".join(differences) or f"{digest}, run.json has {expected.digest}{without}"
-    part.find(folder, "fingerprint", value)
+    differences = made.settings.differences(expected.made.settings)
+    if differences:
+        value = "; ".join(f"{name} {own} instead of {wanted}" for name, own, wanted in differences)
+        part.find(folder, "fingerprint", value)
 
 
 def _check_metadata(expected: Expected, part: Part, metadata: dict[str, str]) -> bool:

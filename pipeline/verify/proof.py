@@ -64,10 +64,10 @@ def verify(
 
 def _input(inputs: Sequence[str], expected: Expected, verdict: Verdict) -> dict[str, Shard]:
     found = find_shards(inputs)
-    prefix = expected.made.settings.get("input_prefix")
+    prefix = expected.made.input_prefix
     if found.prefix != prefix:
         verdict.notes.append(
-            f"the input's prefix is {one_line(found.prefix)}, the output was made of {one_line(str(prefix))}"
+            f"the input's prefix is {one_line(found.prefix)}, the output was made of {one_line(prefix)}"
         )
     return {shard.name: shard for shard in found.shards}
 

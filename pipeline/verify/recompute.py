@@ -21,6 +21,7 @@ from pipeline.core.errors import SampleError, SettingsError, ShardError
 from pipeline.core.redact import describe
 from pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX
 from pipeline.core.storage import join, read_bytes
+from pipeline.decoding.decoder import Decoder
 from pipeline.embedding.recipe import recipe_of
 from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.names import EMBEDDINGS, PartName
@@ -66,16 +67,17 @@ class Model:
 
     def __init__(self, made: Fingerprint, spec: str | None) -> None:
         recipe = recipe_of(made, spec)
-        self._decoder = recipe.decoder()
-        crop = recipe.rules.preprocess.crop
-        self._backbone = build_backbone(recipe.backbone, recipe.weights, recipe.features, crop).eval()
-        self._mean = torch.tensor(recipe.rules.preprocess.mean)[:, None, None]
-        self._std = torch.tensor(recipe.rules.preprocess.std)[:, None, None]
-        self._normalize = recipe.normalize
-        is_full = (recipe.precision, recipe.dtype, recipe.decode) == ("fp32", "float32", "cpu")
+        settings, network = recipe.settings, recipe.network
+        preprocess = network.preprocess
+        self._decoder = Decoder(settings.rules)
+        self._backbone = build_backbone(network.backbone, recipe.weights, network.features, preprocess.crop).eval()
+        self._mean = torch.tensor(preprocess.mean)[:, None, None]
+        self._std = torch.tensor(preprocess.std)[:, None, None]
+        self._normalize = network.normalize
+        is_full = (settings.precision, settings.dtype, settings.decode) == ("fp32", "float32", "cpu")
         self.least_cosine = _COSINE if is_full else _COSINE_REDUCED
         # Rows of the same picture, one decoded by a device and one not, are as far apart as the decoders are.
-        self.apart = 0.0 if recipe.decode == DECODES[0] else math.sqrt(2 * (1 - self.least_cosine))
+        self.apart = 0.0 if settings.decode == DECODES[0] else math.sqrt(2 * (1 - self.least_cosine))
 
     def embed(self, image: bytes) -> np.ndarray[Any, Any]:
         """float32 features [C] of an encoded image, a feature map's as [C * H * W]. Raises `SampleError`."""

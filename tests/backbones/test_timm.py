@@ -27,8 +27,9 @@ from pipeline.backbones.weights import Weights
 from pipeline.core.errors import BackboneError, WeightsError
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop
+from pipeline.embedding.network import Network
 from pipeline.embedding.queries import QueryEmbedder
-from pipeline.embedding.torch_runner import make_network
+from pipeline.embedding.torch_runner import build_network
 from pipeline.output.fingerprint import read_fingerprint
 from pipeline.verify.proof import verify
 from pipeline.verify.recompute import Recompute
@@ -181,13 +182,12 @@ def test_a_stretched_image_is_seen_whole_and_another_size_keeps_it_so() -> None:
     assert (small[:, 18:] == 0).all()
 
 
-def test_the_settings_of_torchvisions_preprocessing_are_as_they_were() -> None:
-    """Outputs that were made before there was a second mode keep their fingerprint."""
-    settings = preprocess_for("resnet50", "DEFAULT").settings()
-    assert list(settings) == ["resize", "crop", "interpolation", "mean", "std"]
-    squash = preprocess_for("timm/eva02_base_patch14_448", "random").settings()
-    assert squash["mode"] == "squash"
-    assert Preprocess(**settings).mode == "center"
+def test_a_preprocessing_is_the_same_after_json() -> None:
+    center = preprocess_for("resnet50", "DEFAULT")
+    squash = preprocess_for("timm/eva02_base_patch14_448", "random")
+    assert (center.mode, squash.mode) == ("center", "squash")
+    for preprocess in (center, squash):
+        assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
 def test_random_weights_are_manual_seed_and_timms_builder() -> None:
@@ -253,7 +253,7 @@ def test_a_model_of_one_size_is_built_for_the_size_asked_for_and_brings_its_weig
     assert output_shape("timm/test_vit3", "pooled", (96, 128), weights) == (96,)
     preprocess = preprocess_for("timm/test_vit3", "random").with_size((96, 128))
     pixels = torch.zeros(1, 96, 128, 3, dtype=torch.uint8)
-    assert make_network("timm/test_vit3", weights, "pooled", preprocess, False)(pixels).shape == (1, 96)
+    assert build_network(Network(backbone="timm/test_vit3", preprocess=preprocess), weights)(pixels).shape == (1, 96)
 
 
 @pytest.mark.parametrize(("name", "size"), [("test_vit3", (8, 8)), ("swin_tiny_patch4_window7_224", (3, 3))])
@@ -459,8 +459,8 @@ def test_an_output_is_verified_recomputed_and_searched_as_any_other(backbone: st
     embed(shards, output, backbone=backbone, weights=path, image_size=size)
     made = read_fingerprint(output)
     assert made is not None
-    assert made.settings["backbone"] == backbone
-    assert made.settings["weights_sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert made.settings.backbone == backbone
+    assert made.settings.weights_sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert made.versions["timm"] == timm.__version__
     verdict = verify(output, [str(shards)], Recompute(None, weights=path, required=True))
     assert not verdict.findings

@@ -31,13 +31,14 @@ from pipeline.decoding.resize import resize_crop as on_cpu
 from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.device_decode import DeviceDecoder, resize_crop
 from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.network import Network, Placement
 from pipeline.embedding.queries import QueryEmbedder
 from pipeline.embedding.recipe import recipe_of
 from pipeline.embedding.torch_runner import SharedWeights
 from pipeline.flow import make_flow
 from pipeline.output.fingerprint import read_fingerprint, write_fingerprint
 from pipeline.output.parts import vectors
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.planning.resources import plan_resources
 from pipeline.planning.stored_source import StoredSource
@@ -270,11 +271,10 @@ def test_what_would_take_much_of_the_device_is_decoded_on_the_cpu(
 
 
 def embedder(backbone: str, weights: Any, preprocess: Preprocess, cpu: Decoder | None) -> Embedder:
-    return Embedder(
-        backbone=backbone, source=SharedWeights.of(weights), features="pooled", preprocess=preprocess,
-        shape=output_shape(backbone, "pooled", preprocess.crop), dtype="float32", precision="fp32", normalize=False,
-        device="cpu", batch_size=16, num_threads=None, decoder=cpu,
-    )  # fmt: skip
+    network = Network(backbone=backbone, preprocess=preprocess)
+    shape = output_shape(backbone, "pooled", preprocess.crop)
+    source = SharedWeights.of(weights)
+    return Embedder(source, network, Placement(batch_size=16), shape=shape, dtype="float32", decoder=cpu)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
@@ -312,7 +312,7 @@ def output(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     given = {"input": [str(folder / "in")], "output": str(folder / "out"), "part_rows": 16, **settings}
     # The flow has no device of the kind here, and decodes on the one that it is given.
     resources = plan_resources(parse({**given, "device": "cpu"}))
-    job = prepare(parse({**given, "decode": "gpu"})).with_engine("torch", "fp32")
+    job = prepare_job(parse({**given, "decode": "gpu"})).with_engine("torch", "fp32")
     write_fingerprint(job.config.output, job.fingerprint)
     flow = make_flow(
         make_plan(job.shards, job.config.output).pending,
@@ -333,7 +333,7 @@ def test_the_flow_stores_what_it_stores_without_a_device_but_for_the_last_bits(o
         images = [file.read() for file in files if file]
     made = read_fingerprint(str(out))
     assert made is not None
-    assert made.settings["decode"] == "gpu"
+    assert made.settings.decode == "gpu"
     recipe = recipe_of(made)
     cpu = recipe.decoder()
     table = pa.concat_tables([pq.read_table(path) for path in sorted((out / "embeddings").glob("*.parquet"))])

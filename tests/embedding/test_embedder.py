@@ -35,7 +35,8 @@ from pipeline.core.schema import (
 )
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.embedding.embedder import Embedder, Source
-from pipeline.embedding.torch_runner import SharedWeights, TorchRunner, make_network
+from pipeline.embedding.network import Network, Placement
+from pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
 from pipeline.planning.stored_source import StoredSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,26 +66,18 @@ def embedder(
 ) -> Embedder:
     """An embedder as the flow makes one, with random weights, on the CPU."""
     weights = weights or load_weights(backbone, "random:0")
-    defaults = {
-        "features": "pooled",
-        "preprocess": preprocess(backbone, side),
-        "dtype": "float32",
-        "precision": "fp32",
-        "normalize": False,
-        "device": "cpu",
-        "batch_size": 16,
-        "num_threads": None,
-    }
-    settings = defaults | options
-    crop = settings["preprocess"].crop
+    given = {"preprocess": preprocess(backbone, side), "dtype": "float32", "batch_size": 16} | options
+    fields = ("features", "preprocess", "normalize")
+    network = Network(backbone=backbone, **{name: given.pop(name) for name in fields if name in given})
+    dtype = given.pop("dtype")
+    crop = network.preprocess.crop
     source: Source = SharedWeights.of(weights)
     if ENGINE["name"] == "openvino":
         from pipeline.embedding.openvino_graph import convert
 
-        ours = settings["features"], settings["preprocess"], settings["normalize"]
-        source = convert(make_network(backbone, weights, *ours), crop)
-    settings["source"] = source
-    return Embedder(backbone=backbone, shape=output_shape(backbone, settings["features"], crop), **settings)
+        source = convert(build_network(network, weights), crop)
+    shape = output_shape(backbone, network.features, crop)
+    return Embedder(source, network, Placement(**given), shape=shape, dtype=dtype)
 
 
 def pictures(count: int, seed: int = 0, side: int = SIDE) -> list[Any]:
@@ -358,8 +351,8 @@ def test_batches_that_do_not_fit_into_memory_are_halved_until_they_do() -> None:
     pixels = np.stack(pictures(11))
 
     def runner(batch_size: int, room: int) -> TorchRunner:
-        network = make_network(
-            "resnet18", load_weights("resnet18", "random:0"), "pooled", preprocess("resnet18"), False
+        network = build_network(
+            Network(backbone="resnet18", preprocess=preprocess("resnet18")), load_weights("resnet18", "random:0")
         )
         tried: list[int] = []
 
@@ -370,9 +363,7 @@ def test_batches_that_do_not_fit_into_memory_are_halved_until_they_do() -> None:
                 raise torch.OutOfMemoryError(f"no room for {len(inputs[0])} images")
 
         network.register_forward_pre_hook(device_memory)
-        return TorchRunner(
-            network, precision="fp32", crop=(SIDE, SIDE), device="cpu", batch_size=batch_size, num_threads=None
-        )
+        return TorchRunner(network, (SIDE, SIDE), Placement(batch_size=batch_size))
 
     rows = np.array([10, 3, 4, 5, 6, 7, 8, 9, 0])
     halved = runner(8, room=3)
@@ -390,13 +381,10 @@ def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one() -> None:
     pixels, rows = np.stack(pictures(11)), np.array([10, 3, 4, 5, 6, 7, 8, 9, 0])
 
     def runner(compiled: bool) -> TorchRunner:
-        network = make_network(
-            "resnet18", load_weights("resnet18", "random:0"), "pooled", preprocess("resnet18"), False
+        network = build_network(
+            Network(backbone="resnet18", preprocess=preprocess("resnet18")), load_weights("resnet18", "random:0")
         )
-        return TorchRunner(
-            network, precision="fp32", crop=(SIDE, SIDE), device="cpu", batch_size=4, num_threads=None,
-            compiled=compiled,
-        )  # fmt: skip
+        return TorchRunner(network, (SIDE, SIDE), Placement(batch_size=4, compiled=compiled))
 
     eager = runner(False).embed(pixels, rows)
     counters.clear()
@@ -409,12 +397,13 @@ def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one() -> None:
 
 
 def test_torch_computes_in_one_thread_whoever_asks() -> None:
-    network = make_network(
-        "squeezenet1_1", load_weights("squeezenet1_1", "random:0"), "pooled", preprocess("squeezenet1_1"), False
+    network = build_network(
+        Network(backbone="squeezenet1_1", preprocess=preprocess("squeezenet1_1")),
+        load_weights("squeezenet1_1", "random:0"),
     )
     threads: list[int] = []
     network.register_forward_hook(lambda *_: threads.append(threading.get_ident()))
-    runner = TorchRunner(network, precision="fp32", crop=(SIDE, SIDE), device="cpu", batch_size=4, num_threads=None)
+    runner = TorchRunner(network, (SIDE, SIDE), Placement(batch_size=4))
     together = threading.Barrier(3)
 
     def ask(_: int) -> int:

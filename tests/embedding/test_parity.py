@@ -38,7 +38,8 @@ from pipeline.core.schema import (
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Embedder, Source
-from pipeline.embedding.torch_runner import SharedWeights, make_network
+from pipeline.embedding.network import Network, Placement
+from pipeline.embedding.torch_runner import SharedWeights, build_network
 from tests.conftest import encode, photo
 
 ENGINES = ["torch", "openvino"]
@@ -107,26 +108,17 @@ def source(engine: str, backbone: str, weights: Weights) -> Source:
     from pipeline.embedding.openvino_graph import convert
 
     preprocess = preprocess_for(backbone, "random")
-    return convert(make_network(backbone, weights, "pooled", preprocess, False), preprocess.crop)
+    return convert(build_network(Network(backbone=backbone, preprocess=preprocess), weights), preprocess.crop)
 
 
 def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> Any:
     """The same by the stages of the flow."""
     preprocess = preprocess_for(backbone, "random")
     decoder = Decoder(DecodingRules(preprocess=preprocess, max_pixels=10**8))
-    embedder = Embedder(
-        backbone=backbone,
-        source=source,
-        features="pooled",
-        preprocess=preprocess,
-        shape=output_shape(backbone, "pooled", preprocess.crop),
-        dtype="float32",
-        precision=precision,
-        normalize=False,
-        device="cpu",
-        batch_size=8,
-        num_threads=None,
-    )
+    network = Network(backbone=backbone, preprocess=preprocess)
+    shape = output_shape(backbone, "pooled", preprocess.crop)
+    placement = Placement(precision=precision, batch_size=8)
+    embedder = Embedder(source, network, placement, shape=shape, dtype="float32")
     values: dict[str, Any] = {
         field.name: "" if pa.types.is_string(field.type) else False if pa.types.is_boolean(field.type) else 0
         for field in PART_FIELDS

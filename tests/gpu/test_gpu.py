@@ -20,6 +20,7 @@ from pipeline.decoding.jpeg_forwarder import JpegForwarder
 from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.device_decode import DeviceDecoder
 from pipeline.embedding.embedder import Embedder
+from pipeline.embedding.network import Network, Placement
 from pipeline.embedding.torch_runner import SharedWeights
 from pipeline.planning.batch_size import best, ladder, measure
 
@@ -36,18 +37,11 @@ def embedder(
 ) -> Embedder:
     preprocess = preprocess_for(backbone, "random")
     return Embedder(
-        backbone=backbone,
-        source=SharedWeights("random:0", "", 0, None),
-        features=features,
-        preprocess=preprocess,
+        SharedWeights("random:0", "", 0, None),
+        Network(backbone=backbone, preprocess=preprocess, features=features),
+        Placement(device=device, precision=precision, batch_size=batch_size, compiled=compiled),
         shape=output_shape(backbone, features, preprocess.crop),
         dtype="float32",
-        precision=precision,
-        normalize=False,
-        device=device,
-        batch_size=batch_size,
-        num_threads=None,
-        compiled=compiled,
     )
 
 
@@ -215,10 +209,8 @@ def test_a_jpeg_that_no_decoder_takes_costs_only_itself() -> None:
 def test_a_batch_size_is_measured_and_fits() -> None:
     source = SharedWeights("random:0", "", 0, None)
     preprocess = preprocess_for("resnet50", "random")
-    runner = source.runner(
-        backbone="resnet50", features="pooled", preprocess=preprocess, normalize=False, precision="bf16",
-        device="cuda", batch_size=16, num_threads=None,
-    )  # fmt: skip
+    network = Network(backbone="resnet50", preprocess=preprocess)
+    runner = source.runner(network, Placement(device="cuda", precision="bf16", batch_size=16))
     sizes = ladder(1024, preprocess.crop, "cuda")
     rates = measure(runner, sizes, 1024, preprocess.crop)
     assert best(rates) in sizes

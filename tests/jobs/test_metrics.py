@@ -14,8 +14,9 @@ import ray
 
 from jobs.support.metrics import Metrics
 from pipeline.core.config import parse
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from tests.conftest import ROOT, sample_members, write_shards, write_tar
 
@@ -40,14 +41,14 @@ def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_shows(tmp_path: 
     write_shards(tmp_path / "in", num_shards=2, samples_each=4)
     write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
     settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
-    job = prepare(parse({"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), **settings}))
+    job = prepare_job(parse({"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), **settings}))
     metrics = Metrics(job.run)
     watcher = Watcher(
         lambda job, resources: metrics.resources(resources),
         lambda number, pending: metrics.begin_pass(len(pending)),
         metrics.part,
     )
-    report = run(job, make_plan(job.shards, job.config.output), watcher)
+    report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay())
 
     def ours(name: str, **tags: str) -> list[float]:
         wanted = {"run": report["run"], **tags}

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.core.config import parse
-from pipeline.core.errors import OutputError
+from pipeline.core.errors import OutputError, StoredDataError
 from pipeline.decoding.preprocess import Preprocess
-from pipeline.output.fingerprint import Fingerprint, follow, make_fingerprint, read_fingerprint, write_fingerprint
+from pipeline.output.fingerprint import (
+    Fingerprint,
+    check_against_output,
+    make_fingerprint,
+    read_fingerprint,
+    write_fingerprint,
+)
 from pipeline.output.names import RUN_FILE
+from pipeline.output.settings import OutputSettings
 from tests.conftest import ROOT
 
 PREPROCESS = Preprocess(256, (224, 224), "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -24,17 +33,14 @@ def made(
     precision: str = "fp32", prefix: str = "s3://bkt/in", versions: str = "2.15", **settings: Any
 ) -> Fingerprint:
     config = parse({"input": ["in"], "output": "out", **settings})
-    return make_fingerprint(
-        config,
+    made = OutputSettings.of(
+        replace(config, precision=precision),
         backbone="resnet18",
-        weights_name="DEFAULT",
         weights_sha256="ab" * 32,
         preprocess=PREPROCESS,
         embedding_shape=(512,),
-        precision=precision,
-        input_prefix=prefix,
-        versions={"torch": versions},
     )
+    return make_fingerprint(made, weights_name="DEFAULT", input_prefix=prefix, versions={"torch": versions})
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -47,7 +53,7 @@ def test_an_output_says_what_made_it(place: str) -> None:
     asked = made(keep=["cls", "json:a.b=float64"], id="json:id")
     write_fingerprint(place, asked)
     assert read_fingerprint(place) == asked
-    assert follow(asked, read_fingerprint(place)) == asked
+    assert check_against_output(asked, read_fingerprint(place)) == asked
 
 
 def test_the_digest_is_the_same_in_every_process_and_of_the_settings_alone() -> None:
@@ -63,7 +69,8 @@ def test_the_digest_is_the_same_in_every_process_and_of_the_settings_alone() -> 
         for seed in ("1", "2")
     }
     assert digests == {made().digest} == {made(versions="3.0").digest}
-    assert Fingerprint(dict(reversed(made().settings.items())), {}).digest == made().digest
+    reordered = dict(reversed(made().to_json()["settings"].items()))
+    assert OutputSettings.from_json(reordered) == made().settings
 
 
 @pytest.mark.parametrize(
@@ -76,20 +83,20 @@ def test_the_digest_is_the_same_in_every_process_and_of_the_settings_alone() -> 
         ("id", {"id": "json:id"}, 'id: output "key", this run "json:id=string"'),
         ("keep", {"keep": ["cls"]}, 'keep: output [], this run ["cls=int64"]'),
         ("precision", {"precision": "bf16"}, 'precision: output "fp32", this run "bf16"'),
-        ("prefix", {"prefix": "s3://bkt/other"}, 'input_prefix: output "s3://bkt/in", this run "s3://bkt/other"'),
+        ("decode", {"decode": "gpu"}, 'decode: output "cpu", this run "gpu"'),
         ("max_pixels", {"max_pixels": 1000}, "max_pixels: output 178956970, this run 1000"),
         ("image_member", {"image_member": "png"}, 'image_member: output null, this run "png"'),
     ],
 )
 def test_another_setting_is_refused_and_named(name: str, changed: dict[str, Any], told: str) -> None:
     with pytest.raises(OutputError) as caught:
-        follow(made(**changed), made())
+        check_against_output(made(**changed), made())
     assert str(caught.value).splitlines()[1:] == [f"  {told}"]
 
 
 def test_every_difference_is_named() -> None:
     with pytest.raises(OutputError) as caught:
-        follow(made(dtype="float16", normalize=True), made("bf16"))
+        check_against_output(made(dtype="float16", normalize=True), made("bf16"))
     assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:]] == [
         "dtype",
         "normalize",
@@ -98,43 +105,55 @@ def test_every_difference_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"limit": 3}, {"actors": "4"}, {"batch_size": 3}, {"device": "cpu"}, {"max_passes": 9}]
+    "changed",
+    [
+        {"prefix": "s3://bkt/other"},
+        {"limit": 3},
+        {"actors": "4"},
+        {"batch_size": 3},
+        {"device": "cpu"},
+        {"max_passes": 9},
+    ],
 )
 def test_what_does_not_change_a_vector_may_differ(changed: dict[str, Any]) -> None:
-    assert follow(made(**changed), made()).digest == made().digest
+    assert check_against_output(made(**changed), made()).digest == made().digest
 
 
 def test_other_versions_may_go_on_and_are_told_as_their_own() -> None:
-    assert follow(made(versions="3.0"), made()).versions["torch"] == "3.0"
+    assert check_against_output(made(versions="3.0"), made()).versions["torch"] == "3.0"
 
 
 def test_the_batch_size_of_an_output_is_told_to_who_goes_on() -> None:
-    begun = Fingerprint(made().settings, {"torch": "2.15", "batch_size_cuda": "512"})
-    assert follow(made(versions="3.0", batch_size="auto"), begun).versions["batch_size_cuda"] == "512"
-    assert follow(made(versions="3.0"), begun).versions["torch"] == "3.0"
-
-
-def test_decoding_on_the_cpu_is_not_said_and_on_a_device_is_another_setting() -> None:
-    assert "decode" not in made(decode="cpu").settings
-    # As outputs of before there was a choice have it.
-    assert made().digest == "b6e8ba73d5a0039258a7173e7e977bbd89a5639affc6504a58fded4ce47629cd"
-    with pytest.raises(OutputError, match='decode: output null, this run "gpu"'):
-        follow(made(decode="gpu"), made())
-    assert follow(made(decode="gpu"), made(decode="gpu")).settings["decode"] == "gpu"
+    begun = replace(made(), versions={"torch": "2.15"}, batch_size={"cuda": 512})
+    assert check_against_output(made(versions="3.0", batch_size="auto"), begun).batch_size == {"cuda": 512}
+    assert check_against_output(made(versions="3.0"), begun).versions["torch"] == "3.0"
 
 
 def test_an_automatic_precision_follows_the_output() -> None:
-    assert follow(made("auto"), None).settings["precision"] == "auto"
-    assert follow(made("auto"), made("bf16")) == made("bf16")
-    assert follow(made("auto"), made("fp32")).digest == made("fp32").digest
+    assert check_against_output(made("auto"), None).settings.precision == "auto"
+    assert check_against_output(made("auto"), made("bf16")) == made("bf16")
+    assert check_against_output(made("auto"), made("fp32")).digest == made("fp32").digest
     with pytest.raises(OutputError, match='precision: output "bf16", this run "fp32"'):
-        follow(made("fp32"), made("bf16"))
+        check_against_output(made("fp32"), made("bf16"))
 
 
-def test_a_setting_of_another_release_is_a_difference() -> None:
-    older = Fingerprint({key: value for key, value in made().settings.items() if key != "max_pixels"}, {})
-    with pytest.raises(OutputError, match="max_pixels: output null, this run 178956970"):
-        follow(made(), older)
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"max_pixels": None}, "max_pixels is None"),
+        ({"max_pixels": ...}, "unknown or missing: max_pixels"),
+        ({"colour": "blue"}, "unknown or missing: colour"),
+        ({"format": 1}, "format must be 2, got 1"),
+        ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'"),
+        ({"embedding_shape": [2**70]}, "a size is none"),
+        ({"embedding_shape": "ab"}, "a size is none"),
+        ({"keep": ["cls=int3"]}, "the type of field 'cls=int3' must be one of"),
+    ],
+)
+def test_settings_that_no_run_of_this_version_wrote_are_refused_and_named(changed: dict[str, Any], told: str) -> None:
+    values = made().to_json()["settings"] | changed
+    with pytest.raises(StoredDataError, match=re.escape(told)):
+        OutputSettings.from_json({name: value for name, value in values.items() if value is not ...})
 
 
 @pytest.mark.parametrize(
@@ -156,7 +175,10 @@ def test_a_setting_of_another_release_is_a_difference() -> None:
 )
 def test_a_broken_run_file_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / RUN_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(OutputError, match=r"run\.json is not a run\.json of this pipeline"):
+    broken = (
+        "is not a run.json of this pipeline|cannot be used: (it does not say what made|the settings are not of this)"
+    )
+    with pytest.raises(StoredDataError, match=broken):
         read_fingerprint(str(tmp_path))
 
 

@@ -19,12 +19,12 @@ from pipeline.core.errors import OutputError
 from pipeline.core.schema import PART_FIELDS, part_row, sample_type
 from pipeline.core.storage import read_bytes
 from pipeline.output import parts
-from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.names import PartName, version_tag
 from pipeline.output.parts import PartWriter, content_sha256, read_facts, vectors
 from tests.conftest import ROOT
+from tests.output.test_fingerprint import made
 
-FINGERPRINT = Fingerprint({"backbone": "resnet18", "precision": "fp32"}, {"torch": "2"})
+FINGERPRINT = made(versions="2")
 TAG = version_tag(1000, "etag")
 NAME = f"train/00001.{TAG}-00000-last.parquet"
 
@@ -110,7 +110,8 @@ def test_a_part_holds_the_rows_in_order_and_says_what_made_them(tmp_path: Path) 
     facts = read_facts(str(tmp_path), f"embeddings/{NAME}")
     assert facts.num_rows == 3
     assert facts.metadata.pop("content_sha256") == content_sha256([table])
-    assert json.loads(facts.metadata.pop("settings")) == FINGERPRINT.settings
+    assert json.loads(facts.metadata.pop("settings")) == FINGERPRINT.settings.to_json()
+    assert json.loads(facts.metadata.pop("batch_size")) == {}
     assert json.loads(facts.metadata.pop("versions")) == FINGERPRINT.versions
     assert facts.metadata == {
         "fingerprint": FINGERPRINT.digest,

@@ -25,8 +25,9 @@ from pipeline.output.ledger import Counts
 from pipeline.pages.charts import axis
 from pipeline.pages.run_page import MAX_REASONS, draw_page, write_page
 from pipeline.pages.speed import make_bins, spread
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from pipeline.run.report import make_report
 from pipeline.run.tally import Tally
@@ -55,8 +56,8 @@ class Ran(NamedTuple):
 def ran(folder: Path | str, output: Path | str, **settings: Any) -> Ran:
     """Run the job; what is done already takes no Ray."""
     config = parse({**_SETTINGS, "part_rows": 3, "input": [str(folder)], "output": str(output), **settings})
-    job = prepare(config)
-    report = run(job, make_plan(job.shards, job.config.output), Watcher(*[lambda *_: None] * 3))
+    job = prepare_job(config)
+    report = run(job, make_plan(job.shards, job.config.output), Watcher(*[lambda *_: None] * 3), OnRay())
     return Ran(report, {shard.name: shard for shard in job.shards})
 
 
@@ -208,7 +209,7 @@ def test_errors_that_an_earlier_run_stored_are_told_and_their_reasons_are_not_cl
 
 def test_imbalances_that_are_not_listed_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
-    job = prepare(embed(tmp_path / "in", tmp_path / "out"))
+    job = prepare_job(embed(tmp_path / "in", tmp_path / "out"))
     counts = Counts(faults=[f"s{number}: part 0 is missing" for number in range(150)])
     report = make_report(Tally(), counts, job, make_plan(job.shards, job.config.output), None, [])
     text = read(draw_page(report, {}, set(), None))

@@ -14,16 +14,18 @@ import torch
 from jobs.support.console import Console
 from pipeline.backbones import load_weights, preprocess_for
 from pipeline.core.config import parse
-from pipeline.core.errors import OutputError
-from pipeline.embedding.torch_runner import SharedWeights, TorchRunner, make_network
+from pipeline.core.errors import StoredDataError
+from pipeline.embedding.network import Network, Placement
+from pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
 from pipeline.output.fingerprint import read_fingerprint
 from pipeline.output.names import RUN_FILE
 from pipeline.planning import engine
-from pipeline.planning.batch_size import LARGEST, SMALLEST, best, is_flat, ladder, measure, of_part, settle
-from pipeline.planning.job import Job, prepare
+from pipeline.planning.batch_size import LARGEST, SMALLEST, best, choose_batch_size, is_flat, ladder, measure, of_part
+from pipeline.planning.job import Job, prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.planning.resources import Resources, plan_resources
 from pipeline.planning.stored_source import StoredSource
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from tests.conftest import write_shards
 
@@ -69,7 +71,9 @@ def test_sizes_end_with_the_part_or_the_memory(
 def runner(room: int = 10_000) -> tuple[TorchRunner, list[int]]:
     """A real one on the CPU whose memory has room for so many images, and the batches that it was given."""
     preprocess = preprocess_for("squeezenet1_1", "random").with_size(CROP)
-    network = make_network("squeezenet1_1", load_weights("squeezenet1_1", "random:0"), "pooled", preprocess, False)
+    network = build_network(
+        Network(backbone="squeezenet1_1", preprocess=preprocess), load_weights("squeezenet1_1", "random:0")
+    )
     batches: list[int] = []
 
     def device_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -78,9 +82,7 @@ def runner(room: int = 10_000) -> tuple[TorchRunner, list[int]]:
             raise torch.OutOfMemoryError(f"no room for {batches[-1]} images")
 
     network.register_forward_pre_hook(device_memory)
-    return TorchRunner(
-        network, precision="fp32", crop=CROP, device="cpu", batch_size=4, num_threads=None
-    ), batches  # fmt: skip
+    return TorchRunner(network, CROP, Placement(batch_size=4)), batches
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -108,13 +110,13 @@ def test_nothing_is_begun_for_which_the_time_is_too_short() -> None:
 def job_for(folder: Path, **settings: Any) -> Job:
     """A job without OpenVINO in the place of torch."""
     given = {"input": [str(folder / "in")], "output": str(folder / "out"), "part_rows": 32, "device": "cpu"}
-    return prepare(parse({**given, **SETTINGS, "batch_size": "auto", **settings}))
+    return prepare_job(parse({**given, **SETTINGS, "batch_size": "auto", **settings}))
 
 
 def settled(job: Job, **options: Any) -> tuple[Job, Resources, str | None]:
     waits: list[str] = []
     job = job.with_engine("torch", "fp32")
-    return settle(
+    return choose_batch_size(
         job, StoredSource.put(SharedWeights.of(job.weights)), plan_resources(job.config), waits.append, **options
     )
 
@@ -127,7 +129,7 @@ def embed(job: Job) -> tuple[dict[str, Any], list[Resources]]:
         told.append(resources)
 
     plan = make_plan(job.shards, job.config.output)
-    return run(job, plan, Watcher(on_resources, lambda number, pending: None, lambda tally: None)), told
+    return run(job, plan, Watcher(on_resources, lambda number, pending: None, lambda tally: None), OnRay()), told
 
 
 def shown(job: Job, resources: Resources, capsys: pytest.CaptureFixture[str]) -> str:
@@ -154,33 +156,35 @@ def test_an_output_goes_on_with_the_size_that_was_measured_for_it(
         f"batches   of {resources.batch_size} images, by measuring: 16 {rates[16]:.0f}/s"
     )
     run_file = (tmp_path / "out" / RUN_FILE).read_bytes()
-    assert json.loads(run_file)["versions"]["batch_size_cpu"] == str(resources.batch_size)
+    assert json.loads(run_file)["batch_size"] == {"cpu": resources.batch_size}
 
     part = pq.read_metadata(next((tmp_path / "out" / "embeddings").iterdir())).metadata
-    assert json.loads(part[b"embed.versions"])["batch_size_cpu"] == str(resources.batch_size)
+    assert json.loads(part[b"embed.batch_size"]) == {"cpu": resources.batch_size}
 
     # Another size than this machine would find, whatever it finds.
-    changed = run_file.replace(f'"batch_size_cpu": "{resources.batch_size}"'.encode(), b'"batch_size_cpu": "24"')
+    changed = run_file.replace(f'"cpu": {resources.batch_size}'.encode(), b'"cpu": 24')
     (tmp_path / "out" / RUN_FILE).write_bytes(changed)
     job, resources, note = settled(job_for(tmp_path))
     assert (resources.batch_size, resources.batch_rates, note) == (24, (), None)
-    assert job.fingerprint.versions["batch_size_cpu"] == "24"
+    assert job.fingerprint.batch_size == {"cpu": 24}
     assert shown(job, resources, capsys) == "batches   of 24 images, as the output was begun"
 
     # Who names a size has it, and the output's fingerprint is the same.
     job, resources, _ = settled(job_for(tmp_path, batch_size=7))
-    assert (resources.batch_size, job.fingerprint.versions["batch_size_cpu"]) == (7, "7")
+    assert (resources.batch_size, job.fingerprint.batch_size) == (7, {"cpu": 7})
     made = read_fingerprint(str(tmp_path / "out"))
     assert made is not None
     assert job.fingerprint.digest == made.digest
     # And who asks for none has the device's own.
     job, resources, _ = settled(job_for(tmp_path, batch_size=None))
-    assert (resources.batch_size, "batch_size_cpu" in job.fingerprint.versions) == (None, False)
+    assert (resources.batch_size, job.fingerprint.batch_size) == (None, {})
 
-    (tmp_path / "out" / RUN_FILE).write_bytes(changed.replace(b'"24"', b'"many"'))
-    with pytest.raises(OutputError, match=r"batch_size_cpu of .* must be a whole number of at least 1, got 'many'"):
+    (tmp_path / "out" / RUN_FILE).write_bytes(changed.replace(b'"cpu": 24', b'"cpu": "many"'))
+    with pytest.raises(
+        StoredDataError, match=r"run\.json cannot be used: .*batch_size must be whole numbers of at least 1"
+    ):
         settled(job_for(tmp_path))
-    (tmp_path / "out" / RUN_FILE).write_bytes(changed.replace(b'"batch_size_cpu"', b'"other"'))
+    (tmp_path / "out" / RUN_FILE).write_bytes(changed.replace(b'"cpu": 24', b'"other": 24'))
     # Begun without one, by an older version or without `auto`: nothing is measured for half of an output.
     _, resources, note = settled(job_for(tmp_path))
     assert (resources.batch_size, resources.batch_rates, note) == (None, (), None)
@@ -193,13 +197,13 @@ def test_a_size_that_cannot_be_measured_holds_nobody_up(tmp_path: Path) -> None:
     source = SharedWeights.of(job.weights)
     resources = plan_resources(job.config)
     nowhere = Resources(**{**vars(resources), "actor_resource": "no-such-node"})
-    after, without, note = settle(job, source, nowhere, lambda why: None, wait_s=1.0)
+    after, without, note = choose_batch_size(job, source, nowhere, lambda why: None, wait_s=1.0)
     assert note == "the batch size was not measured: no device was free for that in 1 s"
     assert (without.batch_size, without.batch_rates) == (None, ())
-    assert not any(name.startswith("batch_size") for name in after.fingerprint.versions)
+    assert after.fingerprint.batch_size == {}
     # A backbone that does not load will not in an actor either, which then tells more.
     broken = SharedWeights("lost.pth", "0" * 64, None, {"weight": np.zeros(3)})
-    _, _, note = settle(job, broken, resources, lambda why: None)
+    _, _, note = choose_batch_size(job, broken, resources, lambda why: None)
     assert note is not None
     assert note.startswith("the batch size was not measured: ")
 
@@ -212,5 +216,5 @@ def test_an_engine_with_a_size_of_its_own_is_not_measured(tmp_path: Path) -> Non
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
     job = job_for(tmp_path).with_engine("openvino", "fp32")
     graph = openvino.SharedGraph(b"", np.zeros(0, np.uint8))
-    _, resources, note = settle(job, graph, plan_resources(job.config), lambda why: None)
+    _, resources, note = choose_batch_size(job, graph, plan_resources(job.config), lambda why: None)
     assert (resources.batch_size, resources.batch_rates, note) == (None, (), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,17 @@ import torch
 from torchvision.models import squeezenet1_1
 
 from pipeline.core.config import parse
-from pipeline.core.errors import PrecisionError, WeightsError
-from pipeline.planning.cache import Cache
+from pipeline.core.errors import PrecisionError
+from pipeline.embedding.network import Placement
 from pipeline.planning.cpu import cpu_has_bf16
-from pipeline.planning.engine import Engine, _spread, choose_engine, foreseen_engine
-from pipeline.planning.job import Job, prepare
+from pipeline.planning.engine import Engine, _spread, choose_engine, choose_meanwhile
+from pipeline.planning.job import Job, prepare_job
 from pipeline.shards.find import Pending
 from tests.conftest import sample_members, write_shards, write_tar
 
 
-def job_for(input: Path, cache: Cache | None = None, **settings: Any) -> Job:
-    return prepare(parse({"input": [str(input)], "output": str(input / "out"), **settings}), cache)
+def job_for(input: Path, **settings: Any) -> Job:
+    return prepare_job(parse({"input": [str(input)], "output": str(input / "out"), **settings}))
 
 
 def chosen(job: Job, candidates: tuple[str, ...], device: str = "cpu", **changes: Any) -> Engine:
@@ -91,19 +90,13 @@ def test_values_that_overflow_the_precision_do_not_pass(tmp_path: Path, precisio
     assert chosen(job, (precision,), device="cuda").precision == "fp32"
 
 
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_by_torch(
-    tmp_path: Path, is_kept: bool
-) -> None:
+def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_by_torch(tmp_path: Path) -> None:
     runner = pytest.importorskip(
         "pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
     )
-    shards, cache = write_shards(tmp_path / "in", num_shards=1), Cache(tmp_path / "cache")
+    shards = write_shards(tmp_path / "in", num_shards=1)
     settings = {"backbone": "resnet18", "weights": "random:1", "image_size": "64"}
-    if is_kept:
-        chosen(job_for(shards, cache, **settings), ())
-    job = job_for(shards, cache, precision="fp16", **settings)
-    assert (job.kept is not None and job.kept.entry is not None) == is_kept
+    job = job_for(shards, precision="fp16", **settings)
     engine = chosen(job, ("bf16",))
     assert engine.precision == "fp16"
     assert runner.computes("fp32")
@@ -112,13 +105,9 @@ def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_b
         return
     assert engine.name == f"torch {torch.__version__}"
     assert engine.note == "OpenVINO computes no fp16 on this processor"
-    graph = chosen(job_for(shards, cache, **settings), ()).source
-    loading = {
-        "backbone": "resnet18", "features": "pooled", "preprocess": job.preprocess, "normalize": False,
-        "device": "cpu", "batch_size": None, "num_threads": 1,
-    }  # fmt: skip
+    graph = chosen(job_for(shards, **settings), ()).source
     with pytest.raises(PrecisionError, match=r"precision must be one that the processor of \S+ has, got fp16"):
-        graph.runner(precision="fp16", **loading)
+        graph.runner(job.network, Placement(precision="fp16", num_threads=1))
 
 
 def test_a_graph_that_gives_other_vectors_is_not_taken(tmp_path: Path) -> None:
@@ -132,82 +121,23 @@ def test_a_graph_that_gives_other_vectors_is_not_taken(tmp_path: Path) -> None:
     assert engine.note == "OpenVINO is 1 of the length from eager torch for squeezenet1_1"
 
 
-def test_a_kept_graph_is_the_one_that_was_made_and_decides_alike(tmp_path: Path) -> None:
+def test_an_engine_that_was_begun_meanwhile_is_the_one_that_is_chosen_when_asked(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
-    shards, cache = write_shards(tmp_path / "in", num_shards=1), Cache(tmp_path / "cache")
-    settings = {"backbone": "resnet_18", "weights": "random:1", "image_size": "64"}
-    cold = job_for(shards, cache, **settings)
-    made = chosen(cold, ("bf16",))
-    assert len(list(cache.folder.iterdir())) == 2  # the graph, and which precision was taken
-    warm = job_for(shards, cache, **settings)
-    assert warm.kept != cold.kept
-    assert replace(warm, kept=None, run="") == replace(cold, kept=None, run="")
-    kept = chosen(warm, ("bf16",))
-    assert (kept.name, kept.precision, kept.source.graph) == (made.name, made.precision, made.source.graph)
-    assert np.array_equal(kept.source.constants, made.source.constants)
-    pending = [Pending(*warm.shards[0])]
-    with foreseen_engine(warm, pending) as choose:
-        foreseen = choose(warm, pending, "cpu", ("bf16",) if cpu_has_bf16() else ())
-        assert foreseen.source.graph == made.source.graph
-        on_gpu = choose(warm, pending, "cuda", ())
+    shards = write_shards(tmp_path / "in", num_shards=1)
+    job = job_for(shards, backbone="resnet_18", weights="random:1", image_size="64", device="cpu")
+    pending = [Pending(*job.shards[0])]
+    candidates = ("bf16",) if cpu_has_bf16() else ()
+    with choose_meanwhile(job, pending) as choose:
+        foreseen = choose(job, pending, "cpu", candidates)
+        assert foreseen is choose(job, pending, "cpu", candidates)
+        made = choose_engine(job, pending, "cpu", candidates)
+        assert (foreseen.name, foreseen.precision) == (made.name, made.precision)
+        assert np.array_equal(foreseen.source.constants, made.source.constants)
+        on_gpu = choose(job, pending, "cuda", ())
         assert on_gpu.name == f"torch {torch.__version__}"
 
 
-def test_a_precision_is_remembered_for_the_same_images_and_candidates_alone(tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
-    cache, settings = Cache(tmp_path / "cache"), {"backbone": "resnet18", "weights": "random:1", "image_size": "64"}
-    shards, others = write_shards(tmp_path / "in", num_shards=1), tmp_path / "others"
-    write_tar(others / "s.tar", sample_members("other", 3))
-    assert chosen(job_for(shards, cache, **settings), ("bf16",)).precision == "bf16"
-    entry = min(cache.folder.iterdir(), key=lambda path: path.stat().st_size)
-    # An answer that no trial gives here: where it comes back it was remembered.
-    cache.keep(entry.stem, {"precision": "fp32"}, {})
-    assert chosen(job_for(shards, cache, **settings), ("bf16",)).precision == "fp32"
-    assert chosen(job_for(shards, cache, **settings), ("bf16", "fp16")).precision == "bf16"
-    assert chosen(job_for(others, cache, **settings), ("bf16",)).precision == "bf16"
-    assert chosen(job_for(shards, cache, **{**settings, "weights": "random:2"}), ("bf16",)).precision == "bf16"
-    assert chosen(job_for(shards, cache, precision="bf16", **settings), ("bf16",)).precision == "bf16"
-    cache.keep(entry.stem, {"precision": "int8"}, {})
-    assert chosen(job_for(shards, cache, **settings), ("bf16",)).precision == "bf16"
-
-
-def test_a_graph_that_is_damaged_after_the_job_was_prepared_is_made_anew(tmp_path: Path) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
-    cache, weights = Cache(tmp_path / "cache"), tmp_path / "same" / "scaled.pth"
-    made = chosen(scaled_job(tmp_path / "same", {"features.0.weight": 1.0}, cache), ())
-    warm = scaled_job(tmp_path / "same", {"features.0.weight": 1.0}, cache)
-    assert not warm.weights.is_loaded
-    # On a GPU it is the weights that are needed: they are loaded now.
-    assert chosen(warm, (), device="cuda").source.get().state is not None
-    (entry,) = cache.folder.iterdir()
-    entry.write_bytes(entry.read_bytes()[:-1] + b"?")
-    anew = chosen(warm, ())
-    # Names of nodes are numbered on in a process; what they compute with is the same.
-    assert anew.name == made.name
-    assert np.array_equal(anew.source.constants, made.source.constants)
-    entry.unlink()
-    torch.save({**torch.load(weights), "features.0.bias": torch.ones(64)}, weights)
-    with pytest.raises(
-        WeightsError, match=r"scaled.pth changed while the run began: their sha256 was \w{12}, and is"
-    ):
-        chosen(warm, ())
-
-
-def test_a_graph_that_was_tried_on_noise_is_not_kept(tmp_path: Path) -> None:
-    write_tar(tmp_path / "in" / "s.tar", [("a.jpg", b"no image")])
-    cache = Cache(tmp_path / "cache")
-    chosen(job_for(tmp_path / "in", cache, backbone="resnet18", weights="random:1", image_size="64"), ())
-    assert not cache.folder.exists()
-
-
-def test_a_graph_that_gives_other_vectors_is_not_kept(tmp_path: Path) -> None:
-    cache = Cache(tmp_path / "cache")
-    small = {"features.0.weight": 1e-39, "features.0.bias": 1e-39, "features.3.squeeze.weight": 1e39}
-    assert chosen(scaled_job(tmp_path / "small", small, cache), ()).name == f"torch {torch.__version__}"
-    assert not cache.folder.exists()
-
-
-def scaled_job(folder: Path, factors: dict[str, float], cache: Cache | None = None) -> Job:
+def scaled_job(folder: Path, factors: dict[str, float]) -> Job:
     """A job of a small backbone, some of whose weights are multiplied."""
     shards = write_shards(folder / "in", num_shards=1)
     with torch.random.fork_rng(devices=[]):
@@ -216,4 +146,4 @@ def scaled_job(folder: Path, factors: dict[str, float], cache: Cache | None = No
     for name, factor in factors.items():
         state[name] = (state[name].double() * factor).float()
     torch.save(state, folder / "scaled.pth")
-    return job_for(shards, cache, backbone="squeezenet1_1", weights=str(folder / "scaled.pth"), image_size="64")
+    return job_for(shards, backbone="squeezenet1_1", weights=str(folder / "scaled.pth"), image_size="64")

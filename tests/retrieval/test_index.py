@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from jobs.index import main
 from pipeline.core.config import Config, parse
 from pipeline.core.errors import OutputError, SettingsError
 from pipeline.core.schema import EMBEDDING, END_LAST, END_NONE, STAGES, embedding_field, part_row, sample_type
-from pipeline.output.fingerprint import Fingerprint, read_fingerprint, write_fingerprint
+from pipeline.output.fingerprint import read_fingerprint, write_fingerprint
 from pipeline.output.names import RUN_FILE
 from pipeline.output.parts import PartWriter, vectors
 from pipeline.retrieval.build import Options, build
 from pipeline.retrieval.index import ROWS_FILE, open_index, read_facts
 from pipeline.retrieval.kinds import FLAT_ROWS, KINDS, METRICS, choose_kind, num_lists
 from tests.conftest import ROOT, SmallDisk, sample_members, write_shards, write_tar
+from tests.output.test_fingerprint import made as fingerprint
 from tests.outputs import embed
 
 faiss = pytest.importorskip("faiss", reason="the extra `index` is not installed")
@@ -50,7 +52,7 @@ def store(output: Path, shard: str, values: Vectors, part_rows: int = 500) -> No
     """The parts of one shard with chosen embeddings [N, C], as the job writes them."""
     config: Config = parse({"input": "in", "output": str(output), "part_rows": part_rows})
     shape = (values.shape[1],)
-    made = Fingerprint({"embedding_shape": list(shape), "backbone": "none"}, {"weights": "none"})
+    made = replace(fingerprint(), settings=replace(fingerprint().settings, embedding_shape=shape))
     write_fingerprint(str(output), made)
     writer = PartWriter(config, made, shape)
     field = embedding_field(shape, "float32")
@@ -302,7 +304,7 @@ def test_parts_of_other_settings_and_parts_that_are_cut_are_refused(embedded: Pa
     made = read_fingerprint(str(output))
     assert made is not None
     (output / RUN_FILE).unlink()
-    write_fingerprint(str(output), Fingerprint({**made.settings, "precision": "bf16"}, made.versions))
+    write_fingerprint(str(output), replace(made, settings=replace(made.settings, precision="bf16")))
     with pytest.raises(OutputError, match=r"was made with other settings than run\.json"):
         build(str(output), tmp_path / "index")
     (output / RUN_FILE).unlink()
@@ -597,9 +599,7 @@ def test_the_command_tells_what_it_made(embedded: Path, tmp_path: Path, run_job:
     stated = json.loads((tmp_path / "index" / "index.json").read_text())
     made = read_fingerprint(str(embedded))
     assert made is not None
-    assert (stated["fingerprint"], stated["settings"], stated["versions"]) == (
-        made.digest, made.settings, made.versions,
-    )  # fmt: skip
+    assert stated["made"] == made.to_json()
     assert set(stated["files"]) == {"parts.parquet", "rows.parquet", "vectors.faiss"}
 
 

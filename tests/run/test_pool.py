@@ -17,7 +17,7 @@ from benchmarks.scaling import IMAGES_A_SHARD, light_shards
 from benchmarks.sleep import SleepSource
 from pipeline.core.config import parse
 from pipeline.flow import make_flow
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.planning.resources import plan_resources
 
@@ -41,7 +41,7 @@ def test_the_pool_grows_to_its_most_and_gives_actors_back_when_they_have_no_more
         "weights": "random:3", "image_size": "64", "precision": "fp32", "device": "cpu", "actors": "1:3",
         "part_rows": 3 * IMAGES_A_SHARD,
     })  # fmt: skip
-    job = replace(prepare(config).with_engine("sleep", "fp32"), shape=(4,))
+    job = replace(prepare_job(config).with_engine("sleep", "fp32"), shape=(4,))
     pending = make_plan(job.shards, config.output).pending
     flow = make_flow(pending, job, SleepSource(64.0, time.time()), plan_resources(config))
     looks: list[int] = []

@@ -31,9 +31,10 @@ from benchmarks.sleep import SleepSource
 from jobs.support.connection import connect
 from pipeline.core.config import parse
 from pipeline.flow import make_flow
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.planning.resources import plan_resources
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from tests.conftest import ROOT, free_ports
 from tests.faults.kills import kill_tree
@@ -217,7 +218,7 @@ def sleep_flow(shards: Path, output: Path, images_per_s: float, settings: dict[s
     """The flow with actors that want a GPU and sleep instead of using it, until two have been at work for a while."""
     begin = time.time()
     config = parse({"input": [str(shards)], "output": str(output), **SETTINGS, "device": "cuda", **settings})
-    job = replace(prepare(config).with_engine("sleep", "fp32"), shape=(4,))
+    job = replace(prepare_job(config).with_engine("sleep", "fp32"), shape=(4,))
     pending = make_plan(job.shards, config.output).pending
     flow = make_flow(pending, job, SleepSource(images_per_s, time.time()), plan_resources(config))
     ran = Ran()
@@ -243,7 +244,7 @@ def sleep_flow(shards: Path, output: Path, images_per_s: float, settings: dict[s
 def whole_run(shards: Path, output: Path, said: Path, settings: dict[str, Any]) -> Ran:
     """The whole job, with its real backbone; what it waits for goes to a file, too."""
     begin = time.time()
-    job = prepare(parse({"input": [str(shards)], "output": str(output), **SETTINGS, **settings}))
+    job = prepare_job(parse({"input": [str(shards)], "output": str(output), **SETTINGS, **settings}))
     ran = Ran()
 
     def on_wait(why: str) -> None:
@@ -254,7 +255,7 @@ def whole_run(shards: Path, output: Path, said: Path, settings: dict[str, Any]) 
         pass
 
     watcher = Watcher(nothing, nothing, nothing, on_wait)
-    ran.report = run(job, make_plan(job.shards, job.config.output), watcher)
+    ran.report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay())
     return _where(ran, begin)
 
 

@@ -19,8 +19,9 @@ from jobs.embed import main
 from jobs.verify import main as verify_main
 from pipeline.core.config import parse
 from pipeline.core.storage import locate
-from pipeline.planning.job import prepare
+from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from pipeline.verify.proof import verify
 from tests.conftest import S3Server, SmallDisk, sample_members, write_tar
@@ -272,9 +273,11 @@ def test_nothing_that_a_failing_run_leaves_holds_a_secret(run_job: RunJob, ray_f
 def embed(input: Path, output: Path, **settings: Any) -> dict[str, Any]:
     """One run in the shared Ray session, with its report."""
     values = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
-    job = prepare(parse({"input": [str(input)], "output": str(output), **values, "part_rows": 4, **settings}))
+    job = prepare_job(parse({"input": [str(input)], "output": str(output), **values, "part_rows": 4, **settings}))
     plan = make_plan(job.shards, job.config.output)
-    return run(job, plan, Watcher(lambda job, resources: None, lambda number, pending: None, lambda tally: None))
+    return run(
+        job, plan, Watcher(lambda job, resources: None, lambda number, pending: None, lambda tally: None), OnRay()
+    )
 
 
 @pytest.fixture(scope="module")

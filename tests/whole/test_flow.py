@@ -23,10 +23,11 @@ from pipeline.flow import make_flow
 from pipeline.output.names import UNCOUNTED_FILE
 from pipeline.output.parts import vectors
 from pipeline.planning.engine import Engine, choose_engine
-from pipeline.planning.job import Job, prepare
+from pipeline.planning.job import Job, prepare_job
 from pipeline.planning.plan import make_plan
 from pipeline.planning.resources import plan_resources
 from pipeline.planning.stored_source import StoredSource
+from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
 from pipeline.run.report import Estimate, estimate, mark_uncounted
 from pipeline.run.tally import Tally
@@ -41,11 +42,13 @@ def embed(input: Path | str, output: Path | str, **settings: Any) -> dict[str, A
     """One run, with its report."""
     job = job_for(input, output, **settings)
     plan = make_plan(job.shards, job.config.output)
-    return run(job, plan, Watcher(lambda job, resources: None, lambda number, pending: None, lambda tally: None))
+    return run(
+        job, plan, Watcher(lambda job, resources: None, lambda number, pending: None, lambda tally: None), OnRay()
+    )
 
 
 def job_for(input: Path | str, output: Path | str, **settings: Any) -> Job:
-    return prepare(parse({"input": [str(input)], "output": str(output), **SETTINGS, **settings}))
+    return prepare_job(parse({"input": [str(input)], "output": str(output), **SETTINGS, **settings}))
 
 
 def stored(output: Path, folder: str = "embeddings") -> dict[str, bytes]:
@@ -85,7 +88,7 @@ def test_a_run_ends_where_what_it_stores_does_not_stay(tmp_path: Path) -> None:
             path.unlink()
 
     watcher = Watcher(lambda job, resources: None, lambda number, pending: passes.append(number), lose)
-    report = run(job, make_plan(job.shards, job.config.output), watcher)
+    report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay())
     assert not report["balanced"]
     assert passes == [1, 2]
 
@@ -210,7 +213,7 @@ def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(job, plan, Watcher(lambda *_: None, lambda *_: None, die))
+        run(job, plan, Watcher(lambda *_: None, lambda *_: None, die), OnRay())
     again = week()
     assert again["done_before"] + again["done_now"] == again["found"] == 6
     assert again["missing"] == 0
@@ -315,7 +318,9 @@ def test_what_was_read_of_a_broken_shard_stays_when_it_can_no_longer_be_read(tmp
         shard.write_bytes(b"?" * times.st_size)
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    report = run(job, make_plan(job.shards, job.config.output), Watcher(lambda *_: None, spoil, lambda tally: None))
+    report = run(
+        job, make_plan(job.shards, job.config.output), Watcher(lambda *_: None, spoil, lambda tally: None), OnRay()
+    )
     assert (report["balanced"], report["shards"]["broken"]) == (True, 1)
     assert rows(tmp_path / "out") == before
 
@@ -327,7 +332,9 @@ def test_a_shard_that_vanishes_during_a_run_is_told(tmp_path: Path) -> None:
     def remove(number: int, pending: list[Pending]) -> None:
         (shards / "photos-00001.tar").unlink(missing_ok=True)
 
-    report = run(job, make_plan(job.shards, job.config.output), Watcher(lambda *_: None, remove, lambda tally: None))
+    report = run(
+        job, make_plan(job.shards, job.config.output), Watcher(lambda *_: None, remove, lambda tally: None), OnRay()
+    )
     assert (report["balanced"], report["samples"], report["shards"]["vanished"]) == (True, 2, 1)
     assert "1 shard went from the input before the end of the run: photos-00001" in report["problems"]
     assert exit_code(report, 1.0) == 3
@@ -441,5 +448,5 @@ def test_receipts_tell_of_every_part_as_it_is_stored(tmp_path: Path) -> None:
         seen.append((tally.num_parts, len(stored(tmp_path / "out")) >= tally.num_parts))
 
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-    run(job, make_plan(job.shards, job.config.output), Watcher(nothing, nothing, on_part))
+    run(job, make_plan(job.shards, job.config.output), Watcher(nothing, nothing, on_part), OnRay())
     assert seen == [(number, True) for number in range(1, 7)]

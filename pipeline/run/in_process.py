@@ -1,0 +1,72 @@
+"""A pass in this process: one stage after the other, part by part, without Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.core.redact import describe
+from pipeline.core.schema import STAGE_EMBED
+from pipeline.flow import Stages
+from pipeline.planning.cpu import cpu_has_bf16
+from pipeline.planning.engine import choose_engine
+from pipeline.planning.job import Job
+from pipeline.planning.nodes import DeviceTime, Request
+from pipeline.planning.resources import Resources
+from pipeline.run.executor import PassError, Prepared, Say
+from pipeline.shards.find import Pending
+
+
+class InProcess:
+    """Runs the stages on one device of this process."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._stages: Stages | None = None
+
+    def prepare(self, job: Job, pending: list[Pending], since: float, on_wait: Say) -> Prepared:
+        """As `Executor.prepare`. The batch size is the one asked for, or the runner's own: none is measured."""
+        cores = os.cpu_count() or 1
+        asked = job.config.batch_size
+        resources = Resources(
+            device=self._device,
+            accelerators=(),
+            num_actors=(1, 1),
+            actor_cpus=1.0,
+            actor_gpus=1.0 if self._device == "cuda" else 0.0,
+            actor_resource=None,
+            num_threads=None if self._device == "cuda" else cores,
+            batch_size=asked if isinstance(asked, int) else None,
+            total_cpus=float(cores),
+            num_nodes=1,
+            decode_cpus=1.0,
+            read_memory=None,
+            num_readers=1.0,
+        )
+        candidates = ("bf16", "fp16") if self._device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
+        engine = choose_engine(job, pending, self._device, candidates)
+        problems = [] if engine.note is None else [f"slower than it could be: {engine.note}"]
+        job = job.with_engine(engine.name, engine.precision)
+        if resources.batch_size is not None:
+            sizes = {**job.fingerprint.batch_size, self._device: resources.batch_size}
+            job = replace(job, fingerprint=replace(job.fingerprint, batch_size=sizes))
+        devices = DeviceTime(Request(STAGE_EMBED, 1.0), 1, since, [{"CPU": 1.0}])
+        return Prepared(job, engine.source, resources, devices, problems)
+
+    def receipts(self, prepared: Prepared, pending: list[Pending], *, isolated: bool, on_wait: Say) -> Iterator[Any]:
+        """As `Executor.receipts`."""
+        stages = Stages.of(prepared.job, prepared.source, prepared.resources, isolated=isolated)
+        embedder = stages.embedder()
+        try:
+            for shard in pending:
+                for samples in stages.reader.parts(shard):
+                    for decoded in stages.decoder(samples):
+                        receipts: pa.Table = stages.writer(embedder(decoded))
+                        yield from receipts.to_pylist()
+        except Exception as error:
+            # Whatever a stage raises, as Ray has it: the next pass tries again what is not stored.
+            raise PassError(describe(error)) from error

@@ -1,0 +1,109 @@
+"""A pass on the cluster that Ray is connected to."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.data import Dataset
+
+from pipeline.core.redact import redact
+from pipeline.flow import make_flow
+from pipeline.planning.batch_size import choose_batch_size
+from pipeline.planning.engine import Choose, choose_engine
+from pipeline.planning.job import Job
+from pipeline.planning.nodes import DeviceTime, NodeWatch, alive_nodes
+from pipeline.planning.resources import plan_resources
+from pipeline.planning.stored_source import StoredSource
+from pipeline.run.executor import PassError, Prepared, Say
+from pipeline.shards.find import Pending
+
+# Spot machines may stay away for many minutes.
+_NODE_WAIT_S = 1800
+_LOOK_EVERY_S = 1.0
+# For the threads of a flow that was ended.
+_END_WAIT_S = 10.0
+_CAUSED = "The above exception was the direct cause of the following exception:"
+
+
+class OnRay:
+    """Runs the flow (`pipeline.flow`). `choose` decides what computes; it may have begun before Ray was up."""
+
+    def __init__(self, choose: Choose = choose_engine) -> None:
+        self._choose = choose
+
+    def prepare(self, job: Job, pending: list[Pending], since: float, on_wait: Say) -> Prepared:
+        """As `Executor.prepare`."""
+        resources = plan_resources(job.config, on_wait)
+        devices = DeviceTime(resources.requests[0], resources.num_actors[1], since, alive_nodes())
+        engine = self._choose(job, pending, resources.device, resources.fast_precisions())
+        problems = [] if engine.note is None else [f"slower than it could be: {engine.note}"]
+        source = StoredSource.put(engine.source)
+        job = job.with_engine(engine.name, engine.precision)
+        job, resources, note = choose_batch_size(job, source, resources, on_wait)
+        return Prepared(job, source, resources, devices, problems + ([] if note is None else [note]))
+
+    def receipts(self, prepared: Prepared, pending: list[Pending], *, isolated: bool, on_wait: Say) -> Iterator[Any]:
+        """As `Executor.receipts`."""
+        resources, wait_s = prepared.resources, prepared.job.config.node_wait_s
+        watch = NodeWatch(resources.requests, _NODE_WAIT_S if wait_s is None else wait_s, on_wait, prepared.devices)
+        flow = make_flow(pending, prepared.job, prepared.source, resources, isolated=isolated)
+        try:
+            yield from _watched(flow, watch.check)
+        except ray.exceptions.RayError as error:
+            raise PassError(_brief(error)) from error
+
+
+def _watched(flow: Dataset, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """The rows of a flow as they come. `check` is called every second, and ends the flow by what it raises.
+
+    Ray Data hands rows out in a thread of ours, since it cannot be interrupted while it waits for one.
+    """
+    found: queue.Queue[list[dict[str, Any]] | BaseException | None] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for table in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                found.put(table.to_pylist())
+            found.put(None)
+        except BaseException as error:  # whatever it is, the caller raises it
+            found.put(error)
+
+    reader = threading.Thread(target=read, name="receipts", daemon=True)
+    reader.start()
+    try:
+        while True:
+            check()
+            try:
+                rows = found.get(timeout=_LOOK_EVERY_S)
+            except queue.Empty:
+                continue
+            if rows is None:
+                return
+            if isinstance(rows, BaseException):
+                raise rows
+            yield from rows
+    finally:
+        end_flow(flow)
+        reader.join(_END_WAIT_S)
+
+
+def end_flow(flow: Dataset) -> None:
+    """End a flow, wherever it stands; nothing where it has ended.
+
+    Ray Data ends one only from the thread that iterates over it, which may wait for a node for ever: this asks its
+    executor, which is private to it.
+    """
+    executor = flow._current_executor
+    if executor is not None:
+        executor.shutdown(force=True)
+
+
+def _brief(error: BaseException) -> str:
+    """An error's type and the line that says what went wrong: not Ray's advice, which follows an error of ours."""
+    text, _, advice = str(error).rpartition(_CAUSED)
+    lines = [line for line in (text if "UserCodeException" in advice else str(error)).splitlines() if line.strip()]
+    return redact(f"{type(error).__name__}: {lines[-1].strip() if lines else ''}")[:500]
