@@ -17,19 +17,13 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-from pipeline.core.errors import StoreError
+from pipeline.core.errors import PipelineError, StoreError
 from pipeline.core.redact import describe
 
 # Refusals (4xx) that do not mean what was asked, only how it went.
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _PASSING_CODES = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"})
-_LASTING = (
-    StoreError,
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-)
+_LASTING = (PipelineError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # What botocore says before it asks the store.
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 

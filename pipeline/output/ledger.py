@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pipeline.core.errors import StoredDataError, StoreError
 from pipeline.core.formatting import format_count
 from pipeline.core.redact import describe
+from pipeline.core.retries import LIMITS, StoreLimits
 from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
 from pipeline.core.storage import FileInfo, join, list_files, locate, without_gc
 from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
@@ -19,16 +20,16 @@ from pipeline.shards.find import Shard
 _COUNTERS = 32
 
 
-def list_parts(output: str, folder: str) -> Iterator[tuple[PartName, FileInfo]]:
+def list_parts(output: str, folder: str, limits: StoreLimits = LIMITS) -> Iterator[tuple[PartName, FileInfo]]:
     """The parts stored below `output`/`folder` with their files, in no set order.
 
     Raises:
         StoreError: the output cannot be listed.
     """
-    fs, base = locate(join(output, folder))
+    fs, base = locate(join(output, folder), limits)
     start = len(base) + 1
     try:
-        for info in list_files(fs, base):
+        for info in list_files(fs, base, limits=limits):
             name = PartName.parse(info.path[start:])
             if name is not None:
                 yield name, info

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.core.config import Config
 from pipeline.core.errors import StoredDataError, StoreError
 from pipeline.core.redact import describe
+from pipeline.core.retries import LIMITS, StoreLimits
 from pipeline.core.schema import (
     EMBEDDING,
     END_BROKEN,
@@ -208,7 +209,7 @@ def fingerprint_of(metadata: Mapping[str, str]) -> Fingerprint:
         raise StoredDataError(f"its metadata does not tell what made it: {error!r}") from error
 
 
-def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:
+def read_facts(output: str, name: str, size: int | None = None, limits: StoreLimits = LIMITS) -> PartFacts:
     """Read one stored Parquet's footer, and no more of it. `size` is the file's, where it is known.
 
     Raises:
@@ -217,12 +218,12 @@ def read_facts(output: str, name: str, size: int | None = None) -> PartFacts:
     """
     url = join(output, name)
     try:
-        tail = read_tail(url, _FOOTER_BYTES, size)
+        tail = read_tail(url, _FOOTER_BYTES, size, limits)
         if tail[-4:] != _MAGIC:
             raise StoredDataError(f"{name} is not whole Parquet: its last bytes are {tail[-4:]!r}")
         footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
         if footer_bytes > len(tail):
-            tail = read_tail(url, footer_bytes, size)
+            tail = read_tail(url, footer_bytes, size, limits)
         footer = pq.read_metadata(io.BytesIO(tail))
     except FileNotFoundError as error:
         raise StoredDataError(f"{name} is missing") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from pipeline.core.retries import LIMITS, StoreLimits
 from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
 from pipeline.core.storage import without_gc
 from pipeline.output.ledger import list_parts
@@ -39,7 +40,7 @@ class Plan:
 
 
 @without_gc()
-def make_plan(shards: list[Shard], output: str) -> Plan:
+def make_plan(shards: list[Shard], output: str, limits: StoreLimits = LIMITS) -> Plan:
     """Compare the shards with what is stored.
 
     A shard is done when its parts 0 to k of its present version are there and k is marked last.
@@ -50,7 +51,7 @@ def make_plan(shards: list[Shard], output: str) -> Plan:
     # Parts of an older version; there are few.
     older: dict[str, list[PartName]] = defaultdict(list)
     unnamed: set[str] = set()
-    for part, _ in list_parts(output, EMBEDDINGS):
+    for part, _ in list_parts(output, EMBEDDINGS, limits):
         tag = tags.get(part.shard)
         if tag is None:
             unnamed.add(part.shard)
@@ -59,7 +60,7 @@ def make_plan(shards: list[Shard], output: str) -> Plan:
         else:
             stored.setdefault(part.shard, []).append(part.part * len(_ENDS) + _ENDS.index(part.end))
     errors: dict[str, list[PartName]] = defaultdict(list)
-    for part, _ in list_parts(output, ERRORS):
+    for part, _ in list_parts(output, ERRORS, limits):
         if part.shard in tags:
             errors[part.shard].append(part)
     pending: list[Pending] = []

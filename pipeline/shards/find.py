@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.core.errors import InputError, SettingsError
 from pipeline.core.formatting import format_count
 from pipeline.core.redact import REFUSAL, describe, has_secret
-from pipeline.core.retries import with_retries
+from pipeline.core.retries import LIMITS, StoreLimits, with_retries
 from pipeline.core.storage import FileInfo, list_files, locate, read_bytes, stat, to_url, without_gc
 
 
@@ -62,7 +62,7 @@ class ShardSet(NamedTuple):
 
 
 @without_gc()
-def find_shards(inputs: Iterable[str]) -> ShardSet:
+def find_shards(inputs: Iterable[str], limits: StoreLimits = LIMITS) -> ShardSet:
     """Expand the input to shards with size and version.
 
     Each of `inputs` is a shard, a brace range (`{00000..00099}`), a glob (`*`, `?`, `[]`; `**` for any
@@ -80,10 +80,10 @@ def find_shards(inputs: Iterable[str]) -> ShardSet:
     # Before anything that shows one of them.
     if any(map(has_secret, inputs)):
         raise SettingsError(f"input {REFUSAL}")
-    patterns = [pattern for spec in inputs for pattern in _expand_list(spec)]
+    patterns = [pattern for spec in inputs for pattern in _expand_list(spec, limits)]
     if not patterns:
         raise InputError(f"no shard is named in input {' '.join(inputs)}")
-    fixed = [_fixed_folder(pattern) for pattern in patterns]
+    fixed = [_fixed_folder(pattern, limits) for pattern in patterns]
     filesystems = {id(fs): fs for fs, _ in fixed}
     if len(filesystems) != 1:
         raise SettingsError(f"input must lie in one store, got {len(filesystems)}: {', '.join(patterns[:4])}")
@@ -95,28 +95,28 @@ def find_shards(inputs: Iterable[str]) -> ShardSet:
     for pattern in patterns:
         for spec in _expand_braces(pattern):
             if _WILDCARD.search(spec):
-                _add(found, _glob(fs, spec), spec)
+                _add(found, _glob(fs, spec, limits), spec)
                 continue
-            path = locate(spec)[1]
+            path = locate(spec, limits)[1]
             if _is_shard(fs, spec, path):
                 named[path.rpartition("/")[0]].append(path)
             else:
-                _add(found, _below(fs, path), spec)
-    found.update(_named(fs, named))
+                _add(found, _below(fs, path, limits), spec)
+    found.update(_named(fs, named, limits))
     # One at a time, since a million infos beside a million shards would be twice the memory.
     paths = sorted(found)
     return ShardSet(to_url(fs, root), list(_shards(fs, root, (found.pop(path) for path in paths))))
 
 
-def shards_below(folder: str) -> list[Shard]:
+def shards_below(folder: str, limits: StoreLimits = LIMITS) -> list[Shard]:
     """The shards below a folder, whose name is taken as it stands, in the order of their names.
 
     Raises:
         InputError: it cannot be listed, or there are none.
     """
-    fs, path = locate(folder)
+    fs, path = locate(folder, limits)
     found: dict[str, FileInfo] = {}
-    _add(found, _below(fs, path), folder)
+    _add(found, _below(fs, path, limits), folder)
     return list(_shards(fs, path, sorted(found.values())))
 
 
@@ -127,12 +127,12 @@ def _shards(fs: fsspec.AbstractFileSystem, root: str, infos: Iterable[FileInfo])
         yield Shard(_name(inside, path), f"{url}{path[len(inside) :]}", num_bytes, version)
 
 
-def _expand_list(spec: str) -> Iterator[str]:
+def _expand_list(spec: str, limits: StoreLimits) -> Iterator[str]:
     if not spec.endswith(".txt"):
         yield spec
         return
     try:
-        text = read_bytes(spec).decode("utf-8-sig")
+        text = read_bytes(spec, limits).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"list file {spec} not found") from error
     except SettingsError:
@@ -169,12 +169,12 @@ def _split_fixed(pattern: str) -> tuple[str, str]:
     return folder, begun + pattern[start:]
 
 
-def _fixed_folder(pattern: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def _fixed_folder(pattern: str, limits: StoreLimits) -> tuple[fsspec.AbstractFileSystem, str]:
     """The store and folder of a pattern before its first brace or wildcard."""
     if re.search(r"[{*?\[]", pattern):
-        fs, path = locate(_split_fixed(pattern)[0])
+        fs, path = locate(_split_fixed(pattern)[0], limits)
         return fs, path.rstrip("/") or path
-    fs, path = locate(pattern)
+    fs, path = locate(pattern, limits)
     return fs, (path.rpartition("/")[0] if _is_shard(fs, pattern, path) else path)
 
 
@@ -208,27 +208,29 @@ def _why_none(spec: str) -> str:
     return f": a file must be a {SUFFIX}, or a .txt list of what an input may be"
 
 
-def _below(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
+def _below(
+    fs: fsspec.AbstractFileSystem, folder: str, limits: StoreLimits, *, recursive: bool = True
+) -> Iterator[FileInfo]:
     """Shards below a folder that are neither hidden nor in a hidden folder."""
     start = len(folder.rstrip("/"))
-    for info in _list(fs, folder, recursive=recursive):
+    for info in _list(fs, folder, limits, recursive=recursive):
         if info.path.endswith(SUFFIX) and "/." not in info.path[start:]:
             yield info
 
 
-def _list(fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool) -> Iterator[FileInfo]:
+def _list(fs: fsspec.AbstractFileSystem, folder: str, limits: StoreLimits, *, recursive: bool) -> Iterator[FileInfo]:
     try:
-        yield from list_files(fs, folder, recursive=recursive)
+        yield from list_files(fs, folder, recursive=recursive, limits=limits)
     except Exception as error:
         raise InputError(f"cannot list {to_url(fs, folder)}: {describe(error)}") from error
 
 
-def _glob(fs: fsspec.AbstractFileSystem, spec: str) -> Iterator[FileInfo]:
+def _glob(fs: fsspec.AbstractFileSystem, spec: str, limits: StoreLimits) -> Iterator[FileInfo]:
     fixed, rest = _split_fixed(spec)
-    folder = locate(fixed)[1]
+    folder = locate(fixed, limits)[1]
     start = len(folder.rstrip("/")) + 1
     matches = re.compile(_glob_regex(rest), re.DOTALL).fullmatch
-    for info in _below(fs, folder, recursive="/" in rest or "**" in rest):
+    for info in _below(fs, folder, limits, recursive="/" in rest or "**" in rest):
         if matches(info.path[start:]):
             yield info
 
@@ -243,12 +245,14 @@ def _glob_regex(pattern: str) -> str:
     )
 
 
-def _named(fs: fsspec.AbstractFileSystem, named: dict[str, list[str]]) -> Iterator[tuple[str, FileInfo]]:
+def _named(
+    fs: fsspec.AbstractFileSystem, named: dict[str, list[str]], limits: StoreLimits
+) -> Iterator[tuple[str, FileInfo]]:
     """Look at the shards that the input names, by folder."""
     missing: list[str] = []
     single = [path for paths in named.values() if len(paths) <= _STAT_AT_MOST for path in paths]
     with ThreadPoolExecutor(_STATS_AT_ONCE, thread_name_prefix="look") as pool:
-        for path, info in zip(single, pool.map(lambda path: _look(fs, path), single), strict=True):
+        for path, info in zip(single, pool.map(lambda path: _look(fs, path, limits), single), strict=True):
             if info is None:
                 missing.append(path)
             else:
@@ -256,7 +260,7 @@ def _named(fs: fsspec.AbstractFileSystem, named: dict[str, list[str]]) -> Iterat
     for folder, paths in named.items():
         if len(paths) > _STAT_AT_MOST:
             wanted = set(paths)
-            for info in _list(fs, folder, recursive=False):
+            for info in _list(fs, folder, limits, recursive=False):
                 if info.path in wanted:
                     wanted.discard(info.path)
                     yield info.path, info
@@ -270,10 +274,10 @@ def _named(fs: fsspec.AbstractFileSystem, named: dict[str, list[str]]) -> Iterat
         )
 
 
-def _look(fs: fsspec.AbstractFileSystem, path: str) -> FileInfo | None:
+def _look(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits) -> FileInfo | None:
     url = to_url(fs, path)
     try:
-        return with_retries(f"looking at {url}", lambda: stat(fs, path))
+        return with_retries(f"looking at {url}", lambda: stat(fs, path, limits), limits)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from pipeline.core import storage
-from pipeline.core.errors import InputError, OutputError, ShardChangedError, ShardError
+from pipeline.core import retries, storage
+from pipeline.core.errors import InputError, ShardChangedError, ShardError, StoreError
+from pipeline.core.retries import StoreLimits
 from pipeline.core.storage import delete, list_files, locate, read_bytes, write_bytes
 from pipeline.output.fingerprint import read_fingerprint
 from pipeline.output.ledger import list_parts
@@ -22,11 +24,11 @@ from tests.conftest import S3Server
 from tests.faults.proxy import FaultProxy
 
 # In place of 20 s and 60 s, so that the tests need not wait; the rules are the same.
-TIMEOUT_S = 0.5
-RETRY_S = 15.0
-ENDLESS_RETRY_S = 0.3
+SHORT = StoreLimits(request_timeout_s=0.5, retry_s=15.0, chunk_bytes=30_000)
+# For faults that do not pass: with even less patience.
+ENDLESS = replace(SHORT, retry_s=0.3)
 # What a call may take then: that, one attempt more, and a busy machine.
-BOUND_S = ENDLESS_RETRY_S + 2 * TIMEOUT_S + 4
+BOUND_S = ENDLESS.retry_s + 2 * ENDLESS.request_timeout_s + 4
 DATA = bytes(range(256)) * 400
 
 
@@ -34,28 +36,18 @@ DATA = bytes(range(256)) * 400
 def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
     with FaultProxy(s3_server.environment["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        patch.setattr(storage, "REQUEST_TIMEOUT_S", TIMEOUT_S)
-        patch.setattr(storage, "CHUNK_BYTES", 30_000)
         storage._filesystem.cache_clear()
         yield proxy
     storage._filesystem.cache_clear()
 
 
 @pytest.fixture
-def network(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
-    """The store behind a proxy that fails as told, and short patience."""
-    monkeypatch.setattr(storage, "RETRY_S", RETRY_S)
-    storage._given_up.clear()
+def network(proxy: FaultProxy) -> FaultProxy:
+    """The store behind a proxy that fails as told."""
+    retries._given_up.clear()
     proxy.rules.clear()
     proxy.requests.clear()
     return proxy
-
-
-@pytest.fixture
-def endless(network: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
-    """The same, for faults that do not pass: with even less patience."""
-    monkeypatch.setattr(storage, "RETRY_S", ENDLESS_RETRY_S)
-    return network
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +60,15 @@ def direct(s3_server: S3Server) -> Any:
 def shard(network: FaultProxy, s3_url: str, direct: Any) -> Shard:
     """A stored object of several chunks, found by listing."""
     direct.pipe_file(f"{s3_url}/a.tar", DATA)
-    return find_shards([s3_url]).shards[0]
+    return find_shards([s3_url], SHORT).shards[0]
 
 
-def read_all(shard: Shard) -> bytes:
-    with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
+def opened(shard: Shard, limits: StoreLimits = SHORT) -> ShardStream:
+    return ShardStream(shard.url, shard.num_bytes, shard.version, limits)
+
+
+def read_all(shard: Shard, limits: StoreLimits = SHORT) -> bytes:
+    with opened(shard, limits) as stream:
         data = stream.read(1) + stream.read(2**30)
         stream.check_unchanged()
     return data
@@ -91,41 +87,39 @@ def test_a_read_survives_a_burst_of(fault: str, network: FaultProxy, shard: Shar
     "fault", ["slow_down", "error", "reset", "cut", "short", "silent", "stall", "hang_up", "empty"]
 )
 def test_a_read_that_fails_without_end_is_a_transient_error_in_bounded_time(
-    fault: str, endless: FaultProxy, shard: Shard
+    fault: str, network: FaultProxy, shard: Shard
 ) -> None:
-    endless.add(fault, r"a\.tar", "GET", times=10_000)
+    network.add(fault, r"a\.tar", "GET", times=10_000)
     start = time.monotonic()
     with pytest.raises(ShardError, match=r"failed \d+ times in \d+ s, at last with") as caught:
-        read_all(shard)
+        read_all(shard, ENDLESS)
     assert caught.value.transient
     assert not isinstance(caught.value, ShardChangedError)
     assert time.monotonic() - start < BOUND_S
     # One layer of retries: three on top of each other would be some hundred requests.
-    assert endless.count("GET", r"a\.tar") <= 2 * 12
+    assert network.count("GET", r"a\.tar") <= 2 * 12
 
 
 def test_after_a_call_was_given_up_the_next_ones_get_one_attempt_until_one_succeeds(
-    endless: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch
+    network: FaultProxy, shard: Shard
 ) -> None:
-    monkeypatch.setattr(storage, "CHUNK_BYTES", len(DATA))
     # Long enough for a second attempt on a busy machine.
-    monkeypatch.setattr(storage, "RETRY_S", 4.0)
-    fault = endless.add("slow_down", r"a\.tar", "GET", times=10_000)
+    whole = replace(SHORT, chunk_bytes=len(DATA), retry_s=4.0)
+    fault = network.add("slow_down", r"a\.tar", "GET", times=10_000)
     for attempts in (2, 1, 1):
-        before = endless.count("GET", r"a\.tar")
+        before = network.count("GET", r"a\.tar")
         with pytest.raises(ShardError, match=r"failed \d+ times"):
-            read_all(shard)
-        seen = endless.count("GET", r"a\.tar") - before
+            read_all(shard, whole)
+        seen = network.count("GET", r"a\.tar") - before
         assert seen >= 2 if attempts == 2 else seen == 1
     fault.times = 0
-    assert read_all(shard) == DATA
-    monkeypatch.setattr(storage, "RETRY_S", RETRY_S)
+    assert read_all(shard, whole) == DATA
     fault.times = 2
-    assert read_all(shard) == DATA
+    assert read_all(shard, replace(whole, retry_s=SHORT.retry_s)) == DATA
 
 
 def test_a_retry_goes_on_from_the_chunk_reached(network: FaultProxy, shard: Shard) -> None:
-    with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
+    with opened(shard) as stream:
         first = stream.read(40_000)
         time.sleep(0.2)
         network.add("reset", r"a\.tar", "GET", times=2)
@@ -134,21 +128,20 @@ def test_a_retry_goes_on_from_the_chunk_reached(network: FaultProxy, shard: Shar
     assert network.count("GET", r"a\.tar", fault="") == chunks
 
 
-def test_an_answer_that_drips_is_given_up(network: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_drips_is_given_up(network: FaultProxy, shard: Shard) -> None:
     # Each byte comes within the timeout, all of them not before next year.
-    monkeypatch.setattr(storage, "SLOWEST_BYTES_PER_S", 60_000)
     network.add("drip", r"a\.tar", "GET", seconds=0.1)
-    assert read_all(shard) == DATA
+    assert read_all(shard, replace(SHORT, slowest_bytes_per_s=60_000)) == DATA
 
 
 def test_a_dead_endpoint_is_given_up_in_bounded_time(
-    endless: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch
+    network: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     storage._filesystem.cache_clear()
     start = time.monotonic()
     with pytest.raises(ShardError) as caught:
-        read_all(shard)
+        read_all(shard, ENDLESS)
     assert caught.value.transient
     assert time.monotonic() - start < BOUND_S
     storage._filesystem.cache_clear()
@@ -160,7 +153,7 @@ def test_an_object_that_is_denied_is_a_lasting_error_after_one_request(network: 
         read_all(shard)
     assert not caught.value.transient
     assert network.count("GET", r"a\.tar") == 1
-    stream = ShardStream(shard.url, shard.num_bytes, shard.version)
+    stream = opened(shard)
     with stream, pytest.raises(ShardChangedError, match="not permitted to read it") as changed:
         stream.check_unchanged()
     assert not changed.value.transient
@@ -175,7 +168,7 @@ def test_a_listed_object_that_is_not_there_is_a_transient_error_after_one_reques
     assert caught.value.transient
     assert network.count("GET", r"a\.tar") == 1
     direct.rm_file(shard.url)
-    stream = ShardStream(shard.url, shard.num_bytes, shard.version)
+    stream = opened(shard)
     with stream, pytest.raises(ShardChangedError, match="listed, but not found"):
         stream.check_unchanged()
 
@@ -184,7 +177,7 @@ def test_a_listed_object_that_is_not_there_is_a_transient_error_after_one_reques
 def test_an_object_replaced_between_listing_and_reading_is_told(size: int, shard: Shard, direct: Any) -> None:
     direct.pipe_file(shard.url, b"x" * size)
     start = time.monotonic()
-    stream = ShardStream(shard.url, shard.num_bytes, shard.version)
+    stream = opened(shard)
     with stream, contextlib.suppress(ShardError):
         stream.read(2**30)
     with pytest.raises(ShardChangedError, match="changed while it was read: planned"):
@@ -193,7 +186,7 @@ def test_an_object_replaced_between_listing_and_reading_is_told(size: int, shard
 
 
 def test_an_object_replaced_in_the_middle_of_reading_is_told(shard: Shard, direct: Any) -> None:
-    with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
+    with opened(shard) as stream:
         stream.read(40_000)
         direct.pipe_file(shard.url, DATA[::-1])
         stream.read(2**30)
@@ -202,54 +195,51 @@ def test_an_object_replaced_in_the_middle_of_reading_is_told(shard: Shard, direc
 
 
 def test_a_version_that_cannot_be_asked_for_is_told_and_not_taken_for_unchanged(
-    endless: FaultProxy, shard: Shard
+    network: FaultProxy, shard: Shard
 ) -> None:
-    with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
-        endless.add("slow_down", r"a\.tar", "HEAD", times=1)
+    network.add("slow_down", r"a\.tar", "HEAD", times=1)
+    with opened(shard) as stream:
         stream.check_unchanged()
-        endless.add("slow_down", r"a\.tar", "HEAD", times=1000)
-        with pytest.raises(ShardChangedError, match="cannot tell whether it changed") as caught:
-            stream.check_unchanged()
+    network.add("slow_down", r"a\.tar", "HEAD", times=1000)
+    stream = opened(shard, ENDLESS)
+    with stream, pytest.raises(ShardChangedError, match="cannot tell whether it changed") as caught:
+        stream.check_unchanged()
     assert caught.value.transient
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "error", "hang_up", "silent", "lost"])
 def test_a_write_survives_a_burst_of(fault: str, network: FaultProxy, s3_url: str, direct: Any) -> None:
     network.add(fault, "part", "PUT", times=2)
-    write_bytes(s3_url, "part", DATA)
+    write_bytes(s3_url, "part", DATA, SHORT)
     assert network.count("PUT", "part") == 3
     assert direct.cat_file(f"{s3_url}/part") == DATA
     assert direct.find(s3_url) == [f"{s3_url}/part".removeprefix("s3://")]
 
 
 def test_a_write_into_a_connection_that_nobody_reads_is_given_up(
-    network: FaultProxy, s3_url: str, direct: Any, monkeypatch: pytest.MonkeyPatch
+    network: FaultProxy, s3_url: str, direct: Any
 ) -> None:
     data = bytes(8_000_000)
-    monkeypatch.setattr(storage, "SLOWEST_BYTES_PER_S", len(data))
     network.add("unread", "part", "PUT")
-    write_bytes(s3_url, "part", data)
+    write_bytes(s3_url, "part", data, replace(SHORT, slowest_bytes_per_s=len(data)))
     assert network.count("PUT", "part", fault="unread") == 1
     assert direct.info(f"{s3_url}/part")["size"] == len(data)
 
 
-def test_a_large_write_is_one_put(network: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_write_is_one_put(network: FaultProxy, s3_url: str) -> None:
     # s3fs would cut it into a multipart upload, of which a death leaves pieces behind.
-    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 20.0)
-    storage._filesystem.cache_clear()
     write_bytes(s3_url, "part", bytes(110 * 2**20))
     assert [request.method for request in network.requests if "part" in request.path] == ["PUT"]
-    storage._filesystem.cache_clear()
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "hang_up", "silent", "denied"])
 def test_a_write_that_fails_without_end_raises_and_leaves_nothing(
-    fault: str, endless: FaultProxy, s3_url: str, direct: Any
+    fault: str, network: FaultProxy, s3_url: str, direct: Any
 ) -> None:
-    endless.add(fault, "part", "PUT", times=1000)
+    network.add(fault, "part", "PUT", times=1000)
     start = time.monotonic()
-    with pytest.raises(PermissionError if fault == "denied" else ShardError):
-        write_bytes(s3_url, "part", DATA)
+    with pytest.raises(PermissionError if fault == "denied" else StoreError):
+        write_bytes(s3_url, "part", DATA, ENDLESS)
     assert time.monotonic() - start < BOUND_S
     assert not direct.exists(f"{s3_url}/part")
 
@@ -259,77 +249,77 @@ def test_a_listing_survives_a_burst_of(fault: str, network: FaultProxy, s3_url: 
     for number in range(5):
         direct.pipe_file(f"{s3_url}/{number}.tar", b"x")
     network.add(fault, "list-type", "GET", times=2)
-    assert [shard.name for shard in find_shards([s3_url]).shards] == list("01234")
+    assert [shard.name for shard in find_shards([s3_url], SHORT).shards] == list("01234")
     assert network.count(fault=fault) == 2
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "denied", "empty", "short"])
 def test_a_listing_that_fails_without_end_is_an_error_and_never_an_empty_listing(
-    fault: str, endless: FaultProxy, s3_url: str, direct: Any
+    fault: str, network: FaultProxy, s3_url: str, direct: Any
 ) -> None:
     direct.pipe_file(f"{s3_url}/a.tar", b"x")
-    endless.add(fault, "list-type", "GET", times=1000)
+    network.add(fault, "list-type", "GET", times=1000)
     with pytest.raises(InputError, match=f"cannot list {s3_url}"):
-        find_shards([s3_url])
-    with pytest.raises(OutputError, match=f"cannot list {s3_url}"):
-        make_plan([], s3_url)
-    with pytest.raises(OutputError):
-        list(list_parts(s3_url, "errors"))
+        find_shards([s3_url], ENDLESS)
+    with pytest.raises(StoreError, match=f"cannot list {s3_url}"):
+        make_plan([], s3_url, ENDLESS)
+    with pytest.raises(StoreError):
+        list(list_parts(s3_url, "errors", ENDLESS))
 
 
 def test_a_named_shard_behind_a_burst_is_not_taken_for_missing(network: FaultProxy, shard: Shard) -> None:
     network.add("slow_down", r"a\.tar", "HEAD", times=2)
-    assert find_shards([shard.url]).shards == [shard]
+    assert find_shards([shard.url], SHORT).shards == [shard]
     network.add("denied", r"a\.tar", "HEAD", times=2)
     with pytest.raises(InputError, match=r"cannot look at .*PermissionError"):
-        find_shards([shard.url])
+        find_shards([shard.url], SHORT)
 
 
 @pytest.mark.parametrize("fault", ["cut", "short"])
 def test_a_list_file_is_read_whole_or_not_at_all(
-    fault: str, endless: FaultProxy, shard: Shard, s3_url: str, direct: Any
+    fault: str, network: FaultProxy, shard: Shard, s3_url: str, direct: Any
 ) -> None:
     text = f"# shards\n{shard.url}\n".encode()
     direct.pipe_file(f"{s3_url}/list.txt", text)
-    endless.add(fault, r"list\.txt", "GET", times=1)
-    assert find_shards([f"{s3_url}/list.txt"]).shards == [shard]
-    endless.add(fault, r"list\.txt", "GET", times=1000)
+    network.add(fault, r"list\.txt", "GET", times=1)
+    assert find_shards([f"{s3_url}/list.txt"], SHORT).shards == [shard]
+    network.add(fault, r"list\.txt", "GET", times=1000)
     with pytest.raises(InputError, match=r"list file .* cannot be read"):
-        find_shards([f"{s3_url}/list.txt"])
+        find_shards([f"{s3_url}/list.txt"], ENDLESS)
 
 
-def test_what_an_output_was_made_with_is_never_guessed(endless: FaultProxy, s3_url: str) -> None:
-    endless.add("slow_down", r"run\.json", times=1000)
-    with pytest.raises(OutputError, match=r"run\.json cannot be read"):
-        read_fingerprint(s3_url)
+def test_what_an_output_was_made_with_is_never_guessed(network: FaultProxy, s3_url: str) -> None:
+    network.add("slow_down", r"run\.json", times=1000)
+    with pytest.raises(StoreError, match=r"run\.json cannot be read"):
+        read_fingerprint(s3_url, ENDLESS)
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "denied", "short"])
 def test_a_footer_that_cannot_be_read_is_an_output_error(
-    fault: str, endless: FaultProxy, s3_url: str, direct: Any
+    fault: str, network: FaultProxy, s3_url: str, direct: Any
 ) -> None:
     direct.pipe_file(f"{s3_url}/embeddings/a.parquet", DATA)
-    endless.add(fault, r"a\.parquet", "GET", times=1000)
-    with pytest.raises(OutputError, match="cannot be read"):
-        read_facts(s3_url, "embeddings/a.parquet")
+    network.add(fault, r"a\.parquet", "GET", times=1000)
+    with pytest.raises(StoreError, match="cannot be read"):
+        read_facts(s3_url, "embeddings/a.parquet", limits=ENDLESS)
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "hang_up", "lost", "silent"])
 def test_old_parts_are_deleted_through_a_burst_of(fault: str, network: FaultProxy, s3_url: str, direct: Any) -> None:
     direct.pipe_file(f"{s3_url}/old", b"x")
     network.add(fault, "delete", "POST", times=2)
-    delete(s3_url, ["old", "gone"])
+    delete(s3_url, ["old", "gone"], SHORT)
     assert not direct.exists(f"{s3_url}/old")
 
 
 def test_old_parts_that_may_not_be_deleted_are_told(network: FaultProxy, s3_url: str) -> None:
     network.add("denied", "delete", "POST", times=2)
     with pytest.raises(PermissionError):
-        delete(s3_url, ["old"])
+        delete(s3_url, ["old"], SHORT)
 
 
 def test_no_error_tells_a_secret(
-    endless: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch, s3_server: S3Server
+    network: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch, s3_server: S3Server
 ) -> None:
     secret = "not/the+secret0123456789"
     told = []
@@ -341,11 +331,11 @@ def test_no_error_tells_a_secret(
             patch.setenv(name, value)
             storage._filesystem.cache_clear()
             for call in (
-                lambda: read_all(shard),
-                lambda: read_bytes(shard.url),
-                lambda: write_bytes("s3://bkt/x", "y", b""),
-                lambda: find_shards([shard.url]),
-                lambda: find_shards(["s3://bkt/x/"]),
+                lambda: read_all(shard, ENDLESS),
+                lambda: read_bytes(shard.url, ENDLESS),
+                lambda: write_bytes("s3://bkt/x", "y", b"", ENDLESS),
+                lambda: find_shards([shard.url], ENDLESS),
+                lambda: find_shards(["s3://bkt/x/"], ENDLESS),
             ):
                 with pytest.raises(Exception) as caught:  # noqa: PT011
                     call()
@@ -359,6 +349,6 @@ def test_files_are_listed_over_many_pages(network: FaultProxy, s3_url: str, dire
     names = [f"{number:04d}.tar" for number in range(1001)]
     direct.pipe({f"{s3_url}/{name}": b"" for name in names})
     network.add("slow_down", "continuation-token", times=2)
-    fs, path = locate(s3_url)
-    assert [info.path.rpartition("/")[2] for info in list_files(fs, path)] == names
+    fs, path = locate(s3_url, SHORT)
+    assert [info.path.rpartition("/")[2] for info in list_files(fs, path, limits=SHORT)] == names
     assert network.count("GET", "list-type=2", fault="") == 2

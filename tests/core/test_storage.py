@@ -17,7 +17,7 @@ import pytest
 from jobs import verify
 from pipeline.core import storage
 from pipeline.core.errors import SettingsError, ShardChangedError, ShardError
-from pipeline.core.retries import with_retries
+from pipeline.core.retries import LIMITS, StoreLimits, with_retries
 from pipeline.core.storage import (
     FileInfo,
     clear_temporary,
@@ -34,6 +34,7 @@ from pipeline.core.storage import (
 from pipeline.shards.stream import ShardStream
 from tests.conftest import ROOT
 
+SMALL_CHUNKS = StoreLimits(chunk_bytes=100)
 NAMES = [
     "plain.bin",
     "two words.bin",
@@ -69,9 +70,9 @@ def listed(url: str, *, recursive: bool = True) -> list[str]:
     return sorted(info.path[len(path) + 1 :] for info in list_files(fs, path, recursive=recursive))
 
 
-def opened(url: str) -> ShardStream:
+def opened(url: str, limits: StoreLimits = LIMITS) -> ShardStream:
     info = stat(*locate(url))
-    return ShardStream(url, info.num_bytes, info.version)
+    return ShardStream(url, info.num_bytes, info.version, limits)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,29 +116,25 @@ def test_a_folder_has_no_stat(place: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 200, 1000])
-def test_a_file_is_read_whole_whatever_its_size(place: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 100)
+def test_a_file_is_read_whole_whatever_its_size(place: str, size: int) -> None:
     data = random.Random(size).randbytes(size)
     write_bytes(place, "f", data)
-    assert read_bytes(f"{place}/f") == data
-    assert read_tail(f"{place}/f", 150) == data[-150:]
-    assert read_tail(f"{place}/f", 150, size) == data[-150:]
-    with opened(f"{place}/f") as stream:
+    assert read_bytes(f"{place}/f", SMALL_CHUNKS) == data
+    assert read_tail(f"{place}/f", 150, limits=SMALL_CHUNKS) == data[-150:]
+    assert read_tail(f"{place}/f", 150, size, SMALL_CHUNKS) == data[-150:]
+    with opened(f"{place}/f", SMALL_CHUNKS) as stream:
         assert stream.read(10**9) == data
         assert stream.read(1) == b""
         stream.check_unchanged()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_reads_and_skips_across_chunk_borders_are_exact(
-    place: str, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 100)
+def test_reads_and_skips_across_chunk_borders_are_exact(place: str, seed: int) -> None:
     rng = random.Random(seed)
     data = rng.randbytes(3000)
     write_bytes(place, "f", data)
     position = 0
-    with opened(f"{place}/f") as stream:
+    with opened(f"{place}/f", SMALL_CHUNKS) as stream:
         while position < len(data):
             length = rng.choice([0, 1, 10, 99, 100, 101, 250])
             if rng.random() < 0.5:
@@ -153,10 +150,9 @@ def test_reads_and_skips_across_chunk_borders_are_exact(
 def test_a_skip_into_the_chunk_read_ahead_does_not_fetch_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "CHUNK_BYTES", 100)
     write_bytes(str(tmp_path), "f", bytes(1000))
     fetched: list[int] = []
-    with opened(f"{tmp_path}/f") as stream:
+    with opened(f"{tmp_path}/f", SMALL_CHUNKS) as stream:
         fetch = stream._fetch
         monkeypatch.setattr(stream, "_fetch", lambda start: fetched.append(start) or fetch(start))
         while stream.position < 1000:
@@ -313,7 +309,7 @@ def test_clearing_leaves_no_temporary_folder_and_is_no_fault_twice(place: str) -
 
 _WRITER = """
 import sys
-from pipeline.storage import write_bytes
+from pipeline.core.storage import write_bytes
 print("ready", flush=True)
 number = 0
 while True:
@@ -380,7 +376,7 @@ def test_what_s3_is_never_asked_is_an_error_at_once_that_names_the_thing(
     with pytest.raises(kind, match=f"reading {url}.*{message}"):
         read_bytes(url)
     assert verify.main([f"s3://{bucket}/out"]) == 2
-    assert time.monotonic() - started < storage.RETRY_S / 4
+    assert time.monotonic() - started < LIMITS.retry_s / 4
     assert re.search(f"^verify.py: {url} cannot be read: .*{message}.*\n$", capsys.readouterr().err)
 
 

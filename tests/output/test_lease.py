@@ -107,7 +107,7 @@ def test_a_lease_of_another_machine_that_stands_still_expires(place: str) -> Non
 
 _HOLDER = """
 import sys, time
-from pipeline.lease import hold
+from pipeline.output.lease import hold
 with hold(sys.argv[1], print):
     print("held", flush=True)
     time.sleep(60)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import OutputError
+from pipeline.core.errors import StoreError
 from pipeline.core.schema import UNKNOWN_INDEX
 from pipeline.core.storage import FileInfo, delete, write_bytes
 from pipeline.output import ledger
 from pipeline.output.ledger import count, list_parts
 from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
+from pipeline.planning import plan as plan_module
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.shards.find import Shard
 from tests.output.test_parts import FINGERPRINT, embedded, writer
@@ -61,7 +62,7 @@ def test_a_shard_whose_parts_are_all_there_is_done(place: str) -> None:
 
 def test_more_than_ten_thousand_parts_are_counted_by_number_and_not_by_letter(tmp_path: Path) -> None:
     names = [PartName("a", TAG, number, "last" if number == 100_001 else "") for number in range(100_002)]
-    assert ledger._is_whole(sorted(name.part * 3 + (name.end == "last") for name in names))
+    assert plan_module._is_whole(sorted(name.part * 3 + (name.end == "last") for name in names))
     store(str(tmp_path), "99999", "100000-last")
     assert planned(str(tmp_path)).pending[0].stored_parts == (99999,)
 
@@ -161,8 +162,8 @@ def test_a_plan_does_not_depend_on_the_order_of_the_listing(tmp_path: Path, monk
     listing = ledger.list_files
     for seed in range(5):
 
-        def shuffled(*args: object, seed: int = seed) -> list[FileInfo]:
-            infos = list(listing(*args))
+        def shuffled(*args: object, seed: int = seed, **options: object) -> list[FileInfo]:
+            infos = list(listing(*args, **options))
             random.Random(seed).shuffle(infos)
             return infos
 
@@ -175,7 +176,7 @@ def test_twenty_thousand_shards_take_little_memory(monkeypatch: pytest.MonkeyPat
     num_shards, num_parts = 20_000, 3
     shards = [Shard(f"{i:08d}", f"s3://bkt/{i:08d}.tar", i, "etag") for i in range(num_shards)]
 
-    def listing(fs: object, base: str) -> Iterator[FileInfo]:
+    def listing(fs: object, base: str, **options: object) -> Iterator[FileInfo]:
         if base.endswith(EMBEDDINGS):
             for shard in shards[: num_shards * 9 // 10]:
                 tag = version_tag(shard.num_bytes, shard.version)
@@ -330,9 +331,9 @@ def test_an_output_that_is_no_folder_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_an_output_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*args: object) -> list[FileInfo]:
+    def denied(*args: object, **options: object) -> list[FileInfo]:
         raise PermissionError("no")
 
     monkeypatch.setattr(ledger, "list_files", denied)
-    with pytest.raises(OutputError, match=r"cannot list .*/embeddings: PermissionError: no"):
+    with pytest.raises(StoreError, match=r"cannot list .*/embeddings: PermissionError: no"):
         planned(str(tmp_path))
