@@ -26,7 +26,7 @@ from pipeline.output.lease import Lease, hold
 from pipeline.pages.run_page import write_page
 from pipeline.planning.engine import choose_meanwhile
 from pipeline.planning.job import Job, follow_output, prepare_job
-from pipeline.planning.plan import Plan, make_plan
+from pipeline.planning.plan import Plan, check_names, make_plan
 from pipeline.planning.resources import Resources
 from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
@@ -78,7 +78,7 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     try:
         job = replace(prepare_job(config), run=console.run)
         if dry_run:
-            _say_plan(job, make_plan(job.shards, job.config.output), console)
+            _plan(job, console)
             return EXIT_OK
         # Also while it waits for the lease a run that is stopped shall say so.
         signal.signal(signal.SIGTERM, _terminate)
@@ -94,15 +94,17 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
         return code
 
 
-def _say_plan(job: Job, plan: Plan, console: Console) -> None:
+def _plan(job: Job, console: Console) -> Plan:
+    """What is to be done, after it was said."""
+    plan = make_plan(job.shards, job.config.output)
+    check_names(job, plan)
     console.plan(job, plan, estimate(job.config.output, plan.pending[: job.config.limit]))
+    return plan
 
 
 def _run_held(job: Job, lease: Lease, console: Console) -> int:
     """Run the job whose output's lease is held."""
-    plan = make_plan(job.shards, job.config.output)
-    _say_plan(job, plan, console)
-
+    plan = _plan(job, console)
     metrics = Metrics(job.run)
 
     def on_resources(decided: Job, resources: Resources) -> None:

@@ -16,6 +16,7 @@ import pyarrow
 
 from pipeline.core.errors import OtherSettingsError, StoredDataError, StoreError
 from pipeline.core.redact import describe
+from pipeline.core.retries import LIMITS, StoreLimits
 from pipeline.core.storage import create, join, read_bytes
 from pipeline.output.names import RUN_FILE
 from pipeline.output.settings import OutputSettings, canonical_json
@@ -88,7 +89,7 @@ def make_fingerprint(
     return Fingerprint(settings, base | versions, input_prefix)
 
 
-def read_fingerprint(output: str) -> Fingerprint | None:
+def read_fingerprint(output: str, limits: StoreLimits = LIMITS) -> Fingerprint | None:
     """What made `output`, or None where nothing has.
 
     Raises:
@@ -97,7 +98,7 @@ def read_fingerprint(output: str) -> Fingerprint | None:
     """
     url = join(output, RUN_FILE)
     try:
-        return Fingerprint.from_json(json.loads(read_bytes(url)))
+        return Fingerprint.from_json(json.loads(read_bytes(url, limits)))
     except FileNotFoundError:
         return None
     except OSError as error:

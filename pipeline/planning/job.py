@@ -40,6 +40,8 @@ class Job:
     fingerprint: Fingerprint
     is_new: bool
     shards: list[Shard]
+    # The folder that the input lay in when the output was begun, where it is another one now.
+    moved_from: str | None = None
     # Names this run in its lease, its report, its metrics and what it prints.
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
@@ -104,7 +106,10 @@ def follow_output(job: Job) -> Job:
     """
     made = read_fingerprint(job.config.output)
     fingerprint = check_against_output(job.fingerprint, made or _made_parts(job.config.output))
-    return replace(job, fingerprint=fingerprint, is_new=made is None)
+    moved = made is not None and made.input_prefix not in ("", fingerprint.input_prefix)
+    return replace(
+        job, fingerprint=fingerprint, is_new=made is None, moved_from=made.input_prefix if made and moved else None
+    )
 
 
 def _made_parts(output: str) -> Fingerprint | None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from pipeline.core.errors import InputError
 from pipeline.core.retries import LIMITS, StoreLimits
 from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
 from pipeline.core.storage import without_gc
 from pipeline.output.ledger import list_parts
 from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
+from pipeline.planning.job import Job
 from pipeline.shards.find import Pending, Shard
 
 # A part's number and end as one integer: number * 3 + position of the end here.
 _ENDS = (END_NONE, END_LAST, END_BROKEN)
 _LAST = _ENDS.index(END_LAST)
+_RENAMED_AT_MOST = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Plan:
     retried: list[str]
     stale: dict[str, list[str]]
     elsewhere: int
+    # Pending shards that are stored under another name: (name, stored name). Of many, the first.
+    renamed: list[tuple[str, str]]
 
     @property
     def pending_bytes(self) -> int:
@@ -50,11 +55,11 @@ def make_plan(shards: list[Shard], output: str, limits: StoreLimits = LIMITS) ->
     stored: dict[str, list[int]] = {}
     # Parts of an older version; there are few.
     older: dict[str, list[PartName]] = defaultdict(list)
-    unnamed: set[str] = set()
+    unnamed: dict[str, str] = {}
     for part, _ in list_parts(output, EMBEDDINGS, limits):
         tag = tags.get(part.shard)
         if tag is None:
-            unnamed.add(part.shard)
+            unnamed[part.shard] = part.tag
         elif tag != part.tag:
             older[part.shard].append(part)
         else:
@@ -94,7 +99,32 @@ def make_plan(shards: list[Shard], output: str, limits: StoreLimits = LIMITS) ->
         retried=retried,
         stale=stale,
         elsewhere=len(unnamed),
+        renamed=_renamed(pending, tags, unnamed) if unnamed else [],
     )
+
+
+def _renamed(pending: list[Pending], tags: dict[str, str], unnamed: dict[str, str]) -> list[tuple[str, str]]:
+    """Pending shards with the last part of the name, size and version of stored ones that the input does not name."""
+    stored = {(name.rpartition("/")[2], tag): name for name, tag in unnamed.items()}
+    found = ((shard.name, stored.get((shard.name.rpartition("/")[2], tags[shard.name]))) for shard in pending)
+    return [(name, other) for name, other in found if other is not None][:_RENAMED_AT_MOST]
+
+
+def check_names(job: Job, plan: Plan) -> None:
+    """Refuse an input whose shards would be embedded a second time, under other names.
+
+    An output and its input may be moved. But names are paths below the input's fixed folder: where that is another
+    one than before, the same shards may have other names.
+
+    Raises:
+        InputError: shards of the input are stored under other names.
+    """
+    if job.moved_from is not None and plan.renamed:
+        name, stored = plan.renamed[0]
+        raise InputError(
+            f"input must name shards as the output does: {name!r} is stored as {stored!r}. The output was made from "
+            f"{job.moved_from!r}, this input lies in {job.fingerprint.input_prefix!r}: name the same folder"
+        )
 
 
 def _broken_end(parts: list[PartName], good: list[PartName]) -> list[PartName]:

@@ -335,12 +335,12 @@ def test_the_flow_stores_what_it_stores_without_a_device_but_for_the_last_bits(o
     assert made is not None
     assert made.settings.decode == "gpu"
     recipe = recipe_of(made)
-    cpu = recipe.decoder()
+    cpu = Decoder(recipe.settings.rules)
     table = pa.concat_tables([pq.read_table(path) for path in sorted((out / "embeddings").glob("*.parquet"))])
     stored = dict(zip(table["image_id"].to_pylist(), vectors(table), strict=True))
     errors = pa.concat_tables([pq.read_table(path) for path in sorted((out / "errors").glob("*.parquet"))])
     reasons = {row["image_id"]: (row["stage"], row["reason"]) for row in errors.to_pylist()}
-    plain = embedder("squeezenet1_1", recipe.weights, recipe.rules.preprocess, None)
+    plain = embedder("squeezenet1_1", recipe.weights, recipe.network.preprocess, None)
     pixels: dict[str, Any] = {}
     for number, image in enumerate(images):
         expected = outcome(cpu.decode, image)
