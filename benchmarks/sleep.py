@@ -47,6 +47,7 @@ class SleepRunner:
     images_per_s: float
     epoch: float
     start: Start | None = None
+    batch_size: int = 1
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from pipeline.core.config import Config, parse
 from pipeline.decoding.decoder import Decoder
 from pipeline.embedding.embedder import Embedder
@@ -12,9 +14,30 @@ from pipeline.embedding.network import Placement
 from pipeline.embedding.torch_runner import SharedWeights
 from pipeline.output.fingerprint import write_fingerprint
 from pipeline.output.parts import PartWriter
-from pipeline.planning.job import prepare_job
+from pipeline.planning.job import Job, prepare_job
+from pipeline.run.passes import Watcher
 from pipeline.shards.find import Pending
 from pipeline.shards.samples import SampleReader
+
+SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
+UNHEARD = Watcher(lambda *_: None, lambda *_: None, lambda *_: None)
+
+
+def job_for(input: Path | str, output: Path | str, **settings: Any) -> Job:
+    """A small job that is quick to compute."""
+    return prepare_job(parse({"input": [str(input)], "output": str(output), **SETTINGS, **settings}))
+
+
+def stored(output: Path, folder: str = "embeddings") -> dict[str, bytes]:
+    """Every Parquet file below a folder of the output, by its name."""
+    base = output / folder
+    return {str(path.relative_to(base)): path.read_bytes() for path in sorted(base.rglob("*.parquet"))}
+
+
+def rows(output: Path, folder: str = "embeddings") -> list[dict[str, Any]]:
+    """Every row of a folder of the output, in the order of shards and samples."""
+    found = [row for path in sorted((output / folder).rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return sorted(found, key=lambda row: (row["shard"], -1 if row["sample_index"] is None else row["sample_index"]))
 
 
 def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:

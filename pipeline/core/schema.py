@@ -75,6 +75,7 @@ PART_FIELDS: tuple[pa.Field, ...] = (
     pa.field("ignored_members", pa.int64(), nullable=False),
     pa.field("kept_nulls", pa.int64(), nullable=False),
     pa.field("read_bytes", pa.int64(), nullable=False),
+    pa.field("batch_size", pa.int32(), nullable=False),  # images a batch, of the runner; 0 before it is embedded
     *(pa.field(f"{stage}_s", pa.float64(), nullable=False) for stage in STAGES),
 )
 

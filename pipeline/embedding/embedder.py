@@ -28,6 +28,11 @@ from pipeline.embedding.network import Network, Placement
 class Runner(Protocol):
     """What computes embeddings."""
 
+    @property
+    def batch_size(self) -> int:
+        """Images a batch, now: a runner may halve it where the memory does not hold a batch."""
+        ...
+
     def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`; several threads may ask at once.
 
@@ -133,7 +138,7 @@ class Embedder:
             embedded = self._embedded(samples)
         finally:
             embed_s = self._busy.end()
-        return part_row({**values, "embed_s": embed_s}, embedded)
+        return part_row({**values, "embed_s": embed_s, "batch_size": self._runner.batch_size}, embedded)
 
     def _embedded(self, samples: pa.StructArray) -> pa.StructArray:
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()

@@ -75,6 +75,11 @@ class OpenVinoRunner:
         num_requests = num_threads or self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self._threads = ThreadPoolExecutor(num_requests, "openvino", self._prepare)
 
+    @property
+    def batch_size(self) -> int:
+        """Images a batch."""
+        return self._batch_size
+
     def embed(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `pipeline.embedding.embedder.Runner.embed` does."""
         embedded = np.empty((len(rows), *self._shape), np.float32)

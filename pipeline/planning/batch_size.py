@@ -42,11 +42,6 @@ _NUM_IMAGES = 16
 class ResizableRunner(Runner, Protocol):
     """A runner whose batch size can be changed, and falls where a batch does not fit into memory."""
 
-    @property
-    def batch_size(self) -> int:
-        """Images a batch, now."""
-        ...
-
     def use_batches_of(self, batch_size: int) -> None:
         """Compute in batches of so many images from now on."""
         ...

@@ -13,7 +13,7 @@ from pipeline.core.redact import describe
 from pipeline.core.schema import STAGE_EMBED
 from pipeline.flow import Stages
 from pipeline.planning.cpu import cpu_has_bf16
-from pipeline.planning.engine import choose_engine
+from pipeline.planning.engine import Choose, choose_engine
 from pipeline.planning.job import Job
 from pipeline.planning.nodes import DeviceTime, Request
 from pipeline.planning.resources import Resources
@@ -24,9 +24,9 @@ from pipeline.shards.find import Pending
 class InProcess:
     """Runs the stages on one device of this process."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", choose: Choose = choose_engine) -> None:
         self._device = device
-        self._stages: Stages | None = None
+        self._choose = choose
 
     def prepare(self, job: Job, pending: list[Pending], since: float, on_wait: Say) -> Prepared:
         """As `Executor.prepare`. The batch size is the one asked for, or the runner's own: none is measured."""
@@ -48,7 +48,7 @@ class InProcess:
             num_readers=1.0,
         )
         candidates = ("bf16", "fp16") if self._device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
-        engine = choose_engine(job, pending, self._device, candidates)
+        engine = self._choose(job, pending, self._device, candidates)
         problems = [] if engine.note is None else [f"slower than it could be: {engine.note}"]
         job = job.with_engine(engine.name, engine.precision)
         if resources.batch_size is not None:

@@ -52,12 +52,12 @@ class OnRay:
         watch = NodeWatch(resources.requests, _NODE_WAIT_S if wait_s is None else wait_s, on_wait, prepared.devices)
         flow = make_flow(pending, prepared.job, prepared.source, resources, isolated=isolated)
         try:
-            yield from _watched(flow, watch.check)
+            yield from watched(flow, watch.check)
         except ray.exceptions.RayError as error:
             raise PassError(_brief(error)) from error
 
 
-def _watched(flow: Dataset, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def watched(flow: Dataset, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """The rows of a flow as they come. `check` is called every second, and ends the flow by what it raises.
 
     Ray Data hands rows out in a thread of ours, since it cannot be interrupted while it waits for one.

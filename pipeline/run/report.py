@@ -27,11 +27,12 @@ def make_report(
 
     Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
     earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run stored
-    itself. Lists are cut, and have their number beside them. `problems` is what went wrong with the engine on the
-    way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
-    images of the parts stored in it, and the seconds that each stage worked on them; `stage_workers` is how many
-    workers of a stage can be busy at once, on average. `num_devices` is the most that there were at once;
-    `device_hours` counts each for as long as it was there.
+    itself. `batch_size` is what was asked for or measured, None for the engine's own, and `batch_size_used` the
+    smallest that was used: where a device's memory does not hold a batch, its runner halves them. Lists are cut, and
+    have their number beside them. `problems` is what went wrong with the engine on the way. `timeline` has for each
+    `step_s` seconds since the begin (`started_at`) the images of the parts stored in it, and the seconds that each
+    stage worked on them; `stage_workers` is how many workers of a stage can be busy at once, on average.
+    `num_devices` is the most that there were at once; `device_hours` counts each for as long as it was there.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
     slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
@@ -55,6 +56,7 @@ def make_report(
         "engine": job.engine,
         "device": resources.device if resources else None,
         "batch_size": resources.batch_size if resources else None,
+        "batch_size_used": tally.batch_size,
         "batch_rates": {str(size): round(rate, 2) for size, rate in resources.batch_rates} if resources else {},
         "decode": job.config.decode,
         "num_devices": devices.peak if devices else 0,

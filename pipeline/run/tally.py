@@ -27,6 +27,8 @@ class Tally:
     written_bytes: int = 0
     kept_nulls: int = 0
     ignored_members: int = 0
+    # The smallest that a runner used: on a device whose memory did not hold more.
+    batch_size: int | None = None
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
@@ -51,6 +53,7 @@ class Tally:
         self.num_errors += receipt["num_samples"] - receipt["num_embedded"]
         for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members"):
             setattr(self, name, getattr(self, name) + receipt[name])
+        self.batch_size = min(self.batch_size or receipt["batch_size"], receipt["batch_size"])
         busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}
         for stage in STAGES:
             self.stage_s[stage] += busy_s[stage]

@@ -229,6 +229,7 @@ class _PartBuilder:
             "ignored_members": ignored,
             "kept_nulls": self._nulls,
             "read_bytes": position - self._read_to,
+            "batch_size": 0,
             **{f"{stage}_s": 0.0 for stage in STAGES},
         }
         self._index += len(self._rows)

@@ -26,6 +26,7 @@ def receipt(**changes: Any) -> dict[str, Any]:
         "end": END_NONE,
         "num_samples": 4,
         "num_embedded": 4,
+        "batch_size": 128,
         "reasons": [],
         "error_ids": [],
         "fault": None,
@@ -96,3 +97,10 @@ def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were
     assert tally.busy(resources)["embed"] == pytest.approx(50 / 400, rel=0.05)
     tally.devices = DeviceTime(resources.requests[0], 4, tally.started, nodes)
     assert tally.busy(resources)["embed"] == pytest.approx(50 / 100, rel=0.05)
+
+
+def test_the_smallest_batch_that_was_used_is_told() -> None:
+    tally = Tally()
+    for size in (128, 64, 128):
+        tally.add(receipt(batch_size=size))
+    assert tally.batch_size == 64
