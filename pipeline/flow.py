@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -30,7 +29,9 @@ _MAX_TASKS = 20_000
 _BLOCK_BYTES = 32 * 2**20
 _RESERVED_SHARE = 0.1
 _LONE_STORE_SHARE = 0.75
-_RETRIES = 3
+# A flow in which nothing moves for so long is ended. One part may take as long: a backbone that embeds less than
+# part_rows images an hour needs smaller parts.
+_STALL_S = 3600
 _PARTS_AT_ONCE = 2
 
 
@@ -86,7 +87,6 @@ def make_flow(
         num_cpus=resources.actor_cpus,
         num_gpus=resources.actor_gpus or None,
         resources=resources.requests[0].named or None,
-        ray_remote_args_fn=_actor_retries,
     )
     return embedded.map_batches(
         write,
@@ -94,7 +94,6 @@ def make_flow(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.write_cpus,
-        ray_remote_args_fn=_task_retries,
     )
 
 
@@ -112,7 +111,6 @@ def read_and_decode(
         batch_format="pyarrow",
         num_cpus=resources.read_cpus,
         memory=resources.read_memory,
-        ray_remote_args_fn=_task_retries,
     )
     return samples.map_batches(
         decode,
@@ -120,7 +118,6 @@ def read_and_decode(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.decode_cpus,
-        ray_remote_args_fn=_task_retries,
     )
 
 
@@ -155,16 +152,6 @@ def _pool(resources: Resources) -> ActorPoolStrategy:
     )
 
 
-def _task_retries() -> dict[str, Any]:
-    """Without a bound, which is Ray Data's default, an image that kills its worker is retried for ever."""
-    return {"max_retries": _RETRIES}
-
-
-def _actor_retries() -> dict[str, Any]:
-    """Actors are restarted as often as machines vanish, but no part is retried for ever; nodes get equally many."""
-    return {"max_restarts": -1, "max_task_retries": _RETRIES, "scheduling_strategy": "SPREAD"}
-
-
 def _set_up_engine(resources: Resources) -> None:
     context = DataContext.get_current()
     for name, value in {
@@ -173,6 +160,7 @@ def _set_up_engine(resources: Resources) -> None:
         "op_resource_reservation_ratio": _RESERVED_SHARE,
         "override_object_store_memory_limit_fraction": _LONE_STORE_SHARE if resources.num_nodes == 1 else None,
         "target_max_block_size": _BLOCK_BYTES,
+        "execution_no_progress_timeout_s": _STALL_S,
         "enable_progress_bars": False,
         "print_on_execution_start": False,
     }.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import ray
 
 from pipeline.core.errors import ClusterError
+from pipeline.core.formatting import format_duration
 
 # How often somebody is told of a wait that goes on.
 SAY_EVERY_S = 60.0
@@ -168,3 +169,37 @@ class NodeWatch:
         if now - self._said >= SAY_EVERY_S:
             self._said = now
             self._say(f"for nodes, {self._wait_s - waited_s:.0f} s more: {lacking}")
+
+
+class StallWatch:
+    """Says, after `quiet_s` seconds without a stored part and then every minute, what the cluster has free.
+
+    Actors of two jobs may hold all CPUs, so that neither can read; a node above Ray's memory threshold ends tasks
+    again and again. Neither is an error to Ray. Ray Data itself ends a flow in which nothing moves
+    (`execution_no_progress_timeout_s`).
+    """
+
+    def __init__(self, say: Callable[[str], object], quiet_s: float = 300.0) -> None:
+        self._say = say
+        self._quiet_s = quiet_s
+        self._since = time.monotonic()
+        self._said = -math.inf
+
+    def stored(self) -> None:
+        """A part was stored."""
+        self._since = time.monotonic()
+
+    def check(self) -> None:
+        """Say how long nothing was stored, if it is time to."""
+        now = time.monotonic()
+        if now - self._since < self._quiet_s or now - self._said < SAY_EVERY_S:
+            return
+        self._said = now
+        total, free = ray.cluster_resources(), ray.available_resources()
+        amounts = [
+            f"{free.get(name, 0.0):g} of {total[name]:g} {name}s" for name in ("CPU", "GPU") if total.get(name)
+        ]
+        self._say(
+            f"for a part to be stored, none was for {format_duration(now - self._since)}; of the cluster are free "
+            f"{' and '.join(amounts)}: `ray status` tells who holds the rest, and `ray list tasks` what fails"
+        )

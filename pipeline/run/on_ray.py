@@ -9,13 +9,14 @@ from typing import Any
 
 import ray
 from ray.data import Dataset
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline.core.redact import redact
 from pipeline.flow import make_flow
 from pipeline.planning.batch_size import choose_batch_size
 from pipeline.planning.engine import Choose, choose_engine
 from pipeline.planning.job import Job
-from pipeline.planning.nodes import DeviceTime, NodeWatch, alive_nodes
+from pipeline.planning.nodes import DeviceTime, NodeWatch, StallWatch, alive_nodes
 from pipeline.planning.resources import plan_resources
 from pipeline.planning.stored_source import StoredSource
 from pipeline.run.executor import PassError, Prepared, Say
@@ -50,10 +51,18 @@ class OnRay:
         """As `Executor.receipts`."""
         resources, wait_s = prepared.resources, prepared.job.config.node_wait_s
         watch = NodeWatch(resources.requests, _NODE_WAIT_S if wait_s is None else wait_s, on_wait, prepared.devices)
+        stall = StallWatch(on_wait)
+
+        def check() -> None:
+            watch.check()
+            stall.check()
+
         flow = make_flow(pending, prepared.job, prepared.source, resources, isolated=isolated)
         try:
-            yield from watched(flow, watch.check)
-        except ray.exceptions.RayError as error:
+            for receipt in watched(flow, check):
+                stall.stored()
+                yield receipt
+        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             raise PassError(_brief(error)) from error
 
 
