@@ -7,12 +7,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import torch
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 from pipeline.embedding.openvino_runner import SharedGraph
+from pipeline.embedding.quiet_openvino import ov
 from pipeline.embedding.torch_runner import NetworkModule
 
 
@@ -27,6 +25,10 @@ def convert(network: NetworkModule, crop: tuple[int, int]) -> SharedGraph:
         warnings.simplefilter("ignore")
         example = torch.zeros((1, *crop, 3), dtype=torch.uint8)
         traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))  # type: ignore[no-untyped-call]
+    # Of OpenVINO, which is loaded without its telemetry by now.
+    from openvino.frontend import FrontEndManager  # noqa: PLC0415
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # noqa: PLC0415
+
     # Not by ov.convert_model, which traces twice and takes ten times as long.
     frontend = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchScriptPythonDecoder(traced)

@@ -13,10 +13,10 @@ from socket import gethostname
 from typing import Any, ClassVar
 
 import numpy as np
-import openvino as ov
 
 from pipeline.core.errors import PrecisionError
 from pipeline.embedding.network import Network, Placement
+from pipeline.embedding.quiet_openvino import ov
 
 # Larger batches are no faster, and small ones waste less where a part ends.
 BATCH_SIZE = 4
