@@ -101,9 +101,9 @@ def read_and_decode(
     pending: list[Pending], reader: SampleReader, decoder: Decoder | JpegForwarder, resources: Resources
 ) -> Dataset:
     """The first half of the flow: shards to parts of samples with pixels, or with what the device is to decode."""
-    _set_up_engine(resources)
     # Unlike `from_arrow` it runs no task to look at each table, and waits for none.
     shards = ray.data.from_blocks(_task_tables(pending))
+    _tune(shards.context, resources)
     samples = shards.map_batches(
         read,
         fn_args=(reader,),
@@ -152,8 +152,8 @@ def _pool(resources: Resources) -> ActorPoolStrategy:
     )
 
 
-def _set_up_engine(resources: Resources) -> None:
-    context = DataContext.get_current()
+def _tune(context: DataContext, resources: Resources) -> None:
+    """Settings of this flow alone: those of the process stay as they are."""
     for name, value in {
         # Ray Data keeps half of what it may fill of the object store in equal shares for the stages; here decoding
         # needs nearly all. Of a store it fills half; a lone node's may be filled further, up to where Ray spills.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from typing import Any
 
 import ray
@@ -19,14 +18,16 @@ _SHARED_MEMORY = "/dev/shm"
 def connect() -> str | None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
 
+    A process that has Ray already goes on with that, as it is.
+
     Returns:
         What will make it slow, if anything is seen to.
 
     Raises:
         ClusterError: neither is possible.
     """
-    # The actor pool takes its restart bounds in no other way until Ray 2.64, which pyproject.toml excludes.
-    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")
+    if ray.is_initialized():
+        return None
     # Ray logs an error that is none on starting any actor that may restart.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Its usage statistics take a process of their own, which is seconds on a small machine.

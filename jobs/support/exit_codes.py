@@ -13,6 +13,7 @@ EXIT_FAILED = 4  # the counts do not balance, or a disk or store failed
 EXIT_TOO_MANY_ERRORS = 5
 # As in sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
 EXIT_BUSY = 75
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 # The first class that an error is of decides.
 _CODES: tuple[tuple[type[BaseException], int], ...] = (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from jobs.support.exit_codes import (
     EXIT_BROKEN_SHARDS,
     EXIT_FAILED,
     EXIT_OK,
+    EXIT_TERMINATED,
     EXIT_TOO_MANY_ERRORS,
     code_of,
 )
@@ -49,45 +52,71 @@ def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
 _GO_ON = "what is stored stays: run the same command again to go on"
 
 
-def _terminate(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+class _Sigterm:
+    """Ends the run by `SystemExit`, and remembers it: a library may swallow that, or make another error of it."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def listen(self) -> None:
+        """Hear SIGTERM, which is the main thread's alone to hear."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._end)
+
+    def check(self) -> None:
+        """End the run where SIGTERM came and did not end it."""
+        if self.came:
+            raise SystemExit(EXIT_TERMINATED)
+
+    def _end(self, number: int, frame: object) -> None:
+        self.came = True
+        raise SystemExit(EXIT_TERMINATED)
 
 
-def _connect(console: Console) -> None:
-    """Have Ray; a SIGTERM that its own handler takes meanwhile, which would end with 15, ends as ever."""
+@contextmanager
+def _connected(console: Console, sigterm: _Sigterm) -> Iterator[None]:
+    """Have Ray, and end it after the block if it was not there before.
+
+    Ray has a handler of its own for SIGTERM while it starts, which would end with 15, and leaves the system's, which
+    would kill with the lease held and no last word.
+    """
+    was_there = ray.is_initialized()
     try:
-        slow = connect()
-    except SystemExit as stop:
-        raise SystemExit(128 + signal.SIGTERM) from stop
+        try:
+            slow = connect()
+        except SystemExit as stop:
+            raise SystemExit(EXIT_TERMINATED) from stop
+        finally:
+            sigterm.listen()
+        if slow is not None:
+            console.warning(slow)
+        yield
     finally:
-        signal.signal(signal.SIGTERM, _terminate)
-    if slow is not None:
-        console.warning(slow)
-
-
-def _shut_down() -> None:
-    """End Ray, which leaves SIGTERM as the system has it: that would kill, with the lease held and no last word."""
-    try:
-        ray.shutdown()
-    finally:
-        signal.signal(signal.SIGTERM, _terminate)
+        try:
+            if not was_there:
+                ray.shutdown()
+        finally:
+            sigterm.listen()
 
 
 def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     """Run the job, and return its exit code."""
+    sigterm = _Sigterm()
     try:
         job = replace(prepare_job(config), run=console.run)
         if dry_run:
             _plan(job, console)
             return EXIT_OK
         # Also while it waits for the lease a run that is stopped shall say so.
-        signal.signal(signal.SIGTERM, _terminate)
+        sigterm.listen()
         with hold(job.config.output, console.waiting, job.run) as lease:
-            return _run_held(follow_output(job), lease, console)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        console.error("interrupted: what is stored stays; run the same command again to go on")
-        return code_of(stop)
-    except (PipelineError, OSError) as error:
+            return _run_held(follow_output(job), lease, console, sigterm)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if sigterm.came or isinstance(error, (KeyboardInterrupt, SystemExit)):
+            console.error("interrupted: what is stored stays; run the same command again to go on")
+            return EXIT_TERMINATED if sigterm.came else code_of(error)
+        if not isinstance(error, (PipelineError, OSError)):
+            raise
         code = code_of(error)
         # Of a store that failed, what is stored is not lost.
         console.error(f"{describe(error)}; {_GO_ON}" if code == EXIT_FAILED else str(error))
@@ -102,7 +131,7 @@ def _plan(job: Job, console: Console) -> Plan:
     return plan
 
 
-def _run_held(job: Job, lease: Lease, console: Console) -> int:
+def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> int:
     """Run the job whose output's lease is held."""
     plan = _plan(job, console)
     metrics = Metrics(job.run)
@@ -114,25 +143,24 @@ def _run_held(job: Job, lease: Lease, console: Console) -> int:
         metrics.resources(resources)
 
     def on_pass(number: int, pending: list[Pending]) -> None:
+        sigterm.check()
         lease.check()
         console.begin_pass(number, pending)
         metrics.begin_pass(len(pending))
 
     def on_part(tally: Tally) -> None:
+        sigterm.check()
         lease.check()
         console.part(tally)
         metrics.part(tally)
 
     watcher = Watcher(on_resources, on_pass, on_part, console.waiting)
-    try:
-        with choose_meanwhile(job, plan.pending) as choose:
-            if plan.pending:
-                _connect(console)
-            with console.progress():
-                report = run(job, plan, watcher, OnRay(choose))
-    finally:
-        # Before the lease ends, so that no worker writes after it.
-        _shut_down()
+    # Ray ends before the lease does, so that no worker writes after it.
+    with choose_meanwhile(job, plan.pending) as choose, ExitStack() as stack:
+        if plan.pending:
+            stack.enter_context(_connected(console, sigterm))
+        with console.progress():
+            report = run(job, plan, watcher, OnRay(choose))
     if plan.pending or not report["balanced"]:
         console.summary(report)
     else:

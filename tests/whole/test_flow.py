@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.data import DataContext
 
+from jobs.embed import main
 from pipeline import backbones
 from pipeline.core.errors import ClusterError
 from pipeline.embedding.torch_runner import SharedWeights
@@ -29,7 +32,7 @@ from pipeline.run.on_ray import OnRay, watched
 from pipeline.run.passes import Watcher, run
 from pipeline.run.tally import Tally
 from tests.conftest import sample_members, write_shards, write_tar
-from tests.outputs import UNHEARD, job_for, rows, stored
+from tests.outputs import SETTINGS, UNHEARD, job_for, rows, stored
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -159,3 +162,34 @@ def test_a_flow_ends_where_it_stands_when_it_is_watched_and_something_is_wrong(t
     with pytest.raises(ClusterError, match="no node came"):
         list(watched(flow, check))
     assert "receipts" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_command_in_a_program_leaves_its_ray_and_its_settings_as_they_were(tmp_path: Path) -> None:
+    @ray.remote(num_cpus=0)
+    class Counter:
+        def __init__(self) -> None:
+            self.count = 0
+
+        def add(self) -> int:
+            self.count += 1
+            return self.count
+
+    counter = Counter.remote()
+    assert ray.get(counter.add.remote()) == 1
+    context = DataContext.get_current()
+    context.op_resource_reservation_ratio = 0.321
+    before = {name: repr(value) for name, value in vars(context).items()}
+    shards = write_shards(tmp_path / "in", num_shards=1, samples_each=3)
+    arguments = ["--input", str(shards), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    for name, value in SETTINGS.items():
+        arguments += [f"--{name.replace('_', '-')}", value]
+    codes: list[int] = []
+    # Not the main thread, which alone may hear signals.
+    runner = threading.Thread(target=lambda: codes.append(main(arguments)))
+    runner.start()
+    runner.join()
+    assert codes == [0]
+    assert len(rows(tmp_path / "out")) == 3
+    assert ray.is_initialized()
+    assert ray.get(counter.add.remote()) == 2
+    assert {name: repr(value) for name, value in vars(DataContext.get_current()).items()} == before
