@@ -61,19 +61,25 @@ class Engine:
     note: str | None = None
 
 
-Choose = Callable[[Job, Sequence[Pending], str, tuple[str, ...]], Engine]
+Choose = Callable[[Job, Sequence[Pending], str, tuple[str, ...], str | None], Engine]
 
 
-def choose_engine(job: Job, pending: Sequence[Pending], device: str, candidates: tuple[str, ...]) -> Engine:
+def choose_engine(
+    job: Job,
+    pending: Sequence[Pending],
+    device: str,
+    candidates: tuple[str, ...],
+    without_openvino: str | None = None,
+) -> Engine:
     """The engine for `device` with its precision: the job's own, else the first of `candidates` close to fp32.
 
     Close is a cosine of at least `MIN_COSINE` on each of `NUM_IMAGES` images of the `pending` shards. Where none of
     these can be decoded the precision is fp32, which needs no trial. A reduced precision is compared with the
-    network's own fp32 output.
+    network's own fp32 output. `without_openvino` is why nodes of the cluster cannot have it, where they cannot.
     """
     trial = _Trial(job, pending)
-    note = None
-    if device != "cuda":
+    note = without_openvino if device != "cuda" else None
+    if device != "cuda" and without_openvino is None:
         graph, fp32, note = _converted(job, trial)
         if graph is not None:
             precision = trial.precision(graph, candidates, fp32)
@@ -95,7 +101,7 @@ def choose_meanwhile(job: Job, pending: list[Pending]) -> Iterator[Choose]:
     if not pending or job.config.device == "cuda" or Path("/dev/nvidiactl").exists():
         yield choose_engine
         return
-    foreseen = (job, pending, "cpu", ("bf16",) if cpu_has_bf16() else ())
+    foreseen = (job, pending, "cpu", ("bf16",) if cpu_has_bf16() else (), None)
     with ThreadPoolExecutor(1) as pool:
         engine = pool.submit(choose_engine, *foreseen)
         yield lambda *asked: engine.result() if asked == foreseen else choose_engine(*asked)

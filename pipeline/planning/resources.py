@@ -13,7 +13,6 @@ from pipeline.core.config import Config
 from pipeline.core.errors import ClusterError
 from pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
 from pipeline.embedding.network import Placement
-from pipeline.planning.cpu import cpu_has_bf16
 from pipeline.planning.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
 
 # Cores that one CPU actor uses; more actors scale better than more threads.
@@ -80,11 +79,9 @@ class Resources:
             compiled=compiled,
         )
 
-    def fast_precisions(self) -> tuple[str, ...]:
-        """The reduced precisions that the device computes faster than fp32, the fastest first."""
-        if self.device == "cuda":
-            return ("fp16",) if any(name in _FP16_GPUS for name in self.accelerators) else ("bf16", "fp16")
-        return ("bf16",) if cpu_has_bf16() else ()
+    def fast_gpu_precisions(self) -> tuple[str, ...]:
+        """The reduced precisions that its GPUs compute faster than fp32, the fastest first."""
+        return ("fp16",) if any(name in _FP16_GPUS for name in self.accelerators) else ("bf16", "fp16")
 
 
 def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why: None) -> Resources:

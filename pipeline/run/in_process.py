@@ -48,7 +48,7 @@ class InProcess:
             num_readers=1.0,
         )
         candidates = ("bf16", "fp16") if self._device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
-        engine = self._choose(job, pending, self._device, candidates)
+        engine = self._choose(job, pending, self._device, candidates, None)
         problems = [] if engine.note is None else [f"slower than it could be: {engine.note}"]
         job = job.with_engine(engine.name, engine.precision)
         if resources.batch_size is not None:

@@ -17,6 +17,7 @@ from pipeline.planning.batch_size import choose_batch_size
 from pipeline.planning.engine import Choose, choose_engine
 from pipeline.planning.job import Job
 from pipeline.planning.nodes import DeviceTime, NodeWatch, StallWatch, alive_nodes
+from pipeline.planning.processors import fast_precisions, processors_of, without_openvino
 from pipeline.planning.resources import plan_resources
 from pipeline.planning.stored_source import StoredSource
 from pipeline.run.executor import PassError, Prepared, Say
@@ -40,7 +41,12 @@ class OnRay:
         """As `Executor.prepare`."""
         resources = plan_resources(job.config, on_wait)
         devices = DeviceTime(resources.requests[0], resources.num_actors[1], since, alive_nodes())
-        engine = self._choose(job, pending, resources.device, resources.fast_precisions())
+        if resources.device == "cuda":
+            candidates, without = resources.fast_gpu_precisions(), None
+        else:
+            processors = processors_of(resources.actor_resource)
+            candidates, without = fast_precisions(processors), without_openvino(processors, job.precision)
+        engine = self._choose(job, pending, resources.device, candidates, without)
         problems = [] if engine.note is None else [f"slower than it could be: {engine.note}"]
         source = StoredSource.put(engine.source)
         job = job.with_engine(engine.name, engine.precision)

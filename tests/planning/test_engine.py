@@ -128,12 +128,12 @@ def test_an_engine_that_was_begun_meanwhile_is_the_one_that_is_chosen_when_asked
     pending = [Pending(*job.shards[0])]
     candidates = ("bf16",) if cpu_has_bf16() else ()
     with choose_meanwhile(job, pending) as choose:
-        foreseen = choose(job, pending, "cpu", candidates)
-        assert foreseen is choose(job, pending, "cpu", candidates)
+        foreseen = choose(job, pending, "cpu", candidates, None)
+        assert foreseen is choose(job, pending, "cpu", candidates, None)
         made = choose_engine(job, pending, "cpu", candidates)
         assert (foreseen.name, foreseen.precision) == (made.name, made.precision)
         assert np.array_equal(foreseen.source.constants, made.source.constants)
-        on_gpu = choose(job, pending, "cuda", ())
+        on_gpu = choose(job, pending, "cuda", (), None)
         assert on_gpu.name == f"torch {torch.__version__}"
 
 
