@@ -75,9 +75,18 @@ class OnRay:
 def watched(flow: Dataset, check: Callable[[], None]) -> Iterator[dict[str, Any]]:
     """The rows of a flow as they come. `check` is called every second, and ends the flow by what it raises.
 
-    Ray Data hands rows out in a thread of ours, since it cannot be interrupted while it waits for one.
+    Ray Data hands rows out in a thread of ours: it cannot be interrupted while it waits for one, which may be for
+    ever. What ends it then is its executor, which is private to it.
     """
     found: queue.Queue[list[dict[str, Any]] | BaseException | None] = queue.Queue()
+    executors: list[Any] = []
+    create = flow._create_executor
+
+    def create_and_keep() -> Any:
+        executors.append(create())
+        return executors[-1]
+
+    flow._create_executor = create_and_keep
 
     def read() -> None:
         try:
@@ -102,19 +111,9 @@ def watched(flow: Dataset, check: Callable[[], None]) -> Iterator[dict[str, Any]
                 raise rows
             yield from rows
     finally:
-        end_flow(flow)
+        for executor in executors:
+            executor.shutdown(force=True)
         reader.join(_END_WAIT_S)
-
-
-def end_flow(flow: Dataset) -> None:
-    """End a flow, wherever it stands; nothing where it has ended.
-
-    Ray Data ends one only from the thread that iterates over it, which may wait for a node for ever: this asks its
-    executor, which is private to it.
-    """
-    executor = flow._current_executor
-    if executor is not None:
-        executor.shutdown(force=True)
 
 
 def _brief(error: BaseException) -> str:
