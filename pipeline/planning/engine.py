@@ -112,7 +112,7 @@ def choose_meanwhile(job: Job, pending: list[Pending]) -> Iterator[Choose]:
 def _converted(
     job: Job, trial: _Trial, candidates: tuple[str, ...]
 ) -> tuple[Source | None, Vectors | None, str | None]:
-    """The job's network for OpenVINO and, where `candidates` are tried, what it gives in fp32; or None and why not."""
+    """The network for OpenVINO and, where `candidates` are tried, what it gives in fp32; or None and why not."""
     if openvino_runner is None:
         return None, None, "OpenVINO is not installed"
     if job.precision != "auto" and not openvino_runner.computes(job.precision):
