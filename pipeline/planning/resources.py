@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import ray
 from ray.util import placement_group, remove_placement_group
 
 from pipeline.core.config import Config
@@ -26,6 +27,7 @@ _READ_MEMORY = 5 * 2**29
 # GPUs older than these compute fp16 fast and bf16 slowly or not at all.
 _FP16_GPUS = ("P4", "P100", "V100", "T4", "K80")
 _LOOK_EVERY_S = 2.0
+_SETTLE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,16 @@ def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why
     Raises:
         ClusterError: the cluster lacks what a stage needs.
     """
-    deadline = time.monotonic() + (config.node_wait_s or 0)
-    resources, lacking = divide(config, alive_nodes())
+    started = time.monotonic()
+    resources, lacking, is_held = _divide_now(config)
     if lacking is None:
         return resources
     said = -SAY_EVERY_S
     with _demand(resources):
         while lacking is not None:
-            left = deadline - time.monotonic()
+            # What a job that has just ended held is free a moment later.
+            wait_s = max(config.node_wait_s or 0, _SETTLE_S if is_held else 0)
+            left = started + wait_s - time.monotonic()
             if left <= 0:
                 waited = f"waited {config.node_wait_s} s for it" if config.node_wait_s else _HINT
                 raise ClusterError(f"{lacking}; {waited}")
@@ -108,8 +112,36 @@ def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why
                 said = time.monotonic()
                 on_wait(f"for nodes, {left:.0f} s more: {lacking}")
             time.sleep(min(_LOOK_EVERY_S, left))
-            resources, lacking = divide(config, alive_nodes())
+            resources, lacking, is_held = _divide_now(config)
     return resources
+
+
+def _divide_now(config: Config) -> tuple[Resources, str | None, bool]:
+    """As `divide`, of the cluster as it is; whether what lacks is there, and other jobs hold it."""
+    resources, lacking = divide(config, alive_nodes())
+    if lacking is not None:
+        return resources, lacking, False
+    taken = held(resources, ray.cluster_resources(), ray.available_resources())
+    return resources, taken, taken is not None
+
+
+def held(resources: Resources, total: Mapping[str, float], free: Mapping[str, float]) -> str | None:
+    """What others hold of the cluster, so that the actors and one task of each other stage have no room; or None.
+
+    Actors that fill what is free would keep their own job from reading, for ever and without an error.
+    """
+    actor, *tasks = resources.requests
+    needed = {
+        "CPU": actor.count * actor.cpus + max(task.cpus for task in tasks),
+        "GPU": actor.count * actor.gpus,
+    }
+    for name, amount in needed.items():
+        if amount > free.get(name, 0.0) + 1e-9:
+            return (
+                f"the cluster has {free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s free, and "
+                f"{actor.count} actors with one task of each other stage need {amount:g}: other jobs hold the rest"
+            )
+    return None
 
 
 _HINT = "with --node-wait-s the job waits for nodes that are still to come"

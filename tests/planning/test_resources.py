@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core.config import parse
 from pipeline.planning.nodes import DeviceTime, Node, Request, crowded, missing
-from pipeline.planning.resources import Resources, divide
+from pipeline.planning.resources import Resources, divide, held
 
 HEAD: Node = {"memory": 8e9, "object_store_memory": 1e9}
 DECODE: Node = {"CPU": 16.0, "memory": 48e9}
@@ -151,3 +151,26 @@ def test_devices_count_for_as_long_as_the_nodes_are_there() -> None:
     devices.look([{"CPU": 8.0}], 120.0)
     # 10 s of one, 10 s of three, which is the most that were asked for, and then none.
     assert (devices.seconds(150.0), devices.peak) == (40.0, 3)
+
+
+def test_what_other_jobs_hold_of_a_cluster_is_told_before_actors_fill_the_rest() -> None:
+    config = parse({"input": ["in"], "output": "out", "actors": "4", "device": "cpu"})
+    resources, lacking = divide(config, [{"CPU": 2.0, "memory": 8 * 2**30}])
+    assert lacking is None
+    total = {"CPU": 2.0}
+    assert held(resources, total, {"CPU": 2.0}) is None
+    # Four actors of another job take 1.2: four more would leave nothing for a task.
+    told = held(resources, total, {"CPU": 0.8})
+    assert told is not None
+    assert told.startswith("the cluster has 0.8 of 2 CPUs free, and 4 actors with one task of each other stage need")
+    assert held(resources, total, {}) is not None
+
+
+def test_a_gpu_that_another_job_holds_is_not_free() -> None:
+    config = parse({"input": ["in"], "output": "out", "device": "cuda"})
+    resources, lacking = divide(config, [{"CPU": 8.0, "GPU": 2.0}])
+    assert lacking is None
+    assert held(resources, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}) is None
+    told = held(resources, {"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0})
+    assert told is not None
+    assert "1 of 2 GPUs free" in told
