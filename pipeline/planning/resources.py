@@ -95,34 +95,38 @@ def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why
     Raises:
         ClusterError: the cluster lacks what a stage needs.
     """
-    started = time.monotonic()
-    resources, lacking, is_held = _divide_now(config)
-    if lacking is None:
-        return resources
-    said = -SAY_EVERY_S
-    with _demand(resources):
-        while lacking is not None:
-            # What a job that has just ended held is free a moment later.
-            wait_s = max(config.node_wait_s or 0, _SETTLE_S if is_held else 0)
-            left = started + wait_s - time.monotonic()
-            if left <= 0:
-                waited = f"waited {config.node_wait_s} s for it" if config.node_wait_s else _HINT
-                raise ClusterError(f"{lacking}; {waited}")
-            if time.monotonic() - said >= SAY_EVERY_S:
-                said = time.monotonic()
-                on_wait(f"for nodes, {left:.0f} s more: {lacking}")
-            time.sleep(min(_LOOK_EVERY_S, left))
-            resources, lacking, is_held = _divide_now(config)
+    deadline = time.monotonic() + (config.node_wait_s or 0)
+    resources, lacking = divide(config, alive_nodes())
+
+    def missing_nodes() -> str | None:
+        nonlocal resources
+        resources, lacking = divide(config, alive_nodes())
+        return lacking
+
+    def taken() -> str | None:
+        return held(resources, ray.cluster_resources(), ray.available_resources())
+
+    if lacking is not None:
+        with _demand(resources):
+            _wait_while(missing_nodes, deadline, config.node_wait_s, on_wait)
+    # What a job that has just ended held is free a moment later.
+    _wait_while(taken, max(deadline, time.monotonic() + _SETTLE_S), config.node_wait_s, on_wait)
     return resources
 
 
-def _divide_now(config: Config) -> tuple[Resources, str | None, bool]:
-    """As `divide`, of the cluster as it is; whether what lacks is there, and other jobs hold it."""
-    resources, lacking = divide(config, alive_nodes())
-    if lacking is not None:
-        return resources, lacking, False
-    taken = held(resources, ray.cluster_resources(), ray.available_resources())
-    return resources, taken, taken is not None
+def _wait_while(
+    lacking: Callable[[], str | None], deadline: float, wait_s: int | None, on_wait: Callable[[str], object]
+) -> None:
+    """Wait while something is `lacking`, and say so. Raises `ClusterError` at the `deadline`."""
+    said = -SAY_EVERY_S
+    while (what := lacking()) is not None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ClusterError(f"{what}; {f'waited {wait_s} s for it' if wait_s else _HINT}")
+        if time.monotonic() - said >= SAY_EVERY_S:
+            said = time.monotonic()
+            on_wait(f"for nodes, {left:.0f} s more: {what}")
+        time.sleep(min(_LOOK_EVERY_S, left))
 
 
 def held(resources: Resources, total: Mapping[str, float], free: Mapping[str, float]) -> str | None:
