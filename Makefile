@@ -1,6 +1,6 @@
 # make demo    set up, make sample shards, embed them on local Ray, show what came out
 # make test    set up, run every check and every test
-# make check   the same without the slow tests
+# make check   the same without Ray, jobs and large models: what to run before each commit
 # make setup   only set up: .venv with what requirements.lock pins
 
 PYTHON ?= python3
@@ -37,8 +37,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(BIN)/pytest $(TWO) -m 'not slow and not alone'
-	$(BIN)/pytest -m 'alone and not slow'
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not slow and not ray and not alone'
 
 test: lint
 	$(BIN)/pytest $(TWO) -m 'not alone'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import io
 import json
 import logging
@@ -32,12 +34,6 @@ def test_data() -> Path:
     if not (_DATA / "data" / "grocery").is_dir():
         pytest.skip(f"no test data in {_DATA}: set EMBED_TEST_DATA to a folder with data/ and weights/")
     return _DATA
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Commands that tests run keep nothing in the user's own cache, nor find anything there."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 80), mode: str = "RGB") -> Image.Image:
@@ -105,12 +101,17 @@ def one_thread() -> Iterator[None]:
 
 _RAY, _SLOW, _OTHER = range(3)
 _KIND: dict[Path, int] = {}
+# What starts Ray, by itself or in a job.
+_RAY_FIXTURES = {"ray_session", "run_job"}
+MOST_MEMORY_MIB = 4096
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that share a Ray first, then those with slow tests: the last are short, and need no Ray beside them."""
+    """Mark what needs Ray. Files that share one come first, then those with slow tests, then the short ones."""
     for item in items:
-        uses_ray = "ray_session" in getattr(item, "fixturenames", ())
+        uses_ray = bool(_RAY_FIXTURES & {*getattr(item, "fixturenames", ())}) or "whole" in item.path.parts
+        if uses_ray:
+            item.add_marker("ray")
         kind = _RAY if uses_ray else _SLOW if item.get_closest_marker("slow") else _OTHER
         _KIND[item.path] = min(kind, _KIND.get(item.path, _OTHER))
     items.sort(key=lambda item: _KIND[item.path])
@@ -121,6 +122,48 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     ray = sys.modules.get("ray")
     if ray is not None and _KIND[item.path] != _RAY and ray.is_initialized():
         ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_given_back() -> Iterator[None]:
+    """What a file built goes with it: a process that has built every architecture would hold 7 GB."""
+    yield
+    gc.collect()
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the peak memory of a process to the one that started it."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["peak_mib"] = peak_memory_mib()
+
+
+class _Peaks:
+    """The peak memory of each test process."""
+
+    def __init__(self) -> None:
+        self.mib: list[int] = []
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        self.mib.append(getattr(node, "workeroutput", {}).get("peak_mib", 0))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.mib.append(peak_memory_mib())
+        if sum(self.mib) > MOST_MEMORY_MIB and session.exitstatus == 0:
+            session.exitstatus = 1
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        each = " + ".join(map(str, self.mib))
+        terminalreporter.write_line(f"peak memory of the test processes: {each} MiB, at most {MOST_MEMORY_MIB}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Peaks(), "peaks")
 
 
 @pytest.fixture(scope="module")
