@@ -1,0 +1,35 @@
+"""Batch image embeddings for retrieval indexes: the same from Python as by the command.
+
+It hands on what the rooms of `pipeline` do, under one name that no other project has. Nothing of it is loaded before
+it is used, since torch takes seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.backbones import build_backbone
+    from pipeline.core.errors import PipelineError
+    from shard_embedder.images import embed_images
+    from shard_embedder.job import Run, embed
+    from shard_embedder.neighbours import build_index, open_index
+
+__all__ = ["PipelineError", "Run", "build_backbone", "build_index", "embed", "embed_images", "open_index"]
+
+_HOMES = {
+    "PipelineError": "pipeline.core.errors",
+    "Run": "shard_embedder.job",
+    "build_backbone": "pipeline.backbones",
+    "build_index": "shard_embedder.neighbours",
+    "embed": "shard_embedder.job",
+    "embed_images": "shard_embedder.images",
+    "open_index": "shard_embedder.neighbours",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"shard_embedder has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,129 @@
+"""Images to embeddings in this process: what the job does to an image, without shards, Ray or files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from pipeline import backbones
+from pipeline.core.config import Config
+from pipeline.core.errors import InputError
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.resize import resize_crop
+from pipeline.decoding.rules import DecodingRules
+from pipeline.embedding.embedder import Runner
+from pipeline.embedding.network import Network, Placement
+from pipeline.embedding.recipe import recipe_of
+from pipeline.embedding.torch_runner import SharedWeights
+from pipeline.output.fingerprint import Fingerprint
+
+Image = str | Path | bytes | PIL.Image.Image | np.ndarray[Any, Any]
+# At once in memory.
+_BATCH = 64
+
+
+class Images:
+    """Embeds images with one network, loaded once."""
+
+    def __init__(self, runner: Runner, rules: DecodingRules) -> None:
+        self._runner = runner
+        self._rules = rules
+        self._decoder = Decoder(rules)
+
+    @classmethod
+    def as_made(cls, made: Fingerprint, weights: str | None = None) -> Images:
+        """As the images of an output were embedded.
+
+        Raises:
+            WeightsError: its weights cannot be had.
+        """
+        recipe = recipe_of(made, weights)
+        placement = Placement(device=_device("auto"), precision=recipe.settings.precision)
+        return cls(SharedWeights.of(recipe.weights).runner(recipe.network, placement), recipe.settings.rules)
+
+    def __call__(self, images: Image | Sequence[Image]) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
+        """Ids, and embeddings float32 [N, C]; of one image, [1, C]."""
+        several = [images] if isinstance(images, (str, Path, bytes, PIL.Image.Image)) else list(images)
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            several = [images]
+        ids = [str(one) if isinstance(one, (str, Path)) else str(i) for i, one in enumerate(several)]
+        vectors = [self._embedded(several[start : start + _BATCH]) for start in range(0, len(several), _BATCH)]
+        if not vectors:
+            raise InputError("images must be at least one, got none")
+        return ids, np.concatenate(vectors)
+
+    def _embedded(self, images: Iterable[Image]) -> np.ndarray[Any, Any]:
+        pixels = np.stack([self._pixels(image) for image in images])
+        return self._runner.embed(pixels, np.arange(len(pixels)))
+
+    def _pixels(self, image: Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """uint8 RGB of the size that the backbone takes."""
+        if isinstance(image, (str, Path)):
+            try:
+                image = Path(image).read_bytes()
+            except FileNotFoundError as error:
+                raise InputError(f"image {image} not found") from error
+        if isinstance(image, PIL.Image.Image):
+            # Whatever its mode: as the job decodes a file of it.
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF")
+            image = buffer.getvalue()
+        if isinstance(image, bytes):
+            return self._decoder.decode(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"an array must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        return resize_crop(np.ascontiguousarray(image), self._rules.preprocess)
+
+
+def embed_images(
+    images: Image | Sequence[Image],
+    backbone: str = "resnet50",
+    *,
+    weights: str = "DEFAULT",
+    preprocess: str = "DEFAULT",
+    image_size: tuple[int, int] | None = None,
+    features: str = "pooled",
+    normalize: bool = False,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
+    """Embed images in this process, as the job would.
+
+    Args:
+        images: paths, encoded bytes, PIL images or uint8 arrays [H, W, 3]; or one of these.
+        backbone: torchvision's name of a classifier, `resnet50_stride1`, or `timm/NAME`.
+        weights: `DEFAULT`, a name, a path, a URL, or `random:SEED`.
+        preprocess: whose preprocessing to use for weights from a file or random.
+        image_size: (height, width) that the backbone sees; None for that of its weights.
+        features: `pooled` for [N, C], `map` for [N, C, H, W].
+        normalize: scale each embedding to L2 length 1.
+        device: `cpu`, `cuda`, or `auto`.
+        precision: `fp32`, `bf16` or `fp16`.
+
+    Returns:
+        The ids (the path of a file, else the position) and float32 embeddings.
+
+    Raises:
+        BackboneError, WeightsError: unknown, or cannot be had.
+        InputError: an image is not found, or an array is none.
+        SampleError: an image cannot be decoded.
+    """
+    name = backbones.find(backbone)
+    prepared = backbones.preprocess_for(name, weights, preprocess)
+    if image_size is not None:
+        prepared = prepared.with_size(image_size)
+    network = Network(backbone=name, preprocess=prepared, features=features, normalize=normalize)
+    source = SharedWeights.of(backbones.load_weights(name, weights))
+    runner = source.runner(network, Placement(device=_device(device), precision=precision))
+    rules = DecodingRules.of(Config(input=("-",), output="-"), prepared)
+    return Images(runner, rules)(images)
+
+
+def _device(device: str) -> str:
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

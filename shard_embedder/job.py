@@ -1,0 +1,104 @@
+"""The job from Python: shards in, Parquet out, and a typed result."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.dataset as ds
+
+from pipeline.core.config import Config, parse
+from pipeline.core.storage import join, locate
+from pipeline.output.lease import Lease, hold
+from pipeline.output.names import EMBEDDINGS, ERRORS
+from pipeline.planning.job import follow_output, prepare_job
+from pipeline.planning.plan import check_names, make_plan
+from pipeline.run.in_process import InProcess
+from pipeline.run.on_ray import OnRay
+from pipeline.run.passes import Watcher, run
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run did: counts of the shards that it took on, and where its rows are.
+
+    `report` is `report.json`, whole. A run is `complete` when every sample of its shards is one stored row and every
+    shard was read to its end.
+    """
+
+    output: str
+    num_samples: int
+    num_embedded: int
+    num_errors: int
+    errors_by_reason: dict[str, int]
+    broken_shards: dict[str, str]
+    report: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return bool(self.report["balanced"]) and not self.broken_shards and not self.report["shards"]["vanished"]
+
+    @property
+    def embeddings(self) -> ds.Dataset:
+        """All stored embeddings of the output, as a pyarrow dataset: those of earlier runs, too."""
+        return _dataset(self.output, EMBEDDINGS)
+
+    @property
+    def errors(self) -> ds.Dataset:
+        """All samples of the output that have no embedding, each with its reason."""
+        return _dataset(self.output, ERRORS)
+
+
+def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settings: Any) -> Run:
+    """Embed every image of WebDataset shards into Parquet, or go on where an earlier run stopped.
+
+    Args:
+        input: shards: a `.tar`, a brace range, a glob, a folder, a `.txt` list, or several of these.
+        output: folder or `s3://` prefix of the result.
+        on_ray: run on the Ray that this process is connected to, or on one started on this machine for as long as
+            the process lives. Otherwise the stages run one after the other in this process.
+        **settings: the job's options by their names in Python: `backbone="resnet50"`, `keep=["json:caption"]`.
+
+    Raises:
+        SettingsError: an option, the input, the weights or the output do not allow the run.
+        OutputBusyError: another run holds the output.
+        ClusterError: the cluster lacks what the job needs.
+        StoreError: the disk or the object store failed; run it again to resume.
+    """
+    inputs = [input] if isinstance(input, str) else [os.fspath(one) for one in input]
+    config: Config = parse({"input": inputs, "output": output, **settings})
+    job = prepare_job(config)
+    with hold(job.config.output, lambda why: None, job.run) as lease:
+        job = follow_output(job)
+        plan = make_plan(job.shards, job.config.output)
+        check_names(job, plan)
+        report = run(job, plan, _watcher(lease), OnRay() if on_ray else InProcess(_device(config)))
+    return Run(
+        output=job.config.output,
+        num_samples=report["samples"],
+        num_embedded=report["embedded"],
+        num_errors=report["errors"],
+        errors_by_reason=report["errors_by_reason"],
+        broken_shards=report["broken_shards"],
+        report=report,
+    )
+
+
+def _watcher(lease: Lease) -> Watcher:
+    """Nobody looks on; but a run whose lease was lost ends."""
+    return Watcher(lambda *_: lease.check(), lambda *_: lease.check(), lambda _: lease.check())
+
+
+def _device(config: Config) -> str:
+    if config.device != "auto":
+        return config.device
+    import torch  # noqa: PLC0415  only this asks it
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dataset(output: str, folder: str) -> ds.Dataset:
+    fs, path = locate(join(output, folder))
+    return ds.dataset(path, filesystem=fs, format="parquet", exclude_invalid_files=False)

@@ -1,0 +1,1 @@
+"""Tests of `shard_embedder`: the same from Python."""

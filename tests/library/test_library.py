@@ -1,0 +1,91 @@
+"""From Python: images to embeddings, the job, and an index, as the commands make them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import shard_embedder
+from pipeline.core.errors import InputError, SampleError
+from pipeline.output.parts import vectors
+from shard_embedder import build_backbone, embed, embed_images
+from tests.conftest import encode, photo, sample_members, write_shards, write_tar
+from tests.outputs import rows
+
+SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "precision": "fp32"}
+
+
+def test_what_is_handed_on_is_there_and_nothing_else() -> None:
+    for name in shard_embedder.__all__:
+        assert getattr(shard_embedder, name) is not None
+    with pytest.raises(AttributeError, match="shard_embedder has no 'embedd'; it has PipelineError, Run, "):
+        _ = shard_embedder.embedd
+
+
+def test_a_run_is_the_jobs_and_is_gone_on_with(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=3)
+    write_tar(shards / "bad.tar", [("a.jpg", b"no image"), *sample_members("b", 1)])
+    run = embed(str(shards / "*.tar"), str(tmp_path / "out"), image_size="64", **SETTINGS)
+    assert (run.num_samples, run.num_embedded, run.num_errors, run.complete) == (8, 7, 1, True)
+    assert run.embeddings.to_table().num_rows == 7
+    assert run.errors.to_table()["image_id"].to_pylist() == ["a"]
+    again = embed(str(shards / "*.tar"), str(tmp_path / "out"), image_size="64", **SETTINGS)
+    assert again.report["shards"]["done_before"] == 3
+    with pytest.raises(shard_embedder.PipelineError, match="weights_sha256"):
+        embed(str(shards / "*.tar"), str(tmp_path / "out"), image_size="64", **{**SETTINGS, "weights": "random:4"})
+
+
+def test_images_in_any_form_get_the_embeddings_of_the_job(tmp_path: Path) -> None:
+    images = [photo(seed, (90, 70)) for seed in range(3)]
+    write_tar(tmp_path / "in" / "s.tar", [(f"{i}.png", encode(image, "PNG")) for i, image in enumerate(images)])
+    embed(str(tmp_path / "in"), str(tmp_path / "out"), image_size="64", device="cpu", **SETTINGS)
+    stored = np.array([row["embedding"] for row in rows(tmp_path / "out")], np.float32)
+    (tmp_path / "a.png").write_bytes(encode(images[0], "PNG"))
+    given = [tmp_path / "a.png", images[1], np.asarray(images[2])]
+    ids, found = embed_images(given, image_size=(64, 64), device="cpu", **SETTINGS)
+    assert ids == [str(tmp_path / "a.png"), "1", "2"]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, stored, rtol=1e-3, atol=1e-5)
+    _, one = embed_images(images[1], image_size=(64, 64), device="cpu", **SETTINGS)
+    np.testing.assert_allclose(one, found[1:2], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"image .*nowhere\.jpg not found"):
+        embed_images([tmp_path / "nowhere.jpg"], **SETTINGS)
+    with pytest.raises(InputError, match=r"an array must be uint8 \[H, W, 3\], got float64 \[4, 4\]"):
+        embed_images([np.zeros((4, 4))], **SETTINGS)
+    with pytest.raises(InputError, match="images must be at least one, got none"):
+        embed_images([], **SETTINGS)
+    with pytest.raises(SampleError):
+        embed_images([b"no image"], **SETTINGS)
+
+
+def test_an_image_of_another_mode_is_decoded_as_a_file_of_it_would_be() -> None:
+    image = photo(1).convert("L")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    _, by_image = embed_images(image, **SETTINGS)
+    _, by_file = embed_images(buffer.getvalue(), **SETTINGS)
+    assert np.array_equal(by_image, by_file)
+    assert isinstance(image, Image.Image)
+
+
+def test_an_index_is_built_and_searched_by_images(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="the extra `index` is not installed")
+    shards = write_shards(tmp_path / "in", num_shards=1, samples_each=5)
+    run = embed(str(shards), str(tmp_path / "out"), image_size="64", **SETTINGS)
+    index = shard_embedder.build_index(run.output, tmp_path / "index")
+    found = index.search([photo(2), photo(4)], k=2)
+    assert [len(near) for near in found] == [2, 2]
+    assert [near[0].image_id for near in found] == ["000-0002", "000-0004"]
+    stored = vectors(run.embeddings.to_table())
+    assert index.search_vectors(stored[:1], k=1)[0][0].image_id == "000-0000"
+
+
+def test_a_backbone_is_a_plain_module() -> None:
+    assert build_backbone("resnet18", weights="random:0").num_features == 512
