@@ -65,10 +65,11 @@ class Images:
     def _pixels(self, image: Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """uint8 RGB of the size that the backbone takes."""
         if isinstance(image, (str, Path)):
+            path = Path(image)
             try:
-                image = Path(image).read_bytes()
+                image = path.read_bytes()
             except FileNotFoundError as error:
-                raise InputError(f"image {image} not found") from error
+                raise InputError(f"image {path} not found") from error
         if isinstance(image, PIL.Image.Image):
             # Whatever its mode: as the job decodes a file of it.
             buffer = io.BytesIO()
