@@ -218,6 +218,7 @@ def test_everything_else_of_a_sample_passes_unchanged() -> None:
     assert [field.name for field in samples.type][-1] == EMBEDDING
     assert PIXELS not in [field.name for field in samples.type]
     assert values.pop("embed_s") > old_values.pop("embed_s") == 0
+    assert (values.pop("batch_size"), old_values.pop("batch_size")) == (16 if ENGINE["name"] == "torch" else 4, 0)
     assert values == old_values
 
 
