@@ -8,7 +8,6 @@ are, which images they are for) it is asked for: there is no table here.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ from timm.models import (
 from torch import Tensor
 
 from pipeline.backbones.base import Backbone, by, check_features, run_without_values
-from pipeline.backbones.weights import StateDict, check_fit, load_file, parse, published, state_sha256
+from pipeline.backbones.weights import StateDict, check_fit, load_file, published, state_sha256, weights_from
 from pipeline.backbones.weights_spec import Weights, is_file, random_seed
 from pipeline.core.errors import BackboneError, WeightsError
 from pipeline.decoding.preprocess import CENTER, SQUASH, Preprocess
@@ -66,7 +65,7 @@ class TimmBackbone(Backbone):
 
 
 def find(name: str) -> str:
-    """As `pipeline.backbones.find`. A tag in the name stays there."""
+    """As `torchvision_models.find`. A tag stays in the name."""
     architecture, tag = _split(name)
     renamed = get_deprecated_models()
     if is_model(architecture) and architecture not in renamed:
@@ -80,7 +79,10 @@ def find(name: str) -> str:
 
 
 def load_weights(backbone: str, spec: str) -> Weights:
-    """As `pipeline.backbones.load_weights`; names are timm's tags, and DEFAULT is that of the backbone's name."""
+    """Load the weights of a backbone, as `pipeline.backbones.load_weights` says.
+
+    `spec` may be one of timm's tags. `DEFAULT` is the tag in the backbone's name, else timm's own default.
+    """
     architecture, _ = _split(find(backbone))
     seed = random_seed(spec)
     if seed is not None:
@@ -90,15 +92,18 @@ def load_weights(backbone: str, spec: str) -> Weights:
         weights = load_file(spec)
     else:
         config = _named(backbone, spec)
-        data, file, path = _published(backbone, config)
-        weights = Weights(config.tag or DEFAULT, hashlib.sha256(data).hexdigest(), parse(data, file), path=path)
+        data, file = _published(backbone, config)
+        weights = weights_from(config.tag or DEFAULT, data, file)
     skeleton = _without_values(architecture, _config_of(backbone, weights), None)
     _fitted(skeleton, architecture, weights)
     return weights
 
 
 def preprocess_for(backbone: str, weights: str, preprocess: str = DEFAULT) -> Preprocess:
-    """As `pipeline.backbones.preprocess_for`; names are timm's tags, and DEFAULT is that of the backbone's name."""
+    """As `torchvision_models.preprocess_for`, by timm's tags.
+
+    `DEFAULT` is the tag in the backbone's name, else timm's own default.
+    """
     find(backbone)
     if is_file(weights) or random_seed(weights) is not None:
         return _preprocess(_named(backbone, preprocess))
@@ -112,7 +117,7 @@ def preprocess_for(backbone: str, weights: str, preprocess: str = DEFAULT) -> Pr
 
 
 def output_shape(name: str, features: str, size: tuple[int, int], weights: Weights | None = None) -> tuple[int, ...]:
-    """As `pipeline.backbones.output_shape`; an architecture that is built for one size is built for `size`."""
+    """As `torchvision_models.output_shape`. An architecture that is built for one image size is built for `size`."""
     check_features(features)
     architecture, _ = _split(find(name))
     config = _config_of(name, weights)
@@ -139,7 +144,7 @@ def build_backbone(
     features: str = "pooled",
     image_size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """As `pipeline.backbones.build_backbone`."""
+    """Build a backbone as `pipeline.backbones.build_backbone` says."""
     check_features(features)
     architecture, _ = _split(find(name))
     if isinstance(weights, str):
@@ -157,7 +162,7 @@ def build_backbone(
 
 
 def versions() -> dict[str, str]:
-    """As `pipeline.backbones.versions`."""
+    """Versions of what computes the features."""
     return {"torch": torch.__version__, "timm": timm.__version__}
 
 
@@ -225,20 +230,17 @@ def _preprocess(config: PretrainedCfg) -> Preprocess:
     )
 
 
-def _published(backbone: str, config: PretrainedCfg) -> tuple[bytes, str, Path | None]:
+def _published(backbone: str, config: PretrainedCfg) -> tuple[bytes, str]:
     """The file of timm's own weights and its name, from the caches of the hub or downloaded there.
-
-    Its path comes with it, if its name there pins what is in it: the hub's caches go to another revision in time.
 
     Raises:
         WeightsError: there are none, or no download is possible.
     """
     label = f"{PREFIX}{config.architecture}{'.' if config.tag else ''}{config.tag or ''}"
     if config.hf_hub_id:
-        return (*_from_hub(label, config.hf_hub_id), None)
+        return _from_hub(label, config.hf_hub_id)
     if config.url and not config.custom_load:
-        data, path = published(config.url, label, "timm")
-        return data, config.url, path
+        return published(config.url, label, "timm"), config.url
     raise WeightsError(
         f"timm has no weights of {backbone} to download: give --weights a path, an s3:// URL or random:SEED"
     )

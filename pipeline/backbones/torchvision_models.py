@@ -201,7 +201,11 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def find(name: str) -> str:
-    """As `pipeline.backbones.find`."""
+    """The backbone's own name: `name` itself or what it is an alias of.
+
+    Raises:
+        BackboneError: unknown; the nearest known names are listed.
+    """
     name = ALIASES.get(name, name)
     if name in BACKBONES:
         return name
@@ -214,7 +218,7 @@ def find(name: str) -> str:
 
 
 def load_weights(backbone: str, spec: str) -> Weights:
-    """As `pipeline.backbones.load_weights`."""
+    """Load the weights of a backbone, as `pipeline.backbones.load_weights` says."""
     architecture = BACKBONES[find(backbone)].architecture
     seed = random_seed(spec)
     if seed is not None:
@@ -233,7 +237,12 @@ def _preprocess_named(architecture: str, name: str) -> Preprocess:
 
 
 def preprocess_for(backbone: str, weights: str, preprocess: str = "DEFAULT") -> Preprocess:
-    """As `pipeline.backbones.preprocess_for`."""
+    """Preprocessing of named weights: their own. For a file or random weights it is that of the weights `preprocess`.
+
+    Raises:
+        BackboneError: unknown name.
+        WeightsError: unknown `preprocess`, or one that differs from the named weights' own.
+    """
     architecture = BACKBONES[find(backbone)].architecture
     if weights not in models.get_model_weights(architecture).__members__:
         return _preprocess_named(architecture, preprocess)
@@ -247,7 +256,15 @@ def preprocess_for(backbone: str, weights: str, preprocess: str = "DEFAULT") -> 
 
 
 def output_shape(name: str, features: str, size: tuple[int, int], weights: Weights | None = None) -> tuple[int, ...]:
-    """As `pipeline.backbones.output_shape`."""
+    """Shape of one image's features, (C,) or (C, H', W'), for images of `size` (height, width).
+
+    Nothing is computed and no memory is taken. `weights` matter only where they fix the image size, as those of
+    vision transformers do; without them it is 224x224, for which torchvision builds these.
+
+    Raises:
+        BackboneError: unknown name, no feature map, or a size that the architecture does not take.
+        WeightsError: weights that do not fit.
+    """
     shapes = None if weights is None or weights.state is None else shapes_of(weights)
     backbone = _backbone(name, features, shapes).to("meta")
     try:
@@ -266,7 +283,7 @@ def build_backbone(
     features: str = "pooled",
     image_size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """As `pipeline.backbones.build_backbone`. Of `image_size` nothing depends here: weights fix it, or nothing."""
+    """Build a backbone as `pipeline.backbones.build_backbone` says. `image_size` changes nothing here."""
     find(name)
     return _backbone(name, features, load_weights(name, weights) if isinstance(weights, str) else weights)
 
@@ -370,5 +387,5 @@ def _num_inputs(head: nn.Module) -> int:
 
 
 def versions() -> dict[str, str]:
-    """As `pipeline.backbones.versions`."""
+    """Versions of what computes the features."""
     return {"torch": torch.__version__, "torchvision": torchvision.__version__}

@@ -28,7 +28,7 @@ StateDict = dict[str, Tensor]
 # A download that shows no byte for this long is given up.
 DOWNLOAD_TIMEOUT_S = 20
 # torchvision names its files `<name>-<first digits of the file's sha256>.pth`.
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 _COUNTER = "num_batches_tracked"  # files older than torch 0.4.1 lack it; only training uses it
 # torch wraps what it refused in paragraphs of advice to load it all the same.
 _REFUSED = re.compile(r"GLOBAL \S+|Unsupported (?:operand|class|type)[^.\n]*")
@@ -64,20 +64,22 @@ def load_state(architecture: str, spec: str) -> Weights:
     if is_file(spec):
         return load_file(spec)
     weights = named_weights(architecture, spec)
-    data, path = published(weights.url, str(weights), "torchvision")
-    return Weights(str(weights), hashlib.sha256(data).hexdigest(), parse(data, str(weights)), path=path)
+    return weights_from(str(weights), published(weights.url, str(weights), "torchvision"), str(weights))
 
 
 def load_file(spec: str) -> Weights:
     """Weights of a file: a path or a URL. Raises `WeightsError` as `load_state` does."""
     data, label = read_file(spec), shown(spec)
-    return Weights(label.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest(), parse(data, label))
+    return weights_from(label.rstrip("/").rpartition("/")[2], data, label)
 
 
-def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]:
+def weights_from(name: str, data: bytes, file: str) -> Weights:
+    """Weights of the content of a `file`. Raises `WeightsError` where it is not a state dict."""
+    return Weights(name, hashlib.sha256(data).hexdigest(), parse(data, file))
+
+
+def published(url: str, weights: str, library: str, timeout_s: float = DOWNLOAD_TIMEOUT_S) -> bytes:
     """The file of a library's own `weights`, from torch's hub folder or downloaded there.
-
-    With it comes its path, if its name there pins what is in it.
 
     Unlike `WeightsEnum.get_state_dict`, it checks a file that was there before as well, and leaves it to the
     caller to load it without executing anything.
@@ -86,12 +88,12 @@ def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]
         WeightsError: no download possible, or not the file that the library published.
     """
     path = Path(get_dir(), "checkpoints", urlsplit(url).path.rpartition("/")[2])
-    in_name = _HASH_IN_NAME.search(path.name)
+    in_name = HASH_IN_NAME.search(path.name)
     prefix = in_name.group(1) if in_name else ""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+            with _socket_timeout(timeout_s):
                 download_url_to_file(url, str(path), prefix, progress=False)
         data = path.read_bytes()
     except (OSError, HTTPException, RuntimeError) as error:
@@ -105,7 +107,7 @@ def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]
             f"{path} is not the file that {library} published: by its name its sha256 starts with {prefix}, "
             f"but it is {sha256}; remove it to download it again, or give --weights the path of your own file"
         )
-    return data, path if prefix else None
+    return data
 
 
 @contextmanager

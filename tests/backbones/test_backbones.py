@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.backbones import build_backbone, find, load_weights, output_shape, preprocess_for, versions
-from pipeline.backbones.torchvision_models import ALIASES, BACKBONES
+from pipeline.backbones import build_backbone, library_of, load_weights
+from pipeline.backbones.torchvision_models import (
+    ALIASES,
+    BACKBONES,
+    find,
+    output_shape,
+    preprocess_for,
+    versions,
+)
 from pipeline.backbones.weights import Weights
 from pipeline.core.errors import BackboneError, WeightsError
 
@@ -437,8 +444,9 @@ def test_named_weights_and_another_preprocessing_are_refused() -> None:
 
 
 def test_versions_name_what_computes() -> None:
-    assert versions("resnet18")["torch"] == torch.__version__
-    assert set(versions("resnet18")) == {"torch", "torchvision"}
+    assert library_of("resnet18").versions is versions
+    assert versions()["torch"] == torch.__version__
+    assert set(versions()) == {"torch", "torchvision"}
 
 
 def test_a_preprocessing_that_is_none_is_named_with_those_that_are() -> None:
