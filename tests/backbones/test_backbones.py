@@ -382,7 +382,7 @@ def test_a_fixed_size_architecture_says_which_size_it_takes(name: str, size: tup
 
 
 def test_images_too_small_for_an_architecture_are_refused() -> None:
-    with pytest.raises(BackboneError, match="alexnet does not take images of 16x16; its DEFAULT weights are for 224"):
+    with pytest.raises(BackboneError, match="alexnet does not take images of 16x16; its weights are for 224"):
         output_shape("alexnet", "pooled", (16, 16))
     assert output_shape("resnet18", "map", (16, 16)) == (512, 1, 1)
 
