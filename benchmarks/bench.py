@@ -314,10 +314,10 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     if "stages" in wanted:
         wanted -= {"decode", "decode_all"}
     if "sizing" in wanted:
-        from pipeline import backbones  # noqa: PLC0415  imports torch, which no other case needs here
+        from pipeline.backbones import library_of  # noqa: PLC0415  imports torch, which no other case needs here
 
         for name in flags.sized:
-            backbones.find(name)  # raises where it is unknown
+            library_of(name).find(name)  # raises where it is unknown
     names = [name for name in MEASUREMENTS if name in wanted]
     with ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))

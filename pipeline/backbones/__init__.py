@@ -1,16 +1,15 @@
-"""Backbones by their names: torchvision's, and timm's as `timm/NAME`.
+"""Backbones by name: torchvision's classifiers, and timm's models as `timm/NAME`, without their classifier.
 
-A backbone gives either pooled features [N, C], which is what feeds the classifier in its library's own
-`forward`, or the feature map [N, C, H, W] before pooling. Which library it is, is decided here and nowhere else.
+This room knows architectures and their weights. It does not know devices, precision or what is stored.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pipeline.backbones.weights_spec import Weights
 from pipeline.core.errors import BackboneError
-from pipeline.decoding.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from pipeline.backbones.base import Backbone
@@ -18,29 +17,21 @@ if TYPE_CHECKING:
 _TIMM = "timm/"
 
 
-class Library(Protocol):
-    """What is asked of a library of backbones: the functions of this module."""
+def library_of(name: str) -> ModuleType:
+    """The module of the library that has the backbone `name`: `torchvision_models` or `timm_models`.
 
-    def find(self, name: str) -> str: ...  # noqa: D102
-    def load_weights(self, name: str, spec: str) -> Weights: ...  # noqa: D102
-    def preprocess_for(self, name: str, weights: str, preprocess: str = ...) -> Preprocess: ...  # noqa: D102
-    def output_shape(  # noqa: D102
-        self, name: str, features: str, size: tuple[int, int], weights: Weights | None = ...
-    ) -> tuple[int, ...]: ...
-    def build_backbone(  # noqa: D102
-        self, name: str, weights: str | Weights = ..., features: str = ..., image_size: tuple[int, int] | None = ...
-    ) -> Backbone: ...
-    def versions(self) -> dict[str, str]: ...  # noqa: D102
+    Both have the same functions: `find`, `load_weights`, `preprocess_for`, `output_shape`, `build_backbone` and
+    `versions`. Their docstrings are in `torchvision_models`; `timm_models` says where it differs.
 
-
-def _library(name: str) -> Library:
+    Raises:
+        BackboneError: the library is not installed.
+    """
+    # Both import torch, which takes seconds; whoever only asks for `Weights` need not wait for it.
     if not name.startswith(_TIMM):
-        # Imports torch, which whoever only asks for weights by name need not wait for.
         from pipeline.backbones import torchvision_models  # noqa: PLC0415
 
         return torchvision_models
     try:
-        # timm takes seconds to import, and is not installed everywhere.
         from pipeline.backbones import timm_models  # noqa: PLC0415
     except ImportError as error:
         raise BackboneError(
@@ -49,73 +40,46 @@ def _library(name: str) -> Library:
     return timm_models
 
 
-def find(name: str) -> str:
-    """The backbone's own name: `name` itself or what it is an alias of.
-
-    Raises:
-        BackboneError: unknown, with the nearest known names listed; or of a library that is not installed.
-    """
-    return _library(name).find(name)
-
-
-def load_weights(backbone: str, spec: str) -> Weights:
-    """Weights for a backbone from `DEFAULT`, a name or tag of its library, a path, a URL or `random[:SEED]`.
-
-    Raises:
-        BackboneError: unknown name.
-        WeightsError: weights that cannot be had or do not fit; missing and unexpected keys are named.
-    """
-    return _library(backbone).load_weights(backbone, spec)
-
-
-def preprocess_for(backbone: str, weights: str, preprocess: str = "DEFAULT") -> Preprocess:
-    """Preprocessing of weights: their own, and for a file or random weights those of `preprocess`.
-
-    Raises:
-        BackboneError: unknown name.
-        WeightsError: no such preprocessing, or one other than that of the named weights.
-    """
-    return _library(backbone).preprocess_for(backbone, weights, preprocess)
-
-
-def output_shape(name: str, features: str, size: tuple[int, int], weights: Weights | None = None) -> tuple[int, ...]:
-    """Shape of one image's features, (C,) or (C, H, W), for images of `size` (height, width).
-
-    Nothing is computed and no memory taken. `weights` matter only where they fix the image size, as those
-    of torchvision's vision transformers do; without them it is the one that torchvision builds for, 224x224.
-
-    Raises:
-        BackboneError: unknown name, no feature map, or a size that the architecture does not take.
-        WeightsError: weights that do not fit.
-    """
-    return _library(name).output_shape(name, features, size, weights)
-
-
 def build_backbone(
     name: str,
     weights: str | Weights = "DEFAULT",
     features: str = "pooled",
     image_size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """Build a backbone with its weights in fp32, as a plain module in eval mode.
+    """Build a backbone with its weights in fp32: a plain `nn.Module` in eval mode, [N, 3, H, W] to features.
 
-    The module owns its parameters: training it does not change `weights`. With weights from a file or of
-    torchvision, GoogLeNet and Inception transform their input as torchvision's pretrained ones do.
+        backbone = build_backbone("resnet50", weights="IMAGENET1K_V2")   # [N, 3, H, W] -> [N, 2048]
+
+    The module owns its parameters, which keep their library's names: training it does not change `weights`.
+    GoogLeNet and Inception transform their input as torchvision's pretrained ones do, unless the weights are random.
 
     Args:
-        name: torchvision's name, `resnet50_stride1`, an alias of these, or `timm/NAME[.TAG]`.
-        weights: what `load_weights` takes, or what it gave.
-        features: `pooled` for [N, C], `map` for [N, C, H, W].
-        image_size: (height, width) of the images that it is to take, where timm builds it for one size; None for
-            that of its weights. torchvision's take any size, or that of their weights.
+        name: a classifier of `torchvision.models`, `resnet50_stride1`, an alias of these, or `timm/NAME[.TAG]`.
+        weights: what `load_weights` takes, or what it returned.
+        features: `pooled` for [N, C], the input of the library's own classifier; `map` for [N, C, H', W'], the
+            feature map before pooling.
+        image_size: (height, width) of the images, for models of timm that are built for one size; None for the size
+            of the weights. Models of torchvision take any size, or that of their weights.
 
     Raises:
         BackboneError: unknown name or features, or an architecture without a feature map.
-        WeightsError: weights that cannot be had or do not fit; missing and unexpected keys are named.
+        WeightsError: weights that cannot be loaded or do not fit; missing and unexpected keys are named.
     """
-    return _library(name).build_backbone(name, weights, features, image_size)
+    backbone: Backbone = library_of(name).build_backbone(name, weights, features, image_size)
+    return backbone
 
 
-def versions(backbone: str) -> dict[str, str]:
-    """Versions of what computes the features."""
-    return _library(backbone).versions()
+def load_weights(name: str, spec: str) -> Weights:
+    """Load the weights of a backbone.
+
+    Args:
+        name: the backbone's name.
+        spec: `DEFAULT`, a name of torchvision's weights (`IMAGENET1K_V2`) or a tag of timm's, a path or URL of a
+            .pth, .pt or .safetensors file, or `random[:SEED]`.
+
+    Raises:
+        BackboneError: unknown name.
+        WeightsError: weights that cannot be loaded or do not fit; missing and unexpected keys are named.
+    """
+    weights: Weights = library_of(name).load_weights(name, spec)
+    return weights

@@ -1,15 +1,17 @@
-"""What a backbone is, whichever library its architecture comes from, and what building one takes."""
+"""What a backbone is, and what torchvision's and timm's are built with alike."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.weights_spec import Weights
-from pipeline.core.errors import BackboneError
+from pipeline.core.errors import BackboneError, WeightsError
 
+DEFAULT = "DEFAULT"
 FEATURES = ("pooled", "map")
 
 
@@ -35,10 +37,39 @@ def check_features(features: str) -> None:
         raise BackboneError(f"features must be pooled or map, got {features!r}")
 
 
-def shapes_of(weights: Weights) -> Weights:
-    """`weights` without values: enough to see whether they fit, in no time and memory."""
-    assert weights.state is not None
-    return replace(weights, state={key: value.to("meta") for key, value in weights.state.items()})
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """The known names that a mistyped one may mean, the nearest first."""
+    return difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.4)
+
+
+def unknown_backbone(name: str, near: list[str], all_known: str) -> BackboneError:
+    """The error for an unknown name; `all_known` says where all names are."""
+    hint = f"the nearest known ones are {', '.join(near)}" if near else "no known one is near"
+    return BackboneError(f"unknown backbone {name!r}; {hint}; all are in {all_known}")
+
+
+def own_preprocessing(weights: str, preprocess: str) -> WeightsError:
+    """The error for a `preprocess` that differs from the preprocessing of named weights."""
+    return WeightsError(
+        f"weights {weights} bring their own preprocessing: preprocess is for a file or random weights, "
+        f"got {preprocess!r}"
+    )
+
+
+def wrong_size(name: str, size: tuple[int, int], own: tuple[int, int], error: Exception) -> BackboneError:
+    """The error for an image size (height, width) that an architecture does not take; its weights take `own`."""
+    return BackboneError(
+        f"{name} does not take images of {by(size)}; its weights are for {by(own)} ({first_line(error)})"
+    )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw as after `torch.manual_seed(seed)`. Afterwards the global random state is what it was."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would seed the GPUs as well, and nothing restores these.
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def run_without_values(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
@@ -50,3 +81,8 @@ def run_without_values(backbone: nn.Module, size: tuple[int, int]) -> tuple[int,
 def by(sizes: tuple[int, ...]) -> str:
     """Sizes for a message: 224x224."""
     return "x".join(map(str, sizes))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice that follows."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

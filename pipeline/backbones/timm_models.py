@@ -7,8 +7,6 @@ are, which images they are for) it is asked for: there is no table here.
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -31,15 +29,26 @@ from timm.models import (
 )
 from torch import Tensor
 
-from pipeline.backbones.base import Backbone, by, check_features, run_without_values
-from pipeline.backbones.weights import StateDict, check_fit, load_file, parse, published, state_sha256
+from pipeline.backbones.base import (
+    DEFAULT,
+    Backbone,
+    by,
+    check_features,
+    first_line,
+    near_names,
+    own_preprocessing,
+    run_without_values,
+    seeded,
+    unknown_backbone,
+    wrong_size,
+)
+from pipeline.backbones.weights import StateDict, check_fit, load_file, published, random_weights, weights_from
 from pipeline.backbones.weights_spec import Weights, is_file, random_seed
 from pipeline.core.errors import BackboneError, WeightsError
 from pipeline.decoding.preprocess import CENTER, SQUASH, Preprocess
 from pipeline.decoding.resize import INTERPOLATIONS
 
 PREFIX = "timm/"
-DEFAULT = "DEFAULT"
 # What the weights are called in a repository of the hub: the first that is there is taken.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # What builders of timm raise for an image size that an architecture does not take.
@@ -66,7 +75,7 @@ class TimmBackbone(Backbone):
 
 
 def find(name: str) -> str:
-    """As `pipeline.backbones.find`. A tag in the name stays there."""
+    """As `torchvision_models.find`. A tag stays in the name."""
     architecture, tag = _split(name)
     renamed = get_deprecated_models()
     if is_model(architecture) and architecture not in renamed:
@@ -74,45 +83,46 @@ def find(name: str) -> str:
             _config(architecture, tag)
         return name
     now = renamed.get(architecture)
-    near = [now] if now else difflib.get_close_matches(architecture.lower(), list_models(), n=5, cutoff=0.4)
-    hint = f"the nearest known ones are {', '.join(PREFIX + one for one in near)}" if near else "no known one is near"
-    raise BackboneError(f"unknown backbone {name!r}; {hint}; all are in timm.list_models()")
+    near = [now] if now else near_names(architecture, list_models())
+    raise unknown_backbone(name, [PREFIX + one for one in near], "timm.list_models()")
 
 
-def load_weights(backbone: str, spec: str) -> Weights:
-    """As `pipeline.backbones.load_weights`; names are timm's tags, and DEFAULT is that of the backbone's name."""
-    architecture, _ = _split(find(backbone))
+def load_weights(name: str, spec: str) -> Weights:
+    """Load the weights of a backbone, as `pipeline.backbones.load_weights` says.
+
+    `spec` may be one of timm's tags. `DEFAULT` is the tag in the backbone's name, else timm's own default.
+    """
+    architecture, _ = _split(find(name))
     seed = random_seed(spec)
     if seed is not None:
-        state = _with_values(architecture, _config_of(backbone, None), None, seed).state_dict()
-        return Weights(f"random:{seed}", state_sha256(state), seed=seed)
+        return random_weights(seed, _with_values(architecture, _config_of(name, None), None, seed))
     if is_file(spec):
         weights = load_file(spec)
     else:
-        config = _named(backbone, spec)
-        data, file, path = _published(backbone, config)
-        weights = Weights(config.tag or DEFAULT, hashlib.sha256(data).hexdigest(), parse(data, file), path=path)
-    skeleton = _without_values(architecture, _config_of(backbone, weights), None)
+        config = _named(name, spec)
+        data, file = _published(name, config)
+        weights = weights_from(config.tag or DEFAULT, data, file)
+    skeleton = _without_values(architecture, _config_of(name, weights), None)
     _fitted(skeleton, architecture, weights)
     return weights
 
 
-def preprocess_for(backbone: str, weights: str, preprocess: str = DEFAULT) -> Preprocess:
-    """As `pipeline.backbones.preprocess_for`; names are timm's tags, and DEFAULT is that of the backbone's name."""
-    find(backbone)
+def preprocess_for(name: str, weights: str, preprocess: str = DEFAULT) -> Preprocess:
+    """As `torchvision_models.preprocess_for`, by timm's tags.
+
+    `DEFAULT` is the tag in the backbone's name, else timm's own default.
+    """
+    find(name)
     if is_file(weights) or random_seed(weights) is not None:
-        return _preprocess(_named(backbone, preprocess))
-    own = _preprocess(_named(backbone, weights))
-    if preprocess != DEFAULT and _preprocess(_named(backbone, preprocess)) != own:
-        raise WeightsError(
-            f"weights {weights} bring their own preprocessing: preprocess is for a file or random weights, "
-            f"got {preprocess!r}"
-        )
+        return _preprocess(_named(name, preprocess))
+    own = _preprocess(_named(name, weights))
+    if preprocess != DEFAULT and _preprocess(_named(name, preprocess)) != own:
+        raise own_preprocessing(weights, preprocess)
     return own
 
 
 def output_shape(name: str, features: str, size: tuple[int, int], weights: Weights | None = None) -> tuple[int, ...]:
-    """As `pipeline.backbones.output_shape`; an architecture that is built for one size is built for `size`."""
+    """As `torchvision_models.output_shape`. An architecture that is built for one image size is built for `size`."""
     check_features(features)
     architecture, _ = _split(find(name))
     config = _config_of(name, weights)
@@ -122,7 +132,7 @@ def output_shape(name: str, features: str, size: tuple[int, int], weights: Weigh
     except (NotImplementedError, AttributeError) as error:  # an encoder without pooling, or several maps
         raise BackboneError(f"{name} has no {features} features of one shape: {error}") from error
     except _SIZE_ERRORS as error:
-        raise _size_error(name, size, config, error) from error
+        raise wrong_size(name, size, config.input_size[1:], error) from error
     if len(shape) != (1 if features == "pooled" else 3):
         raise BackboneError(
             f"{name} has no feature map: timm's forward_features gives [N, {', '.join(map(str, shape))}]; "
@@ -139,7 +149,7 @@ def build_backbone(
     features: str = "pooled",
     image_size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """As `pipeline.backbones.build_backbone`."""
+    """Build a backbone as `pipeline.backbones.build_backbone` says."""
     check_features(features)
     architecture, _ = _split(find(name))
     if isinstance(weights, str):
@@ -157,7 +167,7 @@ def build_backbone(
 
 
 def versions() -> dict[str, str]:
-    """As `pipeline.backbones.versions`."""
+    """Versions of what computes the features."""
     return {"torch": torch.__version__, "timm": timm.__version__}
 
 
@@ -184,17 +194,17 @@ def _config(architecture: str, tag: str) -> PretrainedCfg:
     return known[tag]
 
 
-def _named(backbone: str, weights: str) -> PretrainedCfg:
+def _named(name: str, weights: str) -> PretrainedCfg:
     """The configuration of weights by their tag, or of the backbone's `DEFAULT` ones."""
-    architecture, tag = _split(backbone)
+    architecture, tag = _split(name)
     if tag and weights not in (DEFAULT, tag):
-        raise WeightsError(f"{backbone} says in its name which weights: these must be DEFAULT, got {weights!r}")
+        raise WeightsError(f"{name} says in its name which weights: these must be DEFAULT, got {weights!r}")
     return _config(architecture, tag or ("" if weights == DEFAULT else weights))
 
 
-def _config_of(backbone: str, weights: Weights | None) -> PretrainedCfg:
+def _config_of(name: str, weights: Weights | None) -> PretrainedCfg:
     """The configuration that a model is built by: that of its weights, else of its name."""
-    architecture, tag = _split(backbone)
+    architecture, tag = _split(name)
     own = {config.tag for config in get_arch_pretrained_cfgs(architecture).values()}
     is_tag = weights is not None and weights.name in own
     return _config(architecture, weights.name if is_tag and weights is not None else tag)
@@ -225,22 +235,19 @@ def _preprocess(config: PretrainedCfg) -> Preprocess:
     )
 
 
-def _published(backbone: str, config: PretrainedCfg) -> tuple[bytes, str, Path | None]:
+def _published(name: str, config: PretrainedCfg) -> tuple[bytes, str]:
     """The file of timm's own weights and its name, from the caches of the hub or downloaded there.
-
-    Its path comes with it, if its name there pins what is in it: the hub's caches go to another revision in time.
 
     Raises:
         WeightsError: there are none, or no download is possible.
     """
     label = f"{PREFIX}{config.architecture}{'.' if config.tag else ''}{config.tag or ''}"
     if config.hf_hub_id:
-        return (*_from_hub(label, config.hf_hub_id), None)
+        return _from_hub(label, config.hf_hub_id)
     if config.url and not config.custom_load:
-        data, path = published(config.url, label, "timm")
-        return data, config.url, path
+        return published(config.url, label, "timm"), config.url
     raise WeightsError(
-        f"timm has no weights of {backbone} to download: give --weights a path, an s3:// URL or random:SEED"
+        f"timm has no weights of {name} to download: give --weights a path, an s3:// URL or random:SEED"
     )
 
 
@@ -263,11 +270,10 @@ def _from_hub(label: str, repository: str) -> tuple[bytes, str]:
 
 
 def _no_download(label: str, repository: str, error: Exception) -> WeightsError:
-    reason = str(error).strip().partition("\n")[0]
     return WeightsError(
         f"cannot download the weights {label} from https://huggingface.co/{repository}: {type(error).__name__}: "
-        f"{reason[:300]} Where there is no network, fetch {_HUB_FILES[0]} from there and give --weights its path or "
-        "an s3:// URL, or random:SEED"
+        f"{first_line(error)[:300]} Where there is no network, fetch {_HUB_FILES[0]} from there and give --weights "
+        "its path or an s3:// URL, or random:SEED"
     )
 
 
@@ -290,7 +296,8 @@ def _without_values(architecture: str, config: PretrainedCfg, size: tuple[int, i
         with torch.device("meta"):
             return _create(architecture, config, size)
     except _SIZE_ERRORS as error:
-        raise _size_error(f"{PREFIX}{architecture}", size or config.input_size[1:], config, error) from error
+        own: tuple[int, int] = config.input_size[1:]
+        raise wrong_size(f"{PREFIX}{architecture}", size or own, own, error) from error
 
 
 def _with_values(architecture: str, config: PretrainedCfg, size: tuple[int, int] | None, seed: int) -> Any:
@@ -299,18 +306,8 @@ def _with_values(architecture: str, config: PretrainedCfg, size: tuple[int, int]
     That takes time also where weights come after it, but timm computes tables of positions as it goes, which are
     in no state dict. The state of the global random generator stays as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        # What torch.manual_seed does on the CPU; it would seed the GPUs as well, which nothing restores.
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return _create(architecture, config, size)
-
-
-def _size_error(name: str, size: tuple[int, int], config: PretrainedCfg, error: Exception) -> BackboneError:
-    reason = str(error).strip().partition("\n")[0]
-    return BackboneError(
-        f"{name} does not take images of {by(size)}; its weights are for {by(config.input_size[1:])} "
-        f"({type(error).__name__}: {reason})"
-    )
 
 
 def _fitted(model: Any, architecture: str, weights: Weights) -> StateDict:

@@ -6,10 +6,10 @@ A backbone gives either pooled features [N, C], which is what feeds the classifi
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,27 @@ from torchvision.models import (
 )
 from torchvision.models.vgg import VGG
 
-from pipeline.backbones.base import Backbone, by, check_features, run_without_values, shapes_of
-from pipeline.backbones.weights import StateDict, check_fit, load_state, named_weights, preprocess_of, state_sha256
-from pipeline.backbones.weights_spec import Weights, random_seed
+from pipeline.backbones.base import (
+    DEFAULT,
+    Backbone,
+    check_features,
+    near_names,
+    own_preprocessing,
+    run_without_values,
+    seeded,
+    unknown_backbone,
+    wrong_size,
+)
+from pipeline.backbones.weights import (
+    StateDict,
+    check_fit,
+    load_file,
+    published,
+    random_weights,
+    weights_from,
+    without_values,
+)
+from pipeline.backbones.weights_spec import Weights, is_file, random_seed
 from pipeline.core.errors import BackboneError, WeightsError
 from pipeline.decoding.preprocess import Preprocess
 
@@ -201,74 +219,120 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def find(name: str) -> str:
-    """As `pipeline.backbones.find`."""
+    """The backbone's own name: `name` itself or what it is an alias of.
+
+    Raises:
+        BackboneError: unknown; the nearest known names are listed.
+    """
     name = ALIASES.get(name, name)
     if name in BACKBONES:
         return name
-    near = difflib.get_close_matches(name.lower(), [*BACKBONES, *ALIASES], n=5, cutoff=0.4)
-    hint = f"the nearest known ones are {', '.join(near)}" if near else "no known one is near"
-    raise BackboneError(
-        f"unknown backbone {name!r}; {hint}; all are in torchvision.models.list_models(module=torchvision.models); "
-        "those of timm are timm/NAME"
+    raise unknown_backbone(
+        name,
+        near_names(name, [*BACKBONES, *ALIASES]),
+        "torchvision.models.list_models(module=torchvision.models); those of timm are timm/NAME",
     )
 
 
-def load_weights(backbone: str, spec: str) -> Weights:
-    """As `pipeline.backbones.load_weights`."""
-    architecture = BACKBONES[find(backbone)].architecture
+def load_weights(name: str, spec: str) -> Weights:
+    """Load the weights of a backbone, as `pipeline.backbones.load_weights` says."""
+    architecture = BACKBONES[find(name)].architecture
     seed = random_seed(spec)
     if seed is not None:
-        state = _classifier(architecture, Weights(spec, "", seed=seed)).state_dict()
-        return Weights(f"random:{seed}", state_sha256(state), seed=seed)
-    weights = load_state(architecture, spec)
-    _classifier(architecture, shapes_of(weights))
+        return random_weights(seed, _classifier(architecture, Weights(spec, "", seed=seed)))
+    if is_file(spec):
+        weights = load_file(spec)
+    else:
+        entry = _named_weights(architecture, spec)
+        weights = weights_from(str(entry), published(entry.url, str(entry), "torchvision"), str(entry))
+    _classifier(architecture, without_values(weights))  # raises where they do not fit
     return weights
 
 
-def _preprocess_named(architecture: str, name: str) -> Preprocess:
-    known = ["DEFAULT", *(member.name for member in models.get_model_weights(architecture))]
-    if name not in known:
-        raise WeightsError(f"preprocess of {architecture} must be one of {', '.join(known)}, got {name!r}")
-    return preprocess_of(named_weights(architecture, name))
+def _named_weights(architecture: str, name: str) -> models.WeightsEnum:
+    """A member of torchvision's weights of an architecture, `DEFAULT` included.
 
-
-def preprocess_for(backbone: str, weights: str, preprocess: str = "DEFAULT") -> Preprocess:
-    """As `pipeline.backbones.preprocess_for`."""
-    architecture = BACKBONES[find(backbone)].architecture
-    if weights not in models.get_model_weights(architecture).__members__:
-        return _preprocess_named(architecture, preprocess)
-    own = preprocess_of(named_weights(architecture, weights))
-    if preprocess != "DEFAULT" and _preprocess_named(architecture, preprocess) != own:
+    Raises:
+        WeightsError: no such name; the known ones are listed.
+    """
+    known = models.get_model_weights(architecture)
+    if name not in known.__members__:
         raise WeightsError(
-            f"weights {weights} bring their own preprocessing: preprocess is for a file or random weights, "
-            f"got {preprocess!r}"
+            f"weights of {architecture} must be one of {_names(known)}, random[:SEED], or the path or URL of a "
+            f".pth, .pt or .safetensors file, got {name!r}"
         )
+    return known[name]
+
+
+def _names(known: type[models.WeightsEnum]) -> str:
+    return ", ".join([DEFAULT, *(entry.name for entry in known)])
+
+
+def preprocess_for(name: str, weights: str, preprocess: str = DEFAULT) -> Preprocess:
+    """Preprocessing of named weights: their own. For a file or random weights it is that of the weights `preprocess`.
+
+    Raises:
+        BackboneError: unknown name.
+        WeightsError: unknown `preprocess`, or one that differs from the named weights' own.
+    """
+    architecture = BACKBONES[find(name)].architecture
+    known = models.get_model_weights(architecture)
+    if preprocess not in known.__members__:
+        raise WeightsError(f"preprocess of {architecture} must be one of {_names(known)}, got {preprocess!r}")
+    asked = _preprocess(known[preprocess])
+    own = _preprocess(known[weights]) if weights in known.__members__ else asked
+    if preprocess != DEFAULT and asked != own:
+        raise own_preprocessing(weights, preprocess)
     return own
 
 
+def _preprocess(weights: models.WeightsEnum) -> Preprocess:
+    """What `weights.transforms()` does to a PIL image, as numbers. Raises `WeightsError` for other presets."""
+    preset = weights.transforms()
+    try:
+        crop = preset.crop_size
+        return Preprocess(
+            resize=preset.resize_size[0],
+            crop=(crop[0], crop[-1]),
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+        )
+    except AttributeError as error:
+        raise WeightsError(f"{weights} has an unknown preprocessing: {type(preset).__name__}") from error
+
+
 def output_shape(name: str, features: str, size: tuple[int, int], weights: Weights | None = None) -> tuple[int, ...]:
-    """As `pipeline.backbones.output_shape`."""
-    shapes = None if weights is None or weights.state is None else shapes_of(weights)
+    """Shape of one image's features, (C,) or (C, H', W'), for images of `size` (height, width).
+
+    Nothing is computed and no memory is taken. `weights` matter only where they fix the image size, as those of
+    vision transformers do; without them it is 224x224, for which torchvision builds these.
+
+    Raises:
+        BackboneError: unknown name, no feature map, or a size that the architecture does not take.
+        WeightsError: weights that do not fit.
+    """
+    shapes = None if weights is None or weights.state is None else without_values(weights)
     backbone = _backbone(name, features, shapes).to("meta")
     try:
         return run_without_values(backbone, size)
     except (RuntimeError, AssertionError, ValueError) as error:
-        own = preprocess_for(name, "DEFAULT").crop
-        reason = str(error).strip().partition("\n")[0]
-        raise BackboneError(
-            f"{name} does not take images of {by(size)}; its DEFAULT weights are for {by(own)} ({reason})"
-        ) from error
+        raise wrong_size(name, size, preprocess_for(name, DEFAULT).crop, error) from error
 
 
 def build_backbone(
     name: str,
-    weights: str | Weights = "DEFAULT",
+    weights: str | Weights = DEFAULT,
     features: str = "pooled",
     image_size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """As `pipeline.backbones.build_backbone`. Of `image_size` nothing depends here: weights fix it, or nothing."""
-    find(name)
+    """Build a backbone as `pipeline.backbones.build_backbone` says. `image_size` changes nothing here."""
     return _backbone(name, features, load_weights(name, weights) if isinstance(weights, str) else weights)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the features."""
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 def _backbone(name: str, features: str, weights: Weights | None) -> Backbone:
@@ -284,20 +348,13 @@ def _backbone(name: str, features: str, weights: Weights | None) -> Backbone:
 def _classifier(architecture: str, weights: Weights | None) -> nn.Module:
     """torchvision's own model with `weights`, or without values where they are None.
 
-    Random weights are `torch.manual_seed` and torchvision's own initialisation. The state of the global
-    random generator stays as it was.
+    Random weights are `torch.manual_seed` and torchvision's own initialisation. The global random state stays what
+    it was.
     """
-    builder = models.get_model_builder(architecture)
-    asks = architecture in _ASKS_INITIALISATION
-    with torch.random.fork_rng(devices=[]):
-        if weights is not None and weights.state is None:
-            # What torch.manual_seed does on the CPU; it would seed the GPUs as well, which nothing restores.
-            assert weights.seed is not None, "weights have a state or a seed"
-            torch.default_generator.manual_seed(weights.seed)
-            model: nn.Module = builder(weights=None, **({"init_weights": True} if asks else {}))
-            return model
-        with _WithoutValues():
-            model = builder(weights=None, **({"init_weights": False} if asks else {}))
+    seed = None if weights is None else weights.seed
+    draws = {"init_weights": seed is not None} if architecture in _ASKS_INITIALISATION else {}
+    with seeded(seed or 0), nullcontext() if seed is not None else _WithoutValues():
+        model: nn.Module = models.get_model_builder(architecture)(weights=None, **draws)
     if weights is not None and weights.state is not None:
         _load(model, architecture, weights.name, weights.state)
     return model
@@ -367,8 +424,3 @@ def _num_inputs(head: nn.Module) -> int:
         if isinstance(module, nn.Conv2d):
             return module.in_channels
     raise AssertionError("a classifier has a linear or convolutional layer")
-
-
-def versions() -> dict[str, str]:
-    """As `pipeline.backbones.versions`."""
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__}

@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -15,69 +16,39 @@ from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load as load_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
-from torchvision.models import WeightsEnum, get_model_weights
-from torchvision.transforms._presets import ImageClassification
 
-from pipeline.backbones.weights_spec import Weights, is_file, read_file, shown
+from pipeline.backbones.weights_spec import Weights, read_file, shown
 from pipeline.core.errors import WeightsError
-from pipeline.decoding.preprocess import Preprocess
 
 StateDict = dict[str, Tensor]
 # A download that shows no byte for this long is given up.
 DOWNLOAD_TIMEOUT_S = 20
 # torchvision names its files `<name>-<first digits of the file's sha256>.pth`.
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 _COUNTER = "num_batches_tracked"  # files older than torch 0.4.1 lack it; only training uses it
 # torch wraps what it refused in paragraphs of advice to load it all the same.
 _REFUSED = re.compile(r"GLOBAL \S+|Unsupported (?:operand|class|type)[^.\n]*")
 
 
-def named_weights(architecture: str, name: str) -> WeightsEnum:
-    """A member of torchvision's weights of an architecture, `DEFAULT` included.
-
-    Raises:
-        WeightsError: no such name; the known ones are listed.
-    """
-    known = get_model_weights(architecture)
-    try:
-        return known[name]
-    except KeyError as error:
-        names = ", ".join(["DEFAULT", *(entry.name for entry in known)])
-        raise WeightsError(
-            f"weights of {architecture} must be one of {names}, random[:SEED], or the path or URL of a "
-            f".pth, .pt or .safetensors file, got {name!r}"
-        ) from error
-
-
-def load_state(architecture: str, spec: str) -> Weights:
-    """Weights that are a file or one of torchvision's.
-
-    torchvision's own are downloaded once to torch's hub folder. A file is loaded with
-    `weights_only=True`: nothing in it is executed.
-
-    Raises:
-        WeightsError: not found, no download possible, not the file that torchvision published, or not a
-            state dict.
-    """
-    if is_file(spec):
-        return load_file(spec)
-    weights = named_weights(architecture, spec)
-    data, path = published(weights.url, str(weights), "torchvision")
-    return Weights(str(weights), hashlib.sha256(data).hexdigest(), parse(data, str(weights)), path=path)
-
-
 def load_file(spec: str) -> Weights:
-    """Weights of a file: a path or a URL. Raises `WeightsError` as `load_state` does."""
+    """Load weights from a path or URL, with `weights_only=True`: nothing in the file is executed.
+
+    Raises:
+        WeightsError: not found, not readable, or not a state dict.
+    """
     data, label = read_file(spec), shown(spec)
-    return Weights(label.rstrip("/").rpartition("/")[2], hashlib.sha256(data).hexdigest(), parse(data, label))
+    return weights_from(label.rstrip("/").rpartition("/")[2], data, label)
 
 
-def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]:
+def weights_from(name: str, data: bytes, file: str) -> Weights:
+    """Weights of the content of a `file`. Raises `WeightsError` where it is not a state dict."""
+    return Weights(name, hashlib.sha256(data).hexdigest(), parse(data, file))
+
+
+def published(url: str, weights: str, library: str, timeout_s: float = DOWNLOAD_TIMEOUT_S) -> bytes:
     """The file of a library's own `weights`, from torch's hub folder or downloaded there.
-
-    With it comes its path, if its name there pins what is in it.
 
     Unlike `WeightsEnum.get_state_dict`, it checks a file that was there before as well, and leaves it to the
     caller to load it without executing anything.
@@ -86,12 +57,12 @@ def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]
         WeightsError: no download possible, or not the file that the library published.
     """
     path = Path(get_dir(), "checkpoints", urlsplit(url).path.rpartition("/")[2])
-    in_name = _HASH_IN_NAME.search(path.name)
+    in_name = HASH_IN_NAME.search(path.name)
     prefix = in_name.group(1) if in_name else ""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+            with _socket_timeout(timeout_s):
                 download_url_to_file(url, str(path), prefix, progress=False)
         data = path.read_bytes()
     except (OSError, HTTPException, RuntimeError) as error:
@@ -105,7 +76,7 @@ def published(url: str, weights: str, library: str) -> tuple[bytes, Path | None]
             f"{path} is not the file that {library} published: by its name its sha256 starts with {prefix}, "
             f"but it is {sha256}; remove it to download it again, or give --weights the path of your own file"
         )
-    return data, path if prefix else None
+    return data
 
 
 @contextmanager
@@ -205,16 +176,12 @@ def state_sha256(state: StateDict) -> str:
     return digest.hexdigest()
 
 
-def preprocess_of(weights: WeightsEnum) -> Preprocess:
-    """What `weights.transforms()` does, as numbers. Raises `WeightsError` for a preset we do not know."""
-    preset = weights.transforms()
-    if not isinstance(preset, ImageClassification):
-        raise WeightsError(f"{weights} has an unknown preprocessing: {type(preset).__name__}")
-    crop = preset.crop_size
-    return Preprocess(
-        resize=preset.resize_size[0],
-        crop=(crop[0], crop[-1]),
-        interpolation=preset.interpolation.value,
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-    )
+def random_weights(seed: int, model: nn.Module) -> Weights:
+    """Weights by their seed, with the sha256 of the parameters that `model` got from it."""
+    return Weights(f"random:{seed}", state_sha256(model.state_dict()), seed=seed)
+
+
+def without_values(weights: Weights) -> Weights:
+    """Weights whose tensors have shapes and no values: enough to see whether they fit, in no time and memory."""
+    assert weights.state is not None
+    return replace(weights, state={key: value.to("meta") for key, value in weights.state.items()})

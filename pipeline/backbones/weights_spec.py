@@ -1,10 +1,9 @@
-"""How weights are named and pinned: what can be told of them without torch, which takes seconds to import."""
+"""How weights are named and pinned. It does not import torch, which takes seconds."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import SettingsError, WeightsError
@@ -20,22 +19,15 @@ _QUERY = re.compile(r"\?[^\s'\")\]]+")
 class Weights:
     """A pinned parameter set.
 
-    `name` is how the user named it, without the folders of a path. `sha256` is that of the file, as
-    `sha256sum` prints it, or for `random` that of the parameters (`state_sha256`). `seed` is set for random weights,
-    `state` (tensors by their names) for all others, unless they are known and not loaded.
-    `path` is where a library keeps its own weights on this machine, if the name of the file pins what is in it.
+    `name` is how the user named it, without the folders of a path. `sha256` is that of the file, as `sha256sum`
+    prints it, or for random weights that of the parameters (`state_sha256`). Random weights have a `seed`, all
+    others a `state`: tensors by their names.
     """
 
     name: str
     sha256: str
     state: dict[str, Any] | None = field(default=None, repr=False)
     seed: int | None = None
-    path: Path | None = None
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether a backbone can be built with them."""
-        return self.state is not None or self.seed is not None
 
 
 def random_seed(spec: str) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.backbones import build_backbone
 from pipeline.backbones.base import Backbone
@@ -65,7 +65,7 @@ class NetworkModule(nn.Module):
 
     def __init__(self, backbone: Backbone, preprocess: Preprocess, normalize: bool) -> None:
         super().__init__()
-        self.backbone = _folded(backbone)
+        self.backbone = fold_batch_norms(backbone)
         # (x / 255 - mean) / std as one multiplication and one addition.
         mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
         self.register_buffer("scale", (1.0 / (255.0 * std))[None, :, None, None])
@@ -101,18 +101,33 @@ def build_network(network: Network, weights: Weights) -> NetworkModule:
     return NetworkModule(backbone, network.preprocess, network.normalize).eval()
 
 
-def _folded(backbone: nn.Module) -> nn.Module:
+def fold_batch_norms(backbone: nn.Module) -> nn.Module:
     """The backbone with its batch norms folded into the convolutions before them: the same function, faster.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference", 2018, section 3.2; done by `torch.fx`.
+    Inference", 2018, section 3.2.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return backbone
     try:
-        return fuse(backbone.eval())
-    except TraceError:  # its `forward` asks the values that it computes: of timm's a few
+        traced = fx.symbolic_trace(backbone.eval())
+    except TraceError:  # `forward` branches on what it computes, as a few of timm's do
         return backbone
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in traced.graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        # Nothing else may see what the convolution gives, nor compute with it.
+        if not isinstance(before, fx.Node) or len(before.users) != 1 or calls[before.target] != 1:
+            continue
+        convolution, norm = traced.get_submodule(str(before.target)), traced.get_submodule(str(node.target))
+        # Subclasses may do more: timm's batch norms have an activation of their own.
+        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+            traced.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
 
 
 class _Batch(NamedTuple):

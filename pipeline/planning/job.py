@@ -6,7 +6,7 @@ import itertools
 import uuid
 from dataclasses import dataclass, field, replace
 
-from pipeline import backbones
+from pipeline.backbones import library_of
 from pipeline.backbones.weights_spec import Weights
 from pipeline.core.config import Config
 from pipeline.core.errors import StoredDataError
@@ -77,20 +77,21 @@ def prepare_job(config: Config) -> Job:
     # Workers have other working directories than the caller.
     config = replace(config, output=to_url(*locate(config.output)))
     # What is soon told, and first mistyped, comes first.
-    backbone = backbones.find(config.backbone)
-    preprocess = backbones.preprocess_for(backbone, config.weights, config.preprocess)
+    library = library_of(config.backbone)
+    backbone = library.find(config.backbone)
+    preprocess = library.preprocess_for(backbone, config.weights, config.preprocess)
     if config.image_size is not None:
         preprocess = preprocess.with_size(config.image_size)
     if config.decode == "gpu":
         require_device_resize(preprocess)
     found = find_shards(config.input)
-    weights = backbones.load_weights(backbone, config.weights)
-    shape = backbones.output_shape(backbone, config.features, preprocess.crop, weights)
+    weights = library.load_weights(backbone, config.weights)
+    shape = library.output_shape(backbone, config.features, preprocess.crop, weights)
     settings = OutputSettings.of(
         config, backbone=backbone, weights_sha256=weights.sha256, preprocess=preprocess, embedding_shape=shape
     )
     asked = make_fingerprint(
-        settings, weights_name=weights.name, input_prefix=found.prefix, versions=backbones.versions(backbone)
+        settings, weights_name=weights.name, input_prefix=found.prefix, versions=library.versions()
     )
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
     return follow_output(Job(config, network, weights, shape, asked, True, found.shards))

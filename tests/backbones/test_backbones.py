@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.backbones import build_backbone, find, load_weights, output_shape, preprocess_for, versions
-from pipeline.backbones.torchvision_models import ALIASES, BACKBONES
+from pipeline.backbones import build_backbone, library_of, load_weights
+from pipeline.backbones.torchvision_models import (
+    ALIASES,
+    BACKBONES,
+    find,
+    output_shape,
+    preprocess_for,
+    versions,
+)
 from pipeline.backbones.weights import Weights
 from pipeline.core.errors import BackboneError, WeightsError
 
@@ -375,7 +382,7 @@ def test_a_fixed_size_architecture_says_which_size_it_takes(name: str, size: tup
 
 
 def test_images_too_small_for_an_architecture_are_refused() -> None:
-    with pytest.raises(BackboneError, match="alexnet does not take images of 16x16; its DEFAULT weights are for 224"):
+    with pytest.raises(BackboneError, match="alexnet does not take images of 16x16; its weights are for 224"):
         output_shape("alexnet", "pooled", (16, 16))
     assert output_shape("resnet18", "map", (16, 16)) == (512, 1, 1)
 
@@ -437,8 +444,9 @@ def test_named_weights_and_another_preprocessing_are_refused() -> None:
 
 
 def test_versions_name_what_computes() -> None:
-    assert versions("resnet18")["torch"] == torch.__version__
-    assert set(versions("resnet18")) == {"torch", "torchvision"}
+    assert library_of("resnet18").versions is versions
+    assert versions()["torch"] == torch.__version__
+    assert set(versions()) == {"torch", "torchvision"}
 
 
 def test_a_preprocessing_that_is_none_is_named_with_those_that_are() -> None:

@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save as save_safetensors
 
-import pipeline
-from pipeline.backbones import build_backbone, find, load_weights, output_shape, preprocess_for, versions
+from pipeline import backbones
+from pipeline.backbones import build_backbone, library_of, load_weights
 from pipeline.backbones.weights import Weights
 from pipeline.core.errors import BackboneError, WeightsError
 from pipeline.decoding.preprocess import Preprocess
@@ -38,6 +38,8 @@ from tests.embedding.test_parity import CENTRED, ENGINES, assert_parity, assorte
 from tests.outputs import embed
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+
+from pipeline.backbones.timm_models import find, output_shape, preprocess_for, versions  # noqa: E402  needs timm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -336,14 +338,15 @@ def test_without_timm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.delitem(sys.modules, "pipeline.backbones.timm_models")
-    monkeypatch.delattr(pipeline, "timm_backbones")
-    assert find("resnet18") == "resnet18"
-    with pytest.raises(BackboneError, match=r"'timm/test_vit' needs timm.*pip install 'shard-embedder\[timm\]'"):
-        find("timm/test_vit")
+    monkeypatch.delattr(backbones, "timm_models")
+    assert library_of("resnet18").find("resnet18") == "resnet18"
+    for call in (library_of, build_backbone, lambda name: load_weights(name, "random")):
+        with pytest.raises(BackboneError, match=r"'timm/test_vit' needs timm.*pip install 'shard-embedder\[timm\]'"):
+            call("timm/test_vit")
 
 
 def test_versions_name_timm() -> None:
-    assert versions("timm/test_vit") == {"torch": torch.__version__, "timm": timm.__version__}
+    assert versions() == {"torch": torch.__version__, "timm": timm.__version__}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -390,7 +393,7 @@ def hub() -> Iterator[Any]:
 LOAD = """
 import json, sys
 from pipeline.backbones import load_weights
-from pipeline.errors import WeightsError
+from pipeline.core.errors import WeightsError
 told = []
 for name, spec in json.loads(sys.argv[1]):
     try:

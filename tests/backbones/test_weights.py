@@ -12,6 +12,7 @@ import re
 import socket
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from torch import nn
 from torchvision import models
 from torchvision.models._api import BUILTIN_MODELS
 
-from pipeline.backbones import build_backbone, load_weights, preprocess_for
-from pipeline.backbones import weights as weights_module
-from pipeline.backbones.torchvision_models import BACKBONES, Entry
-from pipeline.backbones.weights import StateDict, state_sha256
+from pipeline.backbones import build_backbone, load_weights
+from pipeline.backbones.torchvision_models import BACKBONES, Entry, preprocess_for
+from pipeline.backbones.weights import HASH_IN_NAME, StateDict, published, state_sha256
 from pipeline.core.errors import SettingsError, WeightsError
 from pipeline.core.storage import locate
+from tests.conftest import ROOT
 
 NAME = "squeezenet1_1"  # small: 5 MB
 
@@ -427,19 +428,19 @@ def test_where_no_download_is_possible_the_error_says_what_to_give_instead(
         assert text in str(caught.value)
 
 
-def test_a_server_that_never_answers_is_given_up(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "DOWNLOAD_TIMEOUT_S", 0.3)
+@pytest.mark.usefixtures("hub")
+def test_a_server_that_never_answers_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        publish(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/published-12345678.pth")
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/published-12345678.pth"
         with pytest.raises(WeightsError, match=r"cannot download .* timed out"):
-            load_weights("published", "DEFAULT")
+            published(url, "published", "torchvision", timeout_s=0.3)
     assert socket.getdefaulttimeout() is None
 
 
 def test_every_file_of_torchvision_holds_its_hash_in_its_name() -> None:
     for name in models.list_models(module=models):
         for entry in models.get_model_weights(name):
-            assert weights_module._HASH_IN_NAME.search(entry.url), entry.url
+            assert HASH_IN_NAME.search(entry.url), entry.url
 
 
 @pytest.mark.parametrize(
@@ -458,3 +459,12 @@ def test_real_weights_of_other_projects_load(test_data: Path, name: str, pattern
 def test_a_header_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="header too large"):
         load_weights(NAME, write(tmp_path / "w.safetensors", struct.pack("<Q", 2**42) + b"{}"))
+
+
+def test_whoever_only_names_weights_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys, pipeline.backbones, pipeline.backbones.weights_spec; "
+        "print(sorted({'torch', 'torchvision', 'timm'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

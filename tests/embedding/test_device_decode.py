@@ -19,7 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.backbones import build_backbone, load_weights, output_shape, preprocess_for
+from pipeline.backbones import build_backbone, load_weights
+from pipeline.backbones.torchvision_models import output_shape, preprocess_for
 from pipeline.core.config import parse
 from pipeline.core.errors import SampleError
 from pipeline.core.schema import encoded_field

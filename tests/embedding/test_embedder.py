@@ -15,7 +15,8 @@ import pytest
 import ray
 import torch
 
-from pipeline.backbones import build_backbone, load_weights, output_shape, preprocess_for
+from pipeline.backbones import build_backbone, load_weights
+from pipeline.backbones.torchvision_models import output_shape, preprocess_for
 from pipeline.backbones.weights import Weights
 from pipeline.core.schema import (
     EMBEDDING,

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import models
 
-from pipeline.backbones import load_weights, output_shape, preprocess_for
+from pipeline.backbones import library_of, load_weights
 from pipeline.backbones.torchvision_models import BACKBONES
 from pipeline.backbones.weights import Weights
 from pipeline.core.schema import (
@@ -107,16 +107,16 @@ def source(engine: str, backbone: str, weights: Weights) -> Source:
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
     from pipeline.embedding.openvino_graph import convert
 
-    preprocess = preprocess_for(backbone, "random")
+    preprocess = library_of(backbone).preprocess_for(backbone, "random")
     return convert(build_network(Network(backbone=backbone, preprocess=preprocess), weights), preprocess.crop)
 
 
 def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> Any:
     """The same by the stages of the flow."""
-    preprocess = preprocess_for(backbone, "random")
+    preprocess = library_of(backbone).preprocess_for(backbone, "random")
     decoder = Decoder(DecodingRules(preprocess=preprocess, max_pixels=10**8))
     network = Network(backbone=backbone, preprocess=preprocess)
-    shape = output_shape(backbone, "pooled", preprocess.crop)
+    shape = library_of(backbone).output_shape(backbone, "pooled", preprocess.crop)
     placement = Placement(precision=precision, batch_size=8)
     embedder = Embedder(source, network, placement, shape=shape, dtype="float32")
     values: dict[str, Any] = {

@@ -25,7 +25,8 @@ from pipeline.decoding.preprocess import Preprocess
 from pipeline.embedding.network import Network, Placement
 from pipeline.embedding.openvino_graph import convert
 from pipeline.embedding.torch_runner import build_network
-from pipeline.backbones import load_weights, preprocess_for
+from pipeline.backbones import load_weights
+from pipeline.backbones.torchvision_models import preprocess_for
 import numpy as np
 preprocess = preprocess_for("squeezenet1_1", "random").with_size((64, 64))
 network = Network(backbone="squeezenet1_1", preprocess=preprocess)

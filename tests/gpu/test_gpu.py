@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.backbones import build_backbone, output_shape, preprocess_for
+from pipeline.backbones import build_backbone
+from pipeline.backbones.torchvision_models import output_shape, preprocess_for
 from pipeline.core.errors import SampleError
 from pipeline.core.schema import encoded_field
 from pipeline.decoding.decoder import Decoder

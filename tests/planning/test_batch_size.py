@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from jobs.support.console import Console
-from pipeline.backbones import load_weights, preprocess_for
+from pipeline.backbones import load_weights
+from pipeline.backbones.torchvision_models import preprocess_for
 from pipeline.core.config import parse
 from pipeline.core.errors import StoredDataError
 from pipeline.embedding.network import Network, Placement
