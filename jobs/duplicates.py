@@ -1,53 +1,61 @@
 #!/usr/bin/env python3
 """Find the near-duplicates in an output of embed.py: every pair of embeddings above a cosine, as Parquet.
 
-Without --index every pair is compared: exact, and four times the work for twice the images. With the index of
-the output, only the nearest of each are: with a flat one exact, while an hnsw or ivf one misses pairs, above
-all where many images are alike.
+Without --index the command compares all pairs: exact, and four times the work for twice the images. With the
+index of the output it compares each embedding with its nearest only: exact with a flat index, while an hnsw or
+ivf index misses pairs, above all where many images are alike.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.support.command import Parser, check_file, check_page, not_empty
-from jobs.support.progress import ShownProgress, plain_console
-from pipeline.core.errors import PipelineError
+from jobs.support.command import (
+    Parser,
+    add_output_argument,
+    add_page_options,
+    check_file,
+    check_page_options,
+    not_empty,
+    run_command,
+)
+from jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from jobs.support.progress import plain_console, show_progress
 from pipeline.core.formatting import format_count
 
 if TYPE_CHECKING:
     from pipeline.retrieval.duplicates import Found
-    from pipeline.retrieval.index import Facts
+    from pipeline.retrieval.index import IndexFacts
 
-EXIT_OK = 0
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 PAGE_ROWS = 50
 PAGE_NEAR = 6
 _EPILOG = """\
 Columns of the pairs: id_a, shard_a, sample_index_a, id_b, shard_b, sample_index_b, score (the cosine). Each pair
 is there once, a before b in the order of the output.
 
-What cosine makes a duplicate depends on the backbone and its weights: look at --html, or measure it with
---group-pattern on images of which you know it.
-
-exit codes:
-  0    the pairs are written, be there any or none
-  2    wrong usage: no output, or an index that does not hold it
-  130  interrupted: nothing is written
+Which cosine makes a duplicate depends on the backbone and its weights: look at --html, or measure it with
+--group-pattern on images whose duplicates you know.
 """
+_EXIT_CODES = {
+    EXIT_OK: "the pairs are written, even if there are none",
+    EXIT_USAGE: "wrong usage: no output, or an index that does not hold it",
+    EXIT_FAILED: "a disk or a store failed; nothing is written",
+}
 
 
 def parser() -> Parser:
     """The command line."""
     top = Parser(
-        prog="duplicates.py",
+        "duplicates.py",
         description=__doc__,
         epilog=_EPILOG,
+        exit_codes=_EXIT_CODES,
+        interrupted="nothing is written",
     )
-    top.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+    add_output_argument(top)
     top.add_argument(
         "--pairs",
         type=not_empty,
@@ -57,31 +65,25 @@ def parser() -> Parser:
     )
     top.add_argument("--threshold", type=float, default=0.95, metavar="C", help="least cosine (default: 0.95)")
     top.add_argument(
-        "--index", type=not_empty, metavar="INDEX", help="look among the nearest in this index, made by index.py"
+        "--index", type=not_empty, metavar="INDEX", help="compare with the nearest in this index, made by index.py"
     )
     top.add_argument(
         "--group-pattern",
         metavar="REGEX",
-        help="print precision and recall, where true duplicates share what the first group of this matches in their "
-        "ids, such as '^(.*)-view'",
+        help="print precision and recall: true duplicates share what the first group of this expression matches in "
+        "their ids, such as '^(.*)-view'",
     )
     top.add_argument(
-        "--scratch", type=not_empty, metavar="FOLDER", help="for the embeddings meanwhile (default: the system's)"
+        "--scratch",
+        type=not_empty,
+        metavar="FOLDER",
+        help="keep the embeddings here meanwhile (default: the system's temporary folder)",
     )
-    top.add_argument(
-        "--html", type=not_empty, metavar="FILE", help=f"write a page of {PAGE_ROWS} images drawn at random as well"
-    )
-    top.add_argument(
-        "--input",
-        nargs="+",
-        default=[],
-        metavar="URL",
-        help="for --html: the shards, as named for embed.py (default: where they lay then)",
-    )
+    add_page_options(top, f"a page of {PAGE_ROWS} images drawn at random, with their duplicates")
     return top
 
 
-def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
+def lines_of(found: Found, threshold: float, facts: IndexFacts | None) -> list[str]:
     """What was found, by an index of `facts` or by comparing all: to print and for the page."""
     lines = [
         f"{format_count(found.num_pairs, 'pair')} of cosine {threshold:g} and above "
@@ -106,47 +108,41 @@ def lines_of(found: Found, threshold: float, facts: Facts | None) -> list[str]:
     return lines
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Find them, and return the exit code."""
-    top = parser()
-    flags = top.parse_args(arguments)
-    # PyArrow takes a while to import: who asks for help, or mistypes, shall not wait for it.
+def _run(flags: argparse.Namespace) -> int:
+    # PyArrow takes a while to import: --help and usage errors do not need it.
     from pipeline.pages.near import duplicates_page  # noqa: PLC0415
     from pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of  # noqa: PLC0415
     from pipeline.retrieval.index import open_index  # noqa: PLC0415
 
+    check_file("--pairs", flags.pairs)
+    check_page_options(flags)
+    index = None if flags.index is None else open_index(flags.index)
     out = plain_console()
-    progress = ShownProgress(out)
-    try:
-        check_file("--pairs", flags.pairs)
-        check_page(flags.html, flags.input)
-        index = None if flags.index is None else open_index(flags.index)
-        with progress.shown():
-            found = find_duplicates(
-                flags.output,
-                flags.pairs,
-                flags.threshold,
-                index=index,
-                group_pattern=flags.group_pattern,
-                scratch=flags.scratch,
-                on_progress=progress,
-            )
-        lines = lines_of(found, flags.threshold, None if index is None else index.facts)
-        for line in lines:
-            out.print(line)
-        out.print(f"written to {flags.pairs}")
-        if flags.html:
-            drawn = draw_duplicates(flags.pairs, PAGE_ROWS, PAGE_NEAR)
-            tags = tags_of(flags.output)
-            text = duplicates_page(flags.output, drawn, lines, flags.input, tags.get)
-            Path(flags.html).write_text(text, encoding="utf-8")
-    except (PipelineError, OSError) as error:
-        top.tell(error)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        top.tell("interrupted")
-        return EXIT_INTERRUPTED
+    with show_progress(out) as on_progress:
+        found = find_duplicates(
+            flags.output,
+            flags.pairs,
+            flags.threshold,
+            index=index,
+            group_pattern=flags.group_pattern,
+            scratch=flags.scratch,
+            on_progress=on_progress,
+        )
+    lines = lines_of(found, flags.threshold, None if index is None else index.facts)
+    for line in lines:
+        out.print(line)
+    out.print(f"written to {flags.pairs}")
+    if flags.html:
+        drawn = draw_duplicates(flags.pairs, PAGE_ROWS, PAGE_NEAR)
+        tags = tags_of(flags.output)
+        text = duplicates_page(flags.output, drawn, lines, flags.input, tags.get)
+        Path(flags.html).write_text(text, encoding="utf-8")
     return EXIT_OK
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Find the near-duplicates, and return the exit code."""
+    return run_command(parser(), arguments, _run)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def format_count(number: int, noun: str) -> str:
-    """`1 shard`, `2,000 shards`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """`1 shard`, `2,000 shards`; with a `plural` that takes more than an s, `2 classes`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def format_share(part: float) -> str:
