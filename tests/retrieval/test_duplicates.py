@@ -117,8 +117,8 @@ def test_a_row_with_more_near_duplicates_than_were_looked_for_is_told(tmp_path: 
 
 _PEAK = """
 import resource, sys
-from pipeline.duplicates import find_duplicates
-from pipeline.index import open_index
+from pipeline.retrieval.duplicates import find_duplicates
+from pipeline.retrieval.index import open_index
 output, pairs, index = sys.argv[1:]
 found = find_duplicates(output, pairs, 0.9, index=open_index(index) if index else None)
 print(found.num_pairs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -214,7 +214,7 @@ def test_a_full_disk_is_told_and_nothing_is_left_on_it(
     build(str(tmp_path / "out"), tmp_path / "index")
     small_disk.resize(kib)
     done = run_job("duplicates.py", tmp_path / "out", "--index", tmp_path / "index", "--scratch", small_disk.folder)
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stderr
     assert f"No space left on device: '{small_disk.folder}/duplicates-" in done.stderr
     assert list(small_disk.folder.iterdir()) == []
     assert not (tmp_path / "duplicates.parquet").exists()
