@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from jobs.support.command import Parser, add_page_options, at_least, check_page_options, not_empty, run_command
 from jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
-from pipeline.verify.findings import one_line
+from pipeline.core.formatting import one_line
 
 if TYPE_CHECKING:
     from pipeline.retrieval.search import Hit

@@ -18,9 +18,9 @@ from jobs.support.command import Parser, add_output_argument, at_least, check_fi
 from jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from jobs.support.progress import plain_console, show_progress
 from pipeline.core.errors import SettingsError
-from pipeline.core.formatting import format_count, format_size
+from pipeline.core.formatting import format_count, format_size, one_line
 from pipeline.core.storage import join
-from pipeline.verify.findings import RULES, Verdict, one_line
+from pipeline.verify.findings import RULES, Verdict
 from pipeline.verify.proof import THREADS, verify
 from pipeline.verify.recompute import RECOMPUTE_IMAGES, Recompute
 

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.progress import Progress, no_progress
 from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.output.names import Place
 from pipeline.output.stored import Output, list_stored, open_output, stream, unit, with_facts
@@ -54,7 +55,6 @@ _FOUND = np.dtype([("key", np.int64), ("cosine", np.float32)])
 _NUM_RANGES = 256
 _WRITE_ROWS = 65536
 
-Progress = Callable[[str, int, int], None]
 Pairs = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]  # rows a < rows b, cosines
 
 
@@ -92,7 +92,7 @@ def find_duplicates(
     scratch: str | Path | None = None,
     block_rows: int = BLOCK_ROWS,
     most_near: int = MOST_NEAR,
-    on_progress: Progress = lambda what, done, total: None,
+    on_progress: Progress = no_progress,
 ) -> Found:
     """Write every pair of cosine `threshold` and above to the Parquet `pairs_path`, which appears whole.
 
