@@ -111,7 +111,7 @@ def test_a_row_with_more_near_duplicates_than_were_looked_for_is_told(tmp_path: 
     build(str(tmp_path / "out"), tmp_path / "index")
     index = open_index(tmp_path / "index")
     assert find_duplicates(str(tmp_path / "out"), tmp_path / "p", 1.0, index=index).num_pairs == 4950
-    found = find_duplicates(str(tmp_path / "out"), tmp_path / "p", 1.0, index=index, most_near=32)
+    found = find_duplicates(str(tmp_path / "out"), tmp_path / "p", 1.0, index=index, max_pairs=32)
     assert found.truncated == 100
 
 
@@ -119,8 +119,8 @@ _PEAK = """
 import resource, sys
 from pipeline.retrieval.duplicates import find_duplicates
 from pipeline.retrieval.index import open_index
-output, pairs, index = sys.argv[1:]
-found = find_duplicates(output, pairs, 0.9, index=open_index(index) if index else None)
+output, pairs, index, most = sys.argv[1:]
+found = find_duplicates(output, pairs, 0.9, index=open_index(index) if index else None, max_pairs=int(most))
 print(found.num_pairs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
@@ -137,7 +137,15 @@ def test_one_image_thousands_of_times_takes_no_more_memory(with_index: bool, tmp
         index = tmp_path / f"{name}-index" if with_index else ""
         if with_index:
             build(str(tmp_path / name), index)
-        command = [sys.executable, "-c", _PEAK, tmp_path / name, tmp_path / f"{name}.parquet", index]
+        command = [
+            sys.executable,
+            "-c",
+            _PEAK,
+            tmp_path / name,
+            tmp_path / f"{name}.parquet",
+            index,
+            4095 if with_index else 6000,
+        ]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
         found[name] = tuple(map(int, done.stdout.split()))
     (none, control_mib), (num_pairs, peak_mib) = found["other"], found["same"]
