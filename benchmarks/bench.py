@@ -23,15 +23,12 @@ import rich.console
 from rich.table import Table
 
 from benchmarks import runs
-from benchmarks.runs import BenchError, Metrics, Settings
+from benchmarks.runs import Metrics, Settings
 from benchmarks.shards import photo_shards, tiny_shards
-from jobs.support.command import Parser, at_least, local_path
+from jobs.support.command import Parser, at_least, local_path, run_command
+from jobs.support.exit_codes import EXIT_OK
 from pipeline.core.config import Config
-from pipeline.core.errors import PipelineError, SettingsError
 
-EXIT_OK = 0
-EXIT_USAGE = 2
-EXIT_FAILED = 4
 FORMAT = 1
 # What is measured, in this order, and repeated in turn. A measurement sees what came before it in its repeat.
 MEASUREMENTS: dict[str, Callable[[Settings, Mapping[str, Any]], Metrics]] = {
@@ -161,7 +158,7 @@ def parser() -> Parser:
     """The command line."""
     lines = "\n".join(f"  {name:10} {text}" for name, (_, text) in CASES.items())
     top = Parser(
-        prog="bench.py",
+        "bench.py",
         description=__doc__,
         epilog=f"cases:\n{lines}\n\nWhat each measures, and how: benchmarks/README.md",
     )
@@ -376,21 +373,19 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark, and return its exit code: 0 whether or not the goals hold."""
-    top = parser()
-    flags = top.parse_args(arguments)
-    try:
-        result = run(flags)
-    except (PipelineError, BenchError) as error:
-        top.tell(error)
-        return EXIT_USAGE if isinstance(error, SettingsError) else EXIT_FAILED
+def _run(flags: argparse.Namespace) -> int:
+    result = run(flags)
     show(result["figures"], result["goals"])
     if flags.output is not None:
         flags.output.parent.mkdir(parents=True, exist_ok=True)
         flags.output.write_text(json.dumps(result, indent=2) + "\n")
         _OUT.print(f"written to {flags.output}", markup=False)
     return EXIT_OK
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark, and return its exit code: 0 whether or not the goals hold."""
+    return run_command(parser(), arguments, _run)
 
 
 if __name__ == "__main__":

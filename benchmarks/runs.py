@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from benchmarks.memory import peaks
 from benchmarks.shards import photo_shards
 from pipeline.core.config import Config
+from pipeline.core.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parent.parent
 Metrics = dict[str, float | str]
@@ -45,7 +46,7 @@ _NOT_OURS = ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")
 _RAY_INIT = "import torch, ray, time; ray.init(address='local'{}); print(time.time(), flush=True)"
 
 
-class BenchError(Exception):
+class BenchError(PipelineError):
     """A measured process failed, or told nothing that can be measured."""
 
 

@@ -14,24 +14,23 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from jobs.support.command import CommandError, Parser, run_command, tell
+from jobs.support.exit_codes import EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
+from pipeline.core.errors import SettingsError
+
+_PROG = "submit.py"
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_UNREACHABLE = 69
 DEFAULT_ENTRYPOINT = ("jobs/embed.py",)
 # What the job does not need of a checkout; Ray leaves out what .gitignore names as well.
 EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", "/demo", "/tests", "/benchmarks")
-LOST_AFTER_S = 60.0
-# A job that prints nothing for so long may be silent, or its cluster gone: its status tells which.
-QUIET_S = 15.0
-ANSWER_WITHIN_S = 20.0
-# The working folder, which is uploaded meanwhile, has 512 MiB at most.
-SUBMITTED_WITHIN_S = 1800.0
 _RETRY_EVERY_S = 1.0
 # Ray writes a job's variables into its own logs, where credentials must not be.
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|PRIVATE|ACCESS_KEY|API_KEY", re.IGNORECASE)
@@ -40,33 +39,38 @@ examples:
   jobs/submit.py -- jobs/embed.py --backbone resnet50 --input s3://bkt/shards --output s3://bkt/embeddings
   EMBED_INPUT=s3://bkt/shards jobs/submit.py --env EMBED_INPUT --submission-id embed-2031-w07
 
-exit codes:
-  the job's own, where it ended by itself (128 + N where signal N ended it)
-  1    the job failed before its command ran, or Ray lost it; the reason is printed
-  2    wrong usage, the cluster wants another token, or the submission id is taken; nothing was started
-  69   the cluster cannot be reached, or was not or said nothing for a minute; the job may still run
-  130  interrupted (143 by SIGTERM): the job goes on, or was stopped where --stop-on-interrupt was given
-  143  the job was stopped by someone else
+The exit code is the job's own where the job ended by itself (128 + N where signal N ended it).
 """
+_EXIT_CODES = {
+    EXIT_FAILED: "the job failed before its command ran, or Ray lost it; the reason is printed",
+    EXIT_USAGE: "wrong usage, the cluster wants another token, or the submission id is taken; nothing was started",
+    EXIT_UNREACHABLE: "the cluster cannot be reached, or did not answer for a minute; the job may still run",
+    EXIT_TERMINATED: "someone else stopped the job",
+}
 
 
-class SubmitError(Exception):
-    """Ends the program with a message and an exit code."""
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to wait for the cluster."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    lost_s: float = 60.0  # without any sign of it, the cluster cannot be reached
+    answer_s: float = 20.0  # for one answer
+    quiet_s: float = 15.0  # without a line of the log, ask whether the job is silent or the cluster gone
+    submitted_s: float = 1800.0  # for a submission, which uploads a working folder of at most 512 MiB
 
 
-def parser() -> argparse.ArgumentParser:
+PATIENCE = Patience()
+
+
+def parser() -> Parser:
     """The command line, without the entrypoint after `--`."""
-    top = argparse.ArgumentParser(
-        prog="submit.py",
+    top = Parser(
+        _PROG,
         usage="%(prog)s [option ...] [-- COMMAND [argument ...]]",
-        description=f"{__doc__} The command is {shlex.join(DEFAULT_ENTRYPOINT)} where none is given.",
+        description=f"{__doc__} The default COMMAND is {shlex.join(DEFAULT_ENTRYPOINT)}.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        exit_codes=_EXIT_CODES,
+        interrupted="the job goes on, or stops with --stop-on-interrupt",
     )
     top.add_argument(
         "--address",
@@ -95,20 +99,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen_variables(names: list[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of `environment` that `names` names.
+    """The variables of `environment` with these names.
 
     Raises:
-        SubmitError: one is not set, or looks like a credential.
+        SettingsError: one is not set, or looks like a credential.
     """
     for name in names:
         if _SECRET.search(name):
-            raise SubmitError(
+            raise SettingsError(
                 f"--env must not name a credential, got {name}: Ray writes a job's variables into its logs; "
-                "give the cluster's machines a role, or the variable itself",
-                EXIT_USAGE,
+                "give the cluster's machines a role, or the variable itself"
             )
         if name not in environment:
-            raise SubmitError(f"--env must name a variable that is set, got {name}", EXIT_USAGE)
+            raise SettingsError(f"--env must name a variable that is set, got {name}")
     return {name: environment[name] for name in names}
 
 
@@ -127,21 +130,19 @@ def _begin(call: Callable[[], Any]) -> Future[Any]:
     return answer
 
 
-def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster at `address`. Raises `SubmitError` where there is none, or it wants another token."""
+def connect(address: str | None, patience: Patience) -> JobSubmissionClient:
+    """A client of the cluster at `address`. Raises `CommandError` where there is none, or it wants another token."""
     try:
-        client: JobSubmissionClient = _begin(lambda: JobSubmissionClient(address)).result(LOST_AFTER_S)
+        client: JobSubmissionClient = _begin(lambda: JobSubmissionClient(address)).result(patience.lost_s)
         return client
     except TimeoutError as error:
-        raise SubmitError(f"the cluster did not answer for {LOST_AFTER_S:g} s", EXIT_UNREACHABLE) from error
+        raise CommandError(f"the cluster did not answer for {patience.lost_s:g} s", EXIT_UNREACHABLE) from error
     except (OSError, RuntimeError) as error:
-        raise SubmitError(f"the cluster cannot be reached: {error}", EXIT_UNREACHABLE) from error
+        raise CommandError(f"the cluster cannot be reached: {error}", EXIT_UNREACHABLE) from error
     except AuthenticationError as error:
         # The rest of Ray's message is how to make a token.
         said = error.message.partition("\n")[0]
-        raise SubmitError(
-            f"RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: {said}", EXIT_USAGE
-        ) from error
+        raise SettingsError(f"RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: {said}") from error
 
 
 def submit(
@@ -151,18 +152,17 @@ def submit(
     submission_id: str | None,
     working_dir: str,
     variables: Mapping[str, str],
+    patience: Patience,
 ) -> str:
     """Upload the working folder, start the job, and return its submission id.
 
     Raises:
-        SubmitError: the id is taken, or Ray refuses the job.
+        CommandError: the id is taken, or Ray refuses the job.
     """
     if submission_id is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", submission_id):
-        raise SubmitError(
-            f"--submission-id must be of letters, digits, '.', '_' and '-', got {submission_id!r}", EXIT_USAGE
-        )
+        raise SettingsError(f"--submission-id must be of letters, digits, '.', '_' and '-', got {submission_id!r}")
     if not os.path.isdir(working_dir):
-        raise SubmitError(f"--working-dir must be a folder, got {working_dir!r}", EXIT_USAGE)
+        raise SettingsError(f"--working-dir must be a folder, got {working_dir!r}")
     runtime_env = {
         "working_dir": working_dir,
         "excludes": list(EXCLUDES),
@@ -174,23 +174,23 @@ def submit(
             lambda: client.submit_job(
                 entrypoint=shlex.join(entrypoint), submission_id=submission_id, runtime_env=runtime_env
             )
-        ).result(SUBMITTED_WITHIN_S)
+        ).result(patience.submitted_s)
     except RuntimeError as error:
         if submission_id is not None and "already exists" in str(error):
-            raise SubmitError(_taken(client, submission_id), EXIT_USAGE) from error
-        raise SubmitError(f"Ray refused the job: {error}", EXIT_FAILED) from error
+            raise SettingsError(_taken(client, submission_id, patience)) from error
+        raise CommandError(f"Ray refused the job: {error}", EXIT_FAILED) from error
     except TimeoutError as error:
-        raise SubmitError(
-            f"the cluster did not take the job within {SUBMITTED_WITHIN_S:g} s, it may still run", EXIT_UNREACHABLE
+        raise CommandError(
+            f"the cluster did not take the job within {patience.submitted_s:g} s, it may still run", EXIT_UNREACHABLE
         ) from error
     except (OSError, ValueError) as error:
-        raise SubmitError(f"the job could not be submitted: {error}", EXIT_FAILED) from error
+        raise CommandError(f"the job could not be submitted: {error}", EXIT_FAILED) from error
     return started
 
 
-def _taken(client: JobSubmissionClient, submission_id: str) -> str:
+def _taken(client: JobSubmissionClient, submission_id: str, patience: Patience) -> str:
     try:
-        status = _begin(lambda: client.get_job_info(submission_id)).result(ANSWER_WITHIN_S).status
+        status = _begin(lambda: client.get_job_info(submission_id)).result(patience.answer_s).status
     except (OSError, RuntimeError):
         return f"job {submission_id} is on this cluster already: nothing was started"
     if status.is_terminal():
@@ -201,21 +201,21 @@ def _taken(client: JobSubmissionClient, submission_id: str) -> str:
     )
 
 
-async def _details(client: JobSubmissionClient, submission_id: str) -> Any:
+async def _details(client: JobSubmissionClient, submission_id: str, patience: Patience) -> Any:
     asked = asyncio.wrap_future(_begin(lambda: client.get_job_info(submission_id)))
     try:
-        return await asyncio.wait_for(asked, ANSWER_WITHIN_S)
+        return await asyncio.wait_for(asked, patience.answer_s)
     except TimeoutError as error:
-        raise TimeoutError(f"no answer within {ANSWER_WITHIN_S:g} s") from error
+        raise TimeoutError(f"no answer within {patience.answer_s:g} s") from error
 
 
-async def _log(client: JobSubmissionClient, submission_id: str) -> AsyncIterator[str]:
+async def _log(client: JobSubmissionClient, submission_id: str, patience: Patience) -> AsyncIterator[str]:
     """The job's log from its begin, as it grows, and an empty text whenever the cluster answered and no text came.
 
     Raises:
         OSError: the cluster does not answer, or this connection to it lost the end of the log.
     """
-    ended = (await _details(client, submission_id)).status.is_terminal()
+    ended = (await _details(client, submission_id, patience)).status.is_terminal()
     yield ""
     texts = client.tail_job_logs(submission_id)
     while True:
@@ -223,10 +223,10 @@ async def _log(client: JobSubmissionClient, submission_id: str) -> AsyncIterator
         # Where the status fails first, nobody asks for what it failed with.
         coming.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            while not (await asyncio.wait([coming], timeout=QUIET_S))[0]:
+            while not (await asyncio.wait([coming], timeout=patience.quiet_s))[0]:
                 if ended:
                     return
-                if (await _details(client, submission_id)).status.is_terminal():
+                if (await _details(client, submission_id, patience)).status.is_terminal():
                     raise ConnectionError("the end of its log does not come")
                 yield ""
         finally:
@@ -236,33 +236,33 @@ async def _log(client: JobSubmissionClient, submission_id: str) -> AsyncIterator
         yield text
 
 
-async def follow(client: JobSubmissionClient, submission_id: str) -> Any:
+async def follow(client: JobSubmissionClient, submission_id: str, patience: Patience) -> Any:
     """Print the job's log as it grows, and return the job's details once it has ended.
 
     A lost connection is made again, and the log goes on where it stopped. No answer in time counts as lost.
 
     Raises:
-        SubmitError: the cluster could not be reached for `LOST_AFTER_S`.
+        CommandError: the cluster could not be reached for `patience.lost_s`.
     """
     num_printed = 0
     last_heard = time.monotonic()
     while True:
         try:
             num_seen = 0
-            async for text in _log(client, submission_id):
+            async for text in _log(client, submission_id, patience):
                 sys.stdout.write(text[max(0, num_printed - num_seen) :])
                 sys.stdout.flush()
                 num_seen += len(text)
                 num_printed = max(num_printed, num_seen)
                 last_heard = time.monotonic()
-            details = await _details(client, submission_id)
+            details = await _details(client, submission_id, patience)
             if details.status.is_terminal():
                 return details
             last_heard = time.monotonic()
         except (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError) as error:
-            if time.monotonic() - last_heard > LOST_AFTER_S:
-                raise SubmitError(
-                    f"nothing heard of job {submission_id} for {LOST_AFTER_S:g} s, it may still run: {error}",
+            if time.monotonic() - last_heard > patience.lost_s:
+                raise CommandError(
+                    f"nothing heard of job {submission_id} for {patience.lost_s:g} s, it may still run: {error}",
                     EXIT_UNREACHABLE,
                 ) from error
         await asyncio.sleep(_RETRY_EVERY_S)
@@ -271,16 +271,16 @@ async def follow(client: JobSubmissionClient, submission_id: str) -> Any:
 def job_exit_code(details: Any) -> int:
     """The exit code of the job's own command, of a job that has ended."""
     if details.status == JobStatus.STOPPED:
-        return 128 + signal.SIGTERM
+        return EXIT_TERMINATED
     if details.driver_exit_code is None:
-        return 0 if details.status == JobStatus.SUCCEEDED else EXIT_FAILED
+        return EXIT_OK if details.status == JobStatus.SUCCEEDED else EXIT_FAILED
     code = int(details.driver_exit_code)
     return code if code >= 0 else 128 - code
 
 
-async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interrupt: bool) -> int:
+async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interrupt: bool, patience: Patience) -> int:
     """Follow the job to its end, or until Ctrl-C or SIGTERM, and return the exit code."""
-    following = asyncio.ensure_future(follow(client, submission_id))
+    following = asyncio.ensure_future(follow(client, submission_id, patience))
     received: list[int] = []
 
     def interrupt(number: int) -> None:
@@ -312,30 +312,30 @@ async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interr
 
 
 def _say(text: str) -> None:
-    print(f"submit: {text}", file=sys.stderr, flush=True)
+    tell(_PROG, text)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _submit_and_follow(options: argparse.Namespace, entrypoint: list[str], patience: Patience) -> int:
+    variables = chosen_variables(options.env, os.environ)
+    client = connect(options.address, patience)
+    submission_id = submit(
+        client,
+        entrypoint,
+        submission_id=options.submission_id,
+        working_dir=options.working_dir,
+        variables=variables,
+        patience=patience,
+    )
+    _say(f"job {submission_id} submitted: {shlex.join(entrypoint)}")
+    return asyncio.run(run(client, submission_id, stop_on_interrupt=options.stop_on_interrupt, patience=patience))
+
+
+def main(arguments: list[str] | None = None, patience: Patience = PATIENCE) -> int:
     """Submit, follow, and return the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     end = given.index("--") if "--" in given else len(given)
-    options = parser().parse_args(given[:end])
     entrypoint = given[end + 1 :] or list(DEFAULT_ENTRYPOINT)
-    try:
-        variables = chosen_variables(options.env, os.environ)
-        client = connect(options.address)
-        submission_id = submit(
-            client,
-            entrypoint,
-            submission_id=options.submission_id,
-            working_dir=options.working_dir,
-            variables=variables,
-        )
-        _say(f"job {submission_id} submitted: {shlex.join(entrypoint)}")
-        return asyncio.run(run(client, submission_id, stop_on_interrupt=options.stop_on_interrupt))
-    except SubmitError as error:
-        _say(str(error))
-        return error.exit_code
+    return run_command(parser(), given[:end], lambda options: _submit_and_follow(options, entrypoint, patience))
 
 
 if __name__ == "__main__":

@@ -1,69 +1,158 @@
-"""What the command lines share: the parser, whose errors show no secret, and types of arguments."""
+"""The frame of every command: its parser, the options that several have, its errors and its exit code."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.core.errors import SettingsError
+from jobs.support.exit_codes import EXIT_TERMINATED, code_of
+from pipeline.core.errors import PipelineError, SettingsError
 from pipeline.core.redact import redact
 
 
-def check_file(name: str, path: str) -> None:
-    """Raise `SettingsError` where no file can be written at the `path` that the option `name` gives."""
-    place = Path(path)
-    if place.is_dir():
-        raise SettingsError(f"{name} must be a file, got the folder {path!r}")
-    if not place.parent.is_dir():
-        raise SettingsError(f"{name} must be in a folder that is there, got {path!r}")
-    if not os.access(place if place.exists() else place.parent, os.W_OK):
-        raise SettingsError(f"{name} must be a file that can be written, got {path!r}")
+class CommandError(Exception):
+    """Ends a command with this message, and with an exit code that the table of exit codes does not give."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-def check_page(path: str | None, inputs: Sequence[str]) -> None:
-    """Raise `SettingsError` where the page of --html cannot be written, or --input names no shard for it."""
-    # PyArrow and fsspec take a while to import: who asks for help shall not wait for them.
-    from pipeline.shards.find import find_shards  # noqa: PLC0415
-
-    if path is not None:
-        check_file("--html", path)
-        if inputs:
-            find_shards(inputs)
+def tell(prog: str, message: object) -> None:
+    """Print a message of a command to standard error, without secrets."""
+    print(f"{prog}: {redact(str(message))}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's: texts stay as they are written, options are not shortened, and no secret is shown."""
+    """The parser of one command. It keeps texts as they are written, and never shows a secret.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+    Args:
+        prog: the command's name.
+        exit_codes: what each exit code means, for --help.
+        interrupted: what an interrupted command leaves behind, or how to go on; to be read after "interrupted: ".
+    """
+
+    def __init__(
+        self, prog: str, *, epilog: str = "", exit_codes: Mapping[int, str] | None = None, interrupted: str = "",
+        **options: Any,
+    ) -> None:  # fmt: skip
+        left = f": {interrupted}" if interrupted else ""
+        if exit_codes:
+            lines = "".join(f"  {code:<4} {meaning}\n" for code, meaning in exit_codes.items())
+            epilog += f"\nexit codes:\n{lines}  130  interrupted (143 by SIGTERM){left}"
+        super().__init__(
+            prog,
+            epilog=epilog.lstrip("\n"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        self.interrupted = f"interrupted{left}"
 
     def error(self, message: str) -> NoReturn:
-        """End with 2 and the message, in one line: some usages take a screen."""
+        """Exit with 2 and the message on one line: the usage of some commands fills a screen."""
         self.exit(2, f"{self.prog}: error: {redact(message)}; {self.prog} --help tells the options\n")
 
-    def tell(self, error: object) -> None:
-        """Print what went wrong after the usage was right."""
-        print(f"{self.prog}: {redact(str(error))}", file=sys.stderr)
+    def tell(self, message: object) -> None:
+        """Print a message to standard error, without secrets."""
+        tell(self.prog, message)
+
+
+class _Terminated(SystemExit):
+    """SIGTERM."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _Terminated(EXIT_TERMINATED)
+
+
+def run_command(parser: Parser, arguments: list[str] | None, run: Callable[[argparse.Namespace], int]) -> int:
+    """Parse the command line, call `run` with the result, and return the command's exit code.
+
+    An error of the pipeline, of a disk or of a store becomes one line on standard error and the exit code of its
+    class. So do Ctrl-C and SIGTERM, which reach `run` as exceptions, so that it can clean up.
+    """
+    flags = parser.parse_args(arguments)
+    before = signal.getsignal(signal.SIGTERM)
+    # Python hears signals in the main thread only.
+    hears = threading.current_thread() is threading.main_thread()
+    if hears:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run(flags)
+    except CommandError as error:
+        parser.tell(error)
+        return error.exit_code
+    except (PipelineError, OSError) as error:
+        parser.tell(error)
+        return code_of(error)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        parser.tell(parser.interrupted)
+        return code_of(stop)
+    finally:
+        if hears:
+            signal.signal(signal.SIGTERM, before)
+
+
+def add_output_argument(parser: Parser) -> None:
+    """Add OUTPUT, what embed.py wrote."""
+    parser.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
+
+
+def add_page_options(parser: Parser, page: str, *, also_for: str = "") -> None:
+    """Add --html, which writes `page`, and --input, the shards whose images it shows."""
+    parser.add_argument("--html", type=not_empty, metavar="FILE", help=f"also write {page}")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help=f"for --html{also_for}: the shards, named as for embed.py (default: where embed.py read them)",
+    )
+
+
+def check_page_options(flags: argparse.Namespace) -> None:
+    """Raise `SettingsError` where --html cannot be written, or --input names no shard."""
+    # PyArrow and fsspec take a while to import: --help does not need them.
+    from pipeline.shards.find import find_shards  # noqa: PLC0415
+
+    if flags.html is not None:
+        check_file("--html", flags.html)
+    if flags.input:
+        find_shards(flags.input)
+
+
+def check_file(option: str, path: str) -> None:
+    """Raise `SettingsError` where no file can be written at the `path` of an option."""
+    place = Path(path)
+    if place.is_dir():
+        raise SettingsError(f"{option} must be a file, got the folder {path!r}")
+    if not place.parent.is_dir():
+        raise SettingsError(f"{option} must be in a folder that is there, got {path!r}")
+    if not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise SettingsError(f"{option} must be a file that can be written, got {path!r}")
 
 
 def not_empty(text: str) -> str:
-    """The type of an argument that names a place: an empty one would be the current folder."""
+    """Argument type of a place. An empty text is refused: it would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
     return text
 
 
 def local_path(text: str) -> Path:
-    """The type of an argument that is a path on this machine."""
+    """Argument type of a path on this machine."""
     return Path(not_empty(text))
 
 
 def at_least(least: int, *words: str) -> Callable[[str], int | str]:
-    """The type of an argument that is a whole number, or one of `words`, which stay as they are."""
+    """Argument type of a whole number of at least `least`, or one of `words`, which stay text."""
     rule = " or ".join([*(f"`{word}`" for word in words), f"a whole number of at least {least}"])
 
     def parse(text: str) -> int | str:

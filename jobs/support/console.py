@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _SILENT_S = 120.0
 # The rate shown is that of the last parts in this window.
 _RATE_WINDOW_S = 60.0
+# A machine with NVIDIA's driver has this file.
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def human_s(seconds: float) -> str:
@@ -38,6 +41,11 @@ def human_s(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def has_unused_gpu(asked: str, used: str, driver: Path = _NVIDIA_DRIVER) -> bool:
+    """Whether a run that takes the best device computes on CPUs, on a machine that was set up for a GPU."""
+    return asked == "auto" and used == "cpu" and driver.exists()
 
 
 class _Sums(NamedTuple):
@@ -114,10 +122,13 @@ class Console:
         self._out.print(f"compute   {resources.total_cpus:g} CPUs, {actors} x {resources.device}, by {by}")
         if job.config.batch_size == AUTO:
             self._out.print(f"batches   {self._batches(resources)}")
-        if job.config.device == "auto" and resources.device == "cpu":
+        self._warn_of_unused_gpu(job, resources)
+
+    def _warn_of_unused_gpu(self, job: Job, resources: Resources) -> None:
+        if has_unused_gpu(job.config.device, resources.device):
             self.warning(
-                "Ray has no GPU here: the backbone runs on CPU, which is slow. "
-                "Say --device cpu if that is meant, --device cuda to refuse it."
+                "Ray has no GPU here, though this machine has an NVIDIA driver: the backbone runs on CPU, which is "
+                "slow. Say --device cpu if that is meant, --device cuda to refuse it."
             )
 
     @staticmethod

@@ -83,8 +83,7 @@ class JsonConsole(Console):
     def resources(self, job: Job, resources: Resources) -> None:
         """What will do it."""
         self._say(_INFO, "resources", engine=job.engine, job_precision=job.precision, **dataclasses.asdict(resources))
-        if job.config.device == "auto" and resources.device == "cpu":
-            self.warning("Ray has no GPU here: the backbone runs on CPU, which is slow")
+        self._warn_of_unused_gpu(job, resources)
 
     def _is_live(self) -> bool:
         return False

@@ -1,11 +1,16 @@
-"""Numbers in words for a person, each with its unit."""
+"""Numbers and names as a person reads them."""
 
 from __future__ import annotations
 
 
-def format_count(number: int, noun: str) -> str:
-    """`1 shard`, `2,000 shards`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def format_count(number: int, noun: str, plural: str = "") -> str:
+    """`1 shard`, `2,000 shards`; with a `plural` that takes more than an s, `2 classes`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, with every character escaped that a terminal would obey."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def format_share(part: float) -> str:

@@ -1,19 +1,18 @@
-"""Near-duplicates: pairs of embeddings above a cosine, and the groups that they tie together.
+"""Near-duplicates: pairs of embeddings above a cosine, and the groups that they connect.
 
-Without an index every pair is compared, blockwise: exact, and work that grows with the square of the rows.
-With one, only the nearest of each row are: for outputs of millions. An approximate index misses pairs, above all of
-many equal rows, which crowd each other out of the lists and links that a search looks at.
+Without an index every pair is compared, block by block: exact, and work that grows with the square of the rows.
+With an index each row is compared with its nearest only, for outputs of millions. An approximate index misses pairs,
+above all of many equal rows, which crowd each other out of the lists and links that a search looks at.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +23,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.progress import Progress, no_progress
 from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.output.names import Place
 from pipeline.output.stored import Output, list_stored, open_output, stream, unit, with_facts
+from pipeline.retrieval.compare import (
+    BLOCK_ROWS,
+    MAX_PAIRS,
+    Pairs,
+    compare_all,
+    compare_nearest,
+    connect_all,
+    connect_nearest,
+)
+from pipeline.retrieval.group_files import GroupCounts, GroupFiles, shards_to_measure, write_groups
 from pipeline.retrieval.index import Index, Neighbour, read_parts
+from pipeline.retrieval.whole_files import name_in_errors, write_whole
 
 PAIRS_SCHEMA = pa.schema(
     [
@@ -39,110 +50,121 @@ PAIRS_SCHEMA = pa.schema(
         pa.field("score", pa.float32(), nullable=False),
     ]
 )
-# Rows compared with as many others at once: their cosines are 64 MiB.
-BLOCK_ROWS = 4096
-# The cosine of two equal rows may come out as a little less than 1.
-_ROUNDING = 1e-6
-# Neighbours of a row that an index is asked for; where all of them are near enough, it is asked for more.
-_FIRST_COUNT = 16
-MOST_NEAR = 4096
-_QUERY_ROWS = 256
-# Pairs in memory at once: more are made of fewer rows.
-_PAIRS_AT_ONCE = 2**21
-# Pairs that an index finds, as they are kept on disk: the row a times the number of rows, and b.
-_FOUND = np.dtype([("key", np.int64), ("cosine", np.float32)])
-_NUM_RANGES = 256
 _WRITE_ROWS = 65536
-
-Progress = Callable[[str, int, int], None]
-Pairs = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]  # rows a < rows b, cosines
 
 
 @dataclass(frozen=True)
-class Found:
-    """How many pairs there are, of how many rows. `truncated` rows have more than was looked for.
+class DuplicateCounts:
+    """How many pairs were written, of how many rows. `truncated` rows have more pairs than were written.
 
-    `num_true` pairs are of one group of ids, `num_right` of these were found; None without a pattern.
+    `num_true` pairs share a group of ids, and `num_right` of these were written; None without a pattern. `groups` is
+    None without group files.
     """
 
     num_rows: int
-    num_pairs: int
+    num_pairs: int = 0
     truncated: int = 0
     num_true: int | None = None
     num_right: int | None = None
+    groups: GroupCounts | None = None
 
     @property
     def precision(self) -> float | None:
-        """Share of the pairs found that are of one group; None without a pattern, or a pair."""
+        """Share of the written pairs that share a group of ids; None without a pattern, or a pair."""
         return None if self.num_right is None or not self.num_pairs else self.num_right / self.num_pairs
 
     @property
     def recall(self) -> float | None:
-        """Share of the pairs of one group that were found; None without a pattern, or such a pair."""
+        """Share of the pairs of one group of ids that were written; None without a pattern, or such a pair."""
         return None if self.num_right is None or not self.num_true else self.num_right / self.num_true
 
 
 def find_duplicates(
     output: str,
-    pairs_path: str | Path,
+    pairs_path: str | Path | None,
     threshold: float,
     *,
     index: Index | None = None,
     group_pattern: str | None = None,
+    group_files: GroupFiles | None = None,
     scratch: str | Path | None = None,
     block_rows: int = BLOCK_ROWS,
-    most_near: int = MOST_NEAR,
-    on_progress: Progress = lambda what, done, total: None,
-) -> Found:
-    """Write every pair of cosine `threshold` and above to the Parquet `pairs_path`, which appears whole.
+    max_pairs: int = MAX_PAIRS,
+    on_progress: Progress = no_progress,
+) -> DuplicateCounts:
+    """Find the pairs of cosine `threshold` and above. Write them, or the groups that they connect, or both.
 
-    The embeddings are kept on disk meanwhile, below `scratch`: 4 bytes a number, and with an index 24 bytes a pair.
-    Memory holds two blocks of embeddings, their cosines, a few million pairs, and the ids.
+    Each file appears whole. The embeddings are on disk meanwhile, below `scratch`: 4 bytes a number, and with an
+    index 24 bytes a pair. Memory holds two blocks of embeddings, their cosines, a few million pairs, and the ids.
 
     Args:
         output: an output of pooled features.
-        pairs_path: of `PAIRS_SCHEMA`; a and b in the order of the output, pairs in that of a.
+        pairs_path: Parquet of `PAIRS_SCHEMA`; a and b in the order of the output, pairs in that of a. Or None.
         threshold: least cosine, above 0 and up to 1.
-        index: look among the nearest in this index of the output alone.
-        block_rows: rows compared with as many others at once.
-        most_near: neighbours of a row that an index is asked for at most.
+        index: compare each row with its nearest in this index of the output only.
         group_pattern: what an id and its true duplicates share: the first group of this regular expression.
+        group_files: where to write groups, and which image of each to keep.
+        block_rows: rows compared with as many others at once.
+        max_pairs: the most pairs that begin with the same row, the nearest of them; and the most neighbours of a row
+            that an index is asked for.
 
     Raises:
+        InputError: no shard says how large the images are.
         OutputError: no output, or an index that does not hold it.
         SettingsError: a threshold, pattern or metric that cannot be used.
-        OSError: the disk of `scratch` or of the pairs is full, or the like.
+        OSError: the disk of `scratch` or of a file is full, or the like.
     """
     if not 0.0 < threshold <= 1.0:
         raise SettingsError(f"threshold must be above 0 and at most 1, got {threshold}")
+    if max_pairs < 1:
+        raise SettingsError(f"max_pairs must be at least 1, got {max_pairs}")
     group_of = _grouping(group_pattern)
     source = open_output(output)
+    shards = [] if group_files is None else shards_to_measure(source, group_files)
     with tempfile.TemporaryDirectory(prefix="duplicates-", dir=scratch) as folder:
         rows, ids = _collect(source, index, Path(folder), on_progress)
-        groups = None if group_of is None else np.array(group_of(ids.column(IMAGE_ID).to_pylist()))
-        truncated: list[int] = []
-        found = (
-            _compare_all(rows, threshold, block_rows, on_progress)
-            if index is None
-            else _compare_nearest(rows, index, threshold, most_near, truncated, Path(folder), on_progress)
-        )
-        num_pairs, num_right = 0, 0
-        with _written_whole(Path(pairs_path)) as writer:
-            for a, b, cosines in found:
-                for start in range(0, len(a), _WRITE_ROWS):
-                    some = slice(start, start + _WRITE_ROWS)
-                    writer.write_table(_table(ids, a[some], b[some], cosines[some]))
-                num_pairs += len(a)
-                if groups is not None:
-                    num_right += int((groups[a] == groups[b]).sum())
-        if groups is None:
-            return Found(len(ids), num_pairs, len(truncated))
-        num_true = sum(count * (count - 1) // 2 for count in Counter(groups.tolist()).values())
-        return Found(len(ids), num_pairs, len(truncated), num_true, num_right)
+        counts: dict[str, Any] = {}
+        if pairs_path is not None:
+            is_cut = np.zeros(len(ids), bool)
+            pairs = (
+                compare_all(rows, threshold, max_pairs, is_cut, block_rows, on_progress)
+                if index is None
+                else compare_nearest(rows, index, threshold, max_pairs, is_cut, Path(folder), on_progress)
+            )
+            groups = None if group_of is None else np.array(group_of(ids.column(IMAGE_ID).to_pylist()))
+            counts = _write_pairs(Path(pairs_path), ids, pairs, groups)
+            counts["truncated"] = int(is_cut.sum())
+        if group_files is not None:
+            components = (
+                connect_all(rows, threshold, block_rows, on_progress)
+                if index is None
+                else connect_nearest(rows, index, threshold, max_pairs, on_progress)
+            )
+            counts["groups"] = write_groups(source, group_files, shards, ids, components, on_progress)
+        return DuplicateCounts(len(ids), **counts)
+
+
+def _write_pairs(
+    path: Path, ids: pa.Table, pairs: Iterable[Pairs], groups: np.ndarray[Any, Any] | None
+) -> dict[str, Any]:
+    """Write pairs, and count them: all, and those that share one of the `groups` [N] of ids."""
+    num_pairs, num_right = 0, 0
+    with write_whole(path) as temporary, pq.ParquetWriter(temporary, PAIRS_SCHEMA, compression="zstd") as writer:
+        for a, b, cosines in pairs:
+            for start in range(0, len(a), _WRITE_ROWS):
+                some = slice(start, start + _WRITE_ROWS)
+                writer.write_table(_table(ids, a[some], b[some], cosines[some]))
+            num_pairs += len(a)
+            if groups is not None:
+                num_right += int((groups[a] == groups[b]).sum())
+    if groups is None:
+        return {"num_pairs": num_pairs}
+    num_true = sum(count * (count - 1) // 2 for count in Counter(groups.tolist()).values())
+    return {"num_pairs": num_pairs, "num_true": num_true, "num_right": num_right}
 
 
 def _grouping(pattern: str | None) -> Callable[[list[str]], list[int]] | None:
-    """A function from ids to the numbers of their groups; an id that does not match is alone in its group."""
+    """A function from ids to the numbers of their groups. An id that does not match is a group of its own."""
     if pattern is None:
         return None
     try:
@@ -167,12 +189,12 @@ def _grouping(pattern: str | None) -> Callable[[list[str]], list[int]] | None:
 def _collect(
     source: Output, index: Index | None, folder: Path, on_progress: Progress
 ) -> tuple[np.ndarray[Any, Any], pa.Table]:
-    """Every embedding scaled to length 1, in a file [N, C], and whose it is: in the order of the index, if any."""
+    """Every embedding scaled to length 1, in a file [N, C], and the ids: in the order of the index, if any."""
     parts = with_facts(source, list_stored(source)) if index is None else _indexed(source, index)
     total = sum(part.num_rows for part in parts)
     if not total:
         raise OutputError(f"{source.url} has no embeddings: there is nothing to compare")
-    rows = _reserved(folder / "unit.npy", (total, source.num_features))
+    rows = _reserve(folder / "unit.npy", (total, source.num_features))
     ids: list[pa.Table] = []
     done = 0
     for piece in stream(source, parts):
@@ -184,23 +206,12 @@ def _collect(
     return rows, pa.concat_tables(ids)
 
 
-def _reserved(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
-    """A new array in a file that has its space on the disk: without, to write where there is none is death."""
+def _reserve(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
+    """A new array in a file whose space is reserved: writing to a map of a full disk would kill the process."""
     rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    with _named(path), path.open("r+b") as file:
+    with name_in_errors(path), path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     return rows
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name `path` in an error of its disk: which of two disks is full, the system itself does not say."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def _indexed(source: Output, index: Index) -> list[Any]:
@@ -212,117 +223,14 @@ def _indexed(source: Output, index: Index) -> list[Any]:
     return parts
 
 
-def _compare_all(
-    rows: np.ndarray[Any, Any], threshold: float, block_rows: int, on_progress: Progress
-) -> Iterator[Pairs]:
-    """Pairs of each block with itself and those after it."""
-    starts = range(0, len(rows), block_rows)
-    total, done = len(starts) * (len(starts) + 1) // 2, 0
-    for number, start in enumerate(starts):
-        yield from _compare_block(rows, range(start, min(start + block_rows, len(rows))), threshold, block_rows)
-        done += len(starts) - number
-        on_progress("blocks compared", done, total)
-
-
-def _compare_block(rows: np.ndarray[Any, Any], block: range, threshold: float, block_rows: int) -> Iterator[Pairs]:
-    """Pairs of some rows with each other and those after them; where these are too many at once, by halves."""
-    first = np.array(rows[block.start : block.stop])
-    found: list[Pairs] = []
-    num_found = 0
-    for other in range(block.start, len(rows), block_rows):
-        cosines = first @ np.array(rows[other : other + block_rows]).T
-        is_near = cosines >= threshold - _ROUNDING
-        num_found += int(np.count_nonzero(is_near))
-        if num_found > _PAIRS_AT_ONCE and len(block) > 1:
-            # One image a thousand times, such as what a shop shows where it has none, is half a million pairs.
-            del found, cosines, is_near
-            half = len(block) // 2
-            yield from _compare_block(rows, block[:half], threshold, block_rows)
-            yield from _compare_block(rows, block[half:], threshold, block_rows)
-            return
-        a, b = np.nonzero(is_near)
-        keep = a + block.start < b + other
-        found.append((a[keep] + block.start, b[keep] + other, cosines[a[keep], b[keep]]))
-    yield _ordered(found)
-
-
-def _compare_nearest(
-    rows: np.ndarray[Any, Any],
-    index: Index,
-    threshold: float,
-    most_near: int,
-    truncated: list[int],
-    folder: Path,
-    on_progress: Progress,
-) -> Iterator[Pairs]:
-    """Pairs of each row with its nearest, once each, though both or only one of the two may find the other.
-
-    Until all are found they lie in files below `folder`, each of a range of rows.
-    """
-    for start in range(0, len(rows), _QUERY_ROWS):
-        block = np.array(rows[start : start + _QUERY_ROWS])
-        count = min(_FIRST_COUNT, len(rows))
-        while True:
-            cosines, near = index.search_rows(block, count)
-            is_near = (cosines >= threshold - _ROUNDING) & (near >= 0)
-            full = is_near[:, -1]
-            if not full.any() or count == min(len(rows), most_near):
-                break
-            count = min(4 * count, len(rows), most_near)
-        if count < len(rows):
-            truncated.extend((np.flatnonzero(full) + start).tolist())
-        position, rank = np.nonzero(is_near)
-        a, b = position + start, near[position, rank]
-        pairs = np.empty(len(a), _FOUND)
-        pairs["key"] = np.minimum(a, b) * len(rows) + np.maximum(a, b)
-        pairs["cosine"] = cosines[position, rank]
-        _spill(pairs[a != b], len(rows), folder)
-        on_progress("rows searched for", min(start + _QUERY_ROWS, len(rows)), len(rows))
-    for number in range(_NUM_RANGES):
-        path = folder / f"pairs-{number}"
-        if path.exists():
-            pairs = np.fromfile(path, _FOUND)
-            path.unlink()
-            both, first = np.unique(pairs["key"], return_index=True)
-            yield both // len(rows), both % len(rows), pairs["cosine"][first]
-
-
-def _spill(pairs: np.ndarray[Any, Any], num_rows: int, folder: Path) -> None:
-    """Append pairs to the files of the ranges that their first rows are in."""
-    ranges = pairs["key"] // num_rows * _NUM_RANGES // num_rows
-    order = np.argsort(ranges, kind="stable")
-    numbers, starts = np.unique(ranges[order], return_index=True)
-    for number, some in zip(numbers, np.split(pairs[order], starts)[1:], strict=True):
-        path = folder / f"pairs-{number}"
-        with _named(path), path.open("ab") as file:
-            file.write(some.tobytes())
-
-
-def _ordered(pairs: list[Pairs]) -> Pairs:
-    a, b, cosines = (np.concatenate(columns) for columns in zip(*pairs, strict=True))
-    order = np.lexsort((b, a))
-    return a[order], b[order], cosines[order]
-
-
 def _table(ids: pa.Table, a: Any, b: Any, cosines: Any) -> pa.Table:
     columns = [column for rows in (a, b) for column in ids.take(pa.array(rows)).columns]
     scores = pa.array(np.minimum(cosines, 1.0), pa.float32())
     return pa.Table.from_arrays([*columns, scores], schema=PAIRS_SCHEMA)
 
 
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[pq.ParquetWriter]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with _named(path), pq.ParquetWriter(temporary, PAIRS_SCHEMA, compression="zstd") as writer:
-            yield writer
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class Duplicates(NamedTuple):
-    """A row and those near it."""
+    """A row and its near-duplicates."""
 
     image_id: str
     place: Place
@@ -330,9 +238,9 @@ class Duplicates(NamedTuple):
 
 
 def draw_duplicates(pairs_path: str | Path, count: int, most_near: int) -> list[Duplicates]:
-    """Some of all rows that are first in a pair, drawn at random, each with the nearest of its pairs.
+    """Draw some of the rows that are first in a pair, each with the nearest of its pairs.
 
-    Memory holds those drawn, and some pairs: the file is read twice.
+    Reads the file twice. Memory holds the drawn rows and some pairs.
     """
     file = pq.ParquetFile(pairs_path)
     total = 0
@@ -352,7 +260,7 @@ def draw_duplicates(pairs_path: str | Path, count: int, most_near: int) -> list[
 
 
 def _numbered(file: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, np.ndarray[Any, Any]]]:
-    """Pairs, some at a time, and which of the rows that are first in a pair is first in each, counted from 0."""
+    """Pairs, some at a time, and for each the number of its first row, counted over all first rows from 0."""
     number, last = -1, None
     for batch in file.iter_batches(_WRITE_ROWS, columns=columns):
         shards, rows = batch.column("shard_a"), batch.column("sample_index_a")

@@ -1,4 +1,4 @@
-"""An index on disk, and how it is searched.
+"""An index on disk, and its search.
 
     INDEX/
       index.json          what made it: the fingerprint of the output, metric, kind, sha256 of the files
@@ -8,7 +8,7 @@
         rows.parquet      row of the FAISS index -> image_id, shard, sample_index
         parts.parquet     which parts of the output are in it
 
-index.json names the one data folder that counts, and is replaced last: a death at any moment leaves the
+index.json names the data folder that counts. A build replaces it last, so that a death at any moment leaves the
 index as it was before.
 """
 
@@ -30,7 +30,7 @@ from pipeline.core.errors import OutputError, SettingsError, StoredDataError
 from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.stored import StoredPart
-from pipeline.retrieval.kinds import BUILD_AGAIN, KINDS, METRICS, Vectors, prepared, read_index, search_rows
+from pipeline.retrieval.kinds import BUILD_AGAIN, KINDS, METRICS, Vectors, prepare_vectors, read_index, search_rows
 
 INDEX_FILE = "index.json"
 VECTORS_FILE = "vectors.faiss"
@@ -60,11 +60,11 @@ PARTS_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class IndexFacts:
     """What index.json says. `made` is what made the embeddings in it.
 
-    `width` is how wide a search has to be for `recall` (at 10, measured on `recall_queries` rows), `lists`
-    how many an ivf index has, laid out when it had `laid_out_rows` rows. `files` are name -> (bytes, sha256).
+    A search of `width` has `recall` (at 10, measured on `recall_queries` rows). An ivf index has `lists` lists, made
+    when it had `laid_out_rows` rows. `files` maps names to (bytes, sha256).
     """
 
     output: str
@@ -84,20 +84,20 @@ class Facts:
     made_with: dict[str, str]
 
     def as_json(self) -> bytes:
-        """index.json."""
+        """The content of index.json."""
         values = {"format": FORMAT, **vars(self), "made": self.made.to_json()}
         return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def data_number(name: str) -> int | None:
-    """The number of a data folder; None where the name is not exactly as `DATA_NAME` makes it."""
+    """The number of a data folder, or None if the name is not exactly as `DATA_NAME` makes it."""
     digits = re.fullmatch(r"data-([0-9]{5,18})", name)
     number = int(digits[1]) if digits else -1
     return number if name == DATA_NAME.format(number) else None
 
 
 class Neighbour(NamedTuple):
-    """A row near a query. A higher `score` is nearer; for l2 it is the distance, and a lower one is."""
+    """A row near a query. A higher `score` is nearer, except for l2, where it is the distance."""
 
     image_id: str
     shard: str
@@ -110,21 +110,21 @@ class Neighbour(NamedTuple):
         return self.shard, self.sample_index
 
 
-def read_facts(folder: Path) -> Facts | None:
-    """What index.json of `folder` says, or None where there is none.
+def read_index_facts(folder: Path) -> IndexFacts | None:
+    """What index.json of `folder` says, or None if there is none.
 
     Raises:
-        OutputError: it is broken, or was changed by hand.
+        StoredDataError: it is damaged, or was changed by hand.
     """
     path = folder / INDEX_FILE
     try:
         values = json.loads(path.read_bytes())
         form = values.pop("format")
         if form != FORMAT:
-            raise OutputError(f"{path} is of format {form}, this version reads {FORMAT}")
+            raise StoredDataError(f"{path} is of format {form}, this version reads {FORMAT}")
         values["files"] = {name: (int(size), str(sha256)) for name, (size, sha256) in values["files"].items()}
         values["made"] = Fingerprint.from_json(values["made"])
-        facts = Facts(**values)
+        facts = IndexFacts(**values)
         if facts.kind not in KINDS or facts.metric not in METRICS or data_number(facts.data) is None:
             raise ValueError("unknown kind, metric or data folder")
         lists = {LISTS_FILE} if facts.kind == "ivf" else set()
@@ -141,8 +141,11 @@ def read_facts(folder: Path) -> Facts | None:
     return facts
 
 
-def damage(data: Path, facts: Facts, names: Iterable[str]) -> str:
-    """Which file of a data folder is not as it was written, by all sizes and the contents of `names`, or ""."""
+def find_damage(data: Path, facts: IndexFacts, names: Iterable[str]) -> str:
+    """The first file of a data folder that is not as it was written, or an empty text.
+
+    Compares the sizes of all files, and the contents of `names`.
+    """
     for name, (num_bytes, _) in facts.files.items():
         path = data / name
         found = f"it has {path.stat().st_size}" if path.is_file() else "it is missing"
@@ -159,25 +162,27 @@ def sha256_of(path: Path) -> str:
 
 
 class Index:
-    """An index, open for searches. A flat or hnsw one is in memory; of an ivf one, what a search looks at."""
+    """An index, open for searches. It is in memory, except for the lists of an ivf index."""
 
-    def __init__(self, folder: Path, facts: Facts) -> None:
+    def __init__(self, folder: Path, facts: IndexFacts) -> None:
         self.facts = facts
         self.folder = folder / facts.data
-        # The embeddings themselves may be many; damage of the rest would end in lost rows, or in a crash.
+        # Hashing the embeddings would take long. Damage of the other files loses rows, or crashes FAISS.
         embeddings = LISTS_FILE if facts.kind == "ivf" else VECTORS_FILE
-        fault = damage(self.folder, facts, facts.files.keys() - {embeddings})
+        fault = find_damage(self.folder, facts, facts.files.keys() - {embeddings})
         if fault:
-            raise OutputError(f"{fault}; {BUILD_AGAIN}")
+            raise StoredDataError(f"{fault}; {BUILD_AGAIN}")
         self._index = read_index(self.folder / VECTORS_FILE)
         self._rows = pq.ParquetFile(self.folder / ROWS_FILE)
         self._tags: dict[str, str] | None = None
         sizes = {self._index.ntotal, self._rows.metadata.num_rows, facts.num_rows}
         if len(sizes) > 1 or self._index.d != facts.num_features:
-            raise OutputError(f"{folder} does not fit together: its files have {sorted(sizes)} rows; {BUILD_AGAIN}")
+            raise StoredDataError(
+                f"{folder} does not fit together: its files have {sorted(sizes)} rows; {BUILD_AGAIN}"
+            )
 
     def search(self, queries: Vectors, count: int) -> list[list[Neighbour]]:
-        """The `count` nearest rows of each query [Q, C], nearest first; fewer where there are fewer rows."""
+        """The `count` nearest rows of each query [Q, C], nearest first; fewer if the index has fewer rows."""
         if queries.ndim != 2 or queries.shape[1] != self.facts.num_features:
             raise SettingsError(f"queries must be [N, {self.facts.num_features}], got {list(queries.shape)}")
         count = min(count, self.facts.num_rows)
@@ -193,11 +198,11 @@ class Index:
         ]
 
     def search_rows(self, queries: Vectors, count: int) -> tuple[Vectors, np.ndarray[Any, Any]]:
-        """Scores and row numbers of the nearest, each [Q, count]; -1 where a search found fewer."""
-        scores, rows = search_rows(self._index, prepared(queries, self.facts.metric), count, self.facts.width)
+        """Scores and row numbers of the nearest, each [Q, count]. A row number is -1 if a search found fewer."""
+        scores, rows = search_rows(self._index, prepare_vectors(queries, self.facts.metric), count, self.facts.width)
         found = rows >= 0
         if not np.isfinite(scores[found]).all() or (rows >= self.facts.num_rows).any():
-            raise OutputError(
+            raise StoredDataError(
                 f"{self.folder} gives rows or scores that cannot be: it is damaged, or was made of embeddings that "
                 f"are no finite numbers; {BUILD_AGAIN}"
             )
@@ -222,7 +227,7 @@ class Index:
         return found
 
     def tag(self, shard: str) -> str | None:
-        """The version of a shard that is in the index (see `pipeline.output.parts.version_tag`)."""
+        """The version of a shard that is in the index (see `pipeline.output.names.version_tag`), if any."""
         if self._tags is None:
             self._tags = {part.shard: part.tag for part in read_parts(self.folder)}
         return self._tags.get(shard)
@@ -236,7 +241,7 @@ def open_index(path: str | Path) -> Index:
         SettingsError: FAISS is not installed.
     """
     folder = Path(path)
-    facts = read_facts(folder)
+    facts = read_index_facts(folder)
     if facts is None:
         raise OutputError(f"{folder} is not an index: it has no {INDEX_FILE}; make one with jobs/index.py")
     return Index(folder, facts)

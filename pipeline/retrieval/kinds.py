@@ -1,8 +1,8 @@
-"""The kinds of FAISS index: which one for how many rows, and what each does in its own way.
+"""The kinds of FAISS index: which one for how many rows, and what differs between them.
 
-flat  every embedding is compared: exact. Up to `FLAT_ROWS` rows that fit the memory.
-hnsw  a graph of neighbours over all embeddings, in memory. While these fit the memory.
-ivf   lists of embeddings around centroids, on disk. Beyond.
+flat  compares a query with every embedding: exact. Up to `FLAT_ROWS` rows that fit the memory.
+hnsw  a graph of neighbours over all embeddings, in memory. While embeddings and graph fit the memory.
+ivf   lists of embeddings around centroids, on disk. Beyond that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.errors import SettingsError, StoredDataError
 from pipeline.output.stored import unit
 
 KINDS = ("flat", "hnsw", "ivf")
@@ -30,9 +30,9 @@ METRICS = ("cosine", "ip", "l2")
 FLAT_ROWS = 100_000
 HNSW_LINKS = 32
 HNSW_BUILD_WIDTH = 200
-# Links of a node: twice as many in the lowest level, of 4 bytes each, and few above.
+# Links of a row: twice HNSW_LINKS in the lowest level, of 4 bytes each, and few above.
 _HNSW_ROW_BYTES = 8 * HNSW_LINKS + 32
-# FAISS asks for at least 39 rows a centroid, and gains little above this.
+# FAISS wants at least 39 rows a centroid, and gains little above this number.
 IVF_TRAIN_ROWS = 64
 _BLOCK_BYTES = 32 * 2**20
 _FIRST_WIDTH = {"flat": 0, "hnsw": 64, "ivf": 8}
@@ -43,16 +43,16 @@ BUILD_AGAIN = "remove the folder of the index, and build the index again"
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def load_faiss() -> Any:
-    """The module `faiss`. Raises `SettingsError` that names the extra where it is not installed."""
+def load_faiss(submodule: str = "") -> Any:
+    """The module `faiss`, or a submodule. Raises `SettingsError` that names the extra if it is not installed."""
     try:
-        return importlib.import_module("faiss")
+        return importlib.import_module(f"faiss.{submodule}" if submodule else "faiss")
     except ImportError as error:
         raise SettingsError(f"FAISS is needed: pip install 'shard-embedder[index]' ({error})") from error
 
 
 def choose_kind(num_rows: int, num_features: int, memory_bytes: int) -> str:
-    """The kind for so many rows, by the rule above."""
+    """The kind for this many rows, by the rule above."""
     vector_bytes = 4 * num_rows * num_features
     if num_rows <= FLAT_ROWS and vector_bytes <= memory_bytes:
         return "flat"
@@ -60,18 +60,18 @@ def choose_kind(num_rows: int, num_features: int, memory_bytes: int) -> str:
 
 
 def num_lists(num_rows: int, num_features: int, memory_bytes: int) -> int:
-    """Lists of an ivf index: 4 times the root of its rows, as far as the rows to train them fit half the memory."""
+    """Lists of an ivf index: 4 times the root of its rows, or fewer so that training rows fit half the memory."""
     trainable = min(num_rows, memory_bytes // (8 * num_features)) // IVF_TRAIN_ROWS
     return max(1, min(round(4 * math.sqrt(num_rows)), trainable))
 
 
-def prepared(values: Vectors, metric: str) -> Vectors:
-    """Embeddings [N, C] as the index holds them: of length 1 for cosine."""
+def prepare_vectors(values: Vectors, metric: str) -> Vectors:
+    """Embeddings [N, C] as the index holds them: scaled to length 1 for cosine."""
     return unit(values) if metric == "cosine" else np.ascontiguousarray(values, np.float32)
 
 
-def new_index(kind: str, num_features: int, metric: str, lists: int) -> Any:
-    """An empty index; an ivf one has yet to be trained. `lists` is for ivf alone."""
+def create_index(kind: str, num_features: int, metric: str, lists: int) -> Any:
+    """An empty index. An ivf index has `lists` lists and is not trained yet."""
     faiss = load_faiss()
     measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     if kind == "flat":
@@ -81,7 +81,7 @@ def new_index(kind: str, num_features: int, metric: str, lists: int) -> Any:
         index.hnsw.efConstruction = HNSW_BUILD_WIDTH
         return index
     index = faiss.IndexIVFFlat(faiss.IndexFlat(num_features, measure), num_features, lists, measure)
-    index.cp.min_points_per_centroid = 1  # what is asked for is trained, without a warning
+    index.cp.min_points_per_centroid = 1  # train on few rows too, without a warning
     return index
 
 
@@ -95,12 +95,15 @@ def add_rows(index: Any, values: Vectors, first_row: int) -> None:
 
 
 def merge_on_disk(trained: Any, pieces: Sequence[Any], lists_path: Path) -> Any:
-    """One ivf index of all rows of ivf `pieces`, with its lists in `lists_path`; they are never in memory at once.
+    """One ivf index of all rows of ivf `pieces`, with its lists in the file `lists_path`, never all in memory.
 
-    `trained` is the empty index that they were made of. Raises `OSError` where the disk has no space for the lists.
+    `trained` is the empty index that the pieces were copied from. Raises `OSError` if the disk has too little space.
+
+    FAISS's own `contrib.ondisk.merge_ondisk` finds the lists of a piece at the path where they were written, so that
+    nothing could be added to an index that was moved.
     """
     faiss = load_faiss()
-    # FAISS writes into a map of the file, where a full disk is death.
+    # FAISS writes to a memory map of the file: a full disk would kill the process.
     needed = sum(piece.ntotal for piece in pieces) * (trained.code_size + _ROW_NUMBER_BYTES)
     if shutil.disk_usage(lists_path.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(lists_path))
@@ -115,8 +118,8 @@ def merge_on_disk(trained: Any, pieces: Sequence[Any], lists_path: Path) -> Any:
     return trained
 
 
-def emptied(index: Any) -> Any:
-    """A trained ivf index without the rows of `index`."""
+def copy_without_rows(index: Any) -> Any:
+    """An empty ivf index with the trained lists of `index`."""
     faiss = load_faiss()
     measure = index.metric_type
     quantizer = faiss.IndexFlat(index.d, measure)
@@ -125,7 +128,7 @@ def emptied(index: Any) -> Any:
 
 
 def write_index(index: Any, path: Path) -> None:
-    """Write an index to a local file. Raises `OSError` where the disk is full, or the like."""
+    """Write an index to a local file. Raises `OSError` if the disk is full, or the like."""
     try:
         load_faiss().write_index(index, str(path))
     except RuntimeError as error:
@@ -133,24 +136,24 @@ def write_index(index: Any, path: Path) -> None:
 
 
 def read_index(path: Path, *, is_piece: bool = False) -> Any:
-    """Read an index; the lists of an ivf one stay on disk, be they in its file (a piece) or in one of their own.
+    """Read an index. The lists of an ivf index stay on disk: in the same file for a piece, else in another.
 
     Raises:
-        OutputError: it cannot be read.
+        StoredDataError: it cannot be read.
     """
     faiss = load_faiss()
-    # With this flag FAISS maps the lists in the file itself, but would not map those of another file.
+    # With this flag FAISS maps lists in the same file, and does not map those in another.
     flags = faiss.IO_FLAG_MMAP if is_piece else 0
     try:
         with _stdout_to_stderr():
             return faiss.read_index(str(path), flags | faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR)
     except (RuntimeError, MemoryError) as error:
-        raise OutputError(f"{path} is not a FAISS index: {_last_line(error)}; {BUILD_AGAIN}") from error
+        raise StoredDataError(f"{path} is not a FAISS index: {_last_line(error)}; {BUILD_AGAIN}") from error
 
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """FAISS tells of files on disk on standard output, which is for what a command gives."""
+    """FAISS prints about its files to standard output, which belongs to a command's results."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:
@@ -158,7 +161,7 @@ def _stdout_to_stderr() -> Iterator[None]:
         try:
             yield
         finally:
-            # What C's own buffer still holds, before it would go to the other place.
+            # C's buffer still holds some of it.
             ctypes.CDLL(None).fflush(None)
             os.dup2(kept, 1)
     finally:
@@ -166,15 +169,15 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _last_line(error: Exception) -> str:
-    """FAISS tells the C++ function and line before what went wrong."""
+    """The message of an error of FAISS, which begins with the C++ function and line."""
     return str(error).strip().rpartition("\n")[2]
 
 
 def search_rows(index: Any, queries: Vectors, count: int, width: int) -> tuple[Vectors, np.ndarray[Any, Any]]:
     """The nearest rows of prepared `queries` [Q, C]: scores and row numbers, each [Q, K], best first.
 
-    A score of l2 is the distance, not its square. Where there are fewer rows, or a narrow search finds
-    fewer, the row is -1. `width` is how much of the index is looked at.
+    The score of l2 is the distance, not its square. A row number is -1 if there are fewer rows, or if a narrow
+    search found fewer. `width` says how much of the index to look at.
     """
     faiss = load_faiss()
     kind = kind_of(index)
@@ -194,8 +197,12 @@ def kind_of(index: Any) -> str:
     return "ivf" if hasattr(index, "nlist") else "hnsw" if hasattr(index, "hnsw") else "flat"
 
 
-def held(index: Any) -> Iterator[tuple[np.ndarray[Any, Any], Vectors]]:
-    """Every row that an index holds, some at a time: row numbers [N] and embeddings [N, C]."""
+def iterate_rows(index: Any) -> Iterator[tuple[np.ndarray[Any, Any], Vectors]]:
+    """Every row of an index, in blocks: row numbers [N] and embeddings [N, C].
+
+    FAISS's own `contrib.inspect_tools.get_invlist` copies a whole list, which can be most of the index where many
+    images are alike.
+    """
     faiss = load_faiss()
     block = max(1, _BLOCK_BYTES // (4 * index.d))
     if kind_of(index) != "ivf":
@@ -208,15 +215,15 @@ def held(index: Any) -> Iterator[tuple[np.ndarray[Any, Any], Vectors]]:
         size = lists.list_size(number)
         for start in range(0, size, block):
             count = min(block, size - start)
-            # Pointers of a list on disk are into its file; the copies are of one block.
+            # A list on disk is mapped: only the copy of one block is in memory.
             rows = faiss.rev_swig_ptr(lists.get_ids(number), size)[start : start + count].copy()
             codes = faiss.rev_swig_ptr(lists.get_codes(number), size * index.code_size)
             some = codes[start * index.code_size : (start + count) * index.code_size]
             yield rows, some.copy().view(np.float32).reshape(count, index.d)
 
 
-def widths(index: Any) -> Iterator[int]:
-    """How wide a search of an index may be, from narrow to the widest."""
+def search_widths(index: Any) -> Iterator[int]:
+    """The widths to search an index with, from the narrowest to the widest."""
     kind = kind_of(index)
     width = _FIRST_WIDTH[kind]
     if kind == "flat":

@@ -1,19 +1,20 @@
-"""How many of the true nearest neighbours an index finds: measured, not assumed."""
+"""How many of the true nearest neighbours an index finds, by measuring."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.retrieval.kinds import Vectors, held, load_faiss, search_rows, widths
+from pipeline.retrieval.kinds import Vectors, iterate_rows, load_faiss, search_rows, search_widths
 
 NEAREST = 10
 NUM_QUERIES = 100
-# A search as wide as it takes to find this share, as long as there is a wider one.
+# The search is made wider until it finds this share.
 TARGET = 0.95
-# The same score computed in another order of additions.
+# The same score, added up in another order, differs by this share.
 _TOLERANCE = 1e-5
 
 
@@ -25,60 +26,68 @@ class Recall(NamedTuple):
     width: int
 
 
-def measure(index: Any) -> Recall:
-    """Search for rows of the index, narrow and then wider, until nine of ten neighbours and more are found.
+def measure_recall(index: Any) -> Recall:
+    """Search for rows of the index, wider and wider, until the recall is `TARGET`.
 
-    The true neighbours are those of every row that the index holds, compared one by one. A row itself
-    does not count as its neighbour. A neighbour as near as the tenth counts as one of the ten: where
-    several are equally near, any of them is right.
+    The true neighbours come from an exact search of all rows. A row is not its own neighbour. Every neighbour that
+    is as near as the tenth counts as one of the ten: of several that are equally near, any is right.
     """
     rows = sorted(random.Random(0).sample(range(index.ntotal), min(NUM_QUERIES, index.ntotal)))
     count = min(NEAREST, index.ntotal - 1)
     if count < 1:
-        return Recall(1.0, 0, next(widths(index)))
-    queries = _vectors_of(index, rows)
+        return Recall(1.0, 0, next(search_widths(index)))
+    queries = _read_rows(index, rows)
     exact = exact_scores(index, queries, rows, count)
     result = Recall(0.0, len(rows), 0)
-    for width in widths(index):
+    for width in search_widths(index):
         result = Recall(_recall(index, queries, rows, exact, width), len(rows), width)
         if result.recall >= TARGET:
             break
     return result
 
 
-def _vectors_of(index: Any, rows: list[int]) -> Vectors:
+def _read_rows(index: Any, rows: list[int]) -> Vectors:
+    """The embeddings [N, C] of `rows`."""
     found = np.zeros((len(rows), index.d), np.float32)
-    for numbers, values in held(index):
-        positions = np.searchsorted(rows, numbers)
-        wanted = np.flatnonzero(np.array(rows)[np.minimum(positions, len(rows) - 1)] == numbers)
-        found[positions[wanted]] = values[wanted]
+    for numbers, values in iterate_rows(index):
+        _, positions, places = np.intersect1d(rows, numbers, assume_unique=True, return_indices=True)
+        found[positions] = values[places]
     return found
 
 
-def exact_scores(index: Any, queries: Vectors, own: list[int], count: int) -> np.ndarray[Any, Any]:
-    """Scores of the `count` nearest other rows of each query, [Q, count] from best to worst; higher is nearer.
+def exact_scores(index: Any, queries: Vectors, rows: list[int], count: int) -> Vectors:
+    """Scores of the `count` nearest other rows of each query, [Q, count], best first; higher is nearer.
 
-    `own` are the rows of the queries. For l2 the score is minus the square of the distance.
+    `queries` are the embeddings of `rows`. For l2 a score is minus the square of the distance.
     """
-    is_l2 = index.metric_type == load_faiss().METRIC_L2
-    best = np.full((len(queries), count), -np.inf)
-    for numbers, values in held(index):
-        scores = queries @ values.T
-        if is_l2:
-            squares = (queries**2).sum(axis=1)[:, None] + (values**2).sum(axis=1)[None, :]
-            scores = 2 * scores - squares
-        scores[np.array(own)[:, None] == numbers[None, :]] = -np.inf
-        best = np.sort(np.concatenate([best, scores], axis=1), axis=1)[:, -count:]
-    return best[:, ::-1]
+    metric = index.metric_type
+    # FAISS counts the rows as they come, which for lists is not the order of their numbers.
+    own_places = np.full(len(rows), -1)
+
+    def blocks() -> Iterator[Vectors]:
+        first = 0
+        for numbers, values in iterate_rows(index):
+            _, positions, places = np.intersect1d(rows, numbers, assume_unique=True, return_indices=True)
+            own_places[positions] = first + places
+            first += len(numbers)
+            yield values
+
+    exhaustive = load_faiss("contrib.exhaustive_search")
+    scores, places = exhaustive.knn_ground_truth(queries, blocks(), count + 1, metric, ngpu=0)
+    is_own = places == own_places[:, None]
+    # The query itself is not there if enough others are as near.
+    is_own[~is_own.any(axis=1), -1] = True
+    others: Vectors = scores[~is_own].reshape(len(rows), count)
+    return -others if metric == load_faiss().METRIC_L2 else others
 
 
-def _recall(index: Any, queries: Vectors, own: list[int], exact: np.ndarray[Any, Any], width: int) -> float:
+def _recall(index: Any, queries: Vectors, rows: list[int], exact: Vectors, width: int) -> float:
     count = exact.shape[1]
-    scores, rows = search_rows(index, queries, count + 1, width)
+    scores, found = search_rows(index, queries, count + 1, width)
     if index.metric_type == load_faiss().METRIC_L2:
         scores = -(scores**2)
-    others = (rows >= 0) & (rows != np.array(own)[:, None])
-    # Sums of products are exact to a share of the largest of these.
+    others = (found >= 0) & (found != np.array(rows)[:, None])
+    # A sum of products is exact to a share of the largest of them.
     sizes = np.maximum((queries**2).sum(axis=1, keepdims=True), np.abs(exact[:, -1:]))
     least = exact[:, -1:] - _TOLERANCE * sizes
     hits = (others & (scores >= least)).sum(axis=1)

@@ -1,4 +1,4 @@
-"""Image files in, the nearest embeddings of an index out."""
+"""Finds the nearest embeddings of an index for image files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipeline.retrieval.index import Index, Neighbour
 
 
 class Hit(NamedTuple):
-    """A query, without its embedding, and its nearest, nearest first; none where the query has a reason."""
+    """A query without its embedding, and its neighbours, nearest first. A query with an error reason has none."""
 
     query: Query
     neighbours: list[Neighbour]
 
 
 def search_images(index: Index, embedder: QueryEmbedder, images: Iterable[Path], count: int) -> Iterator[Hit]:
-    """The `count` nearest of each image, in order."""
+    """The `count` nearest neighbours of each image, in the order of the images."""
     waiting: list[Query] = []
     for query in embedder(images):
         waiting.append(query)

@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 from webdataset import ShardWriter
 
 from pipeline.core.errors import InputError, OutputError, SettingsError
+from pipeline.core.formatting import format_count
+from pipeline.core.progress import Progress, no_progress
 from pipeline.shards.find import SUFFIX
 from pipeline.shards.keys import IMAGE_EXTENSIONS, printable, split_key
 
@@ -164,7 +166,7 @@ def _escaped(text: str, also: str) -> str:
     )
 
 
-def pack(config: PackConfig, found: Found, on_image: Callable[[], None] = lambda: None) -> Packed:
+def pack(config: PackConfig, found: Found, on_progress: Progress = no_progress) -> Packed:
     """Write the images as shards, which appear in `config.shards` when all are written.
 
     Raises:
@@ -176,7 +178,7 @@ def pack(config: PackConfig, found: Found, on_image: Callable[[], None] = lambda
     for leftover in config.shards.glob(f"{_TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=config.shards) as temporary:
-        num_bytes = _write(config, found.images, temporary, on_image)
+        num_bytes = _write(config, found.images, temporary, on_progress)
         names = _publish(Path(temporary), config.shards, old)
     return Packed(names, len(found.images), num_bytes)
 
@@ -202,7 +204,7 @@ def check_old_shards(config: PackConfig) -> list[Path]:
     return old
 
 
-def _write(config: PackConfig, images: Iterable[ImageFile], temporary: str, on_image: Callable[[], None]) -> int:
+def _write(config: PackConfig, images: Sequence[ImageFile], temporary: str, on_progress: Progress) -> int:
     """Write the shards under temporary names, and return the number of image bytes in them."""
     numbers = {label: i for i, label in enumerate(sorted({image.label for image in images} - {""}))}
     # ShardWriter fills in the shard's number with the % operator, and takes other % for its own.
@@ -210,7 +212,7 @@ def _write(config: PackConfig, images: Iterable[ImageFile], temporary: str, on_i
     num_bytes = shard_bytes = 0
     # ShardWriter's own limit of bytes counts no headers, and is looked at only after it is passed.
     with ShardWriter(pattern, config.max_samples, sys.maxsize, verbose=0, encoder=False, **_HEADER) as writer:
-        for image in images:
+        for number, image in enumerate(images, 1):
             sample = _make_sample(config.folder, image, numbers)
             sample_bytes = _tar_bytes(sample)
             if writer.count and _padded(shard_bytes + sample_bytes) > config.max_bytes:
@@ -218,7 +220,7 @@ def _write(config: PackConfig, images: Iterable[ImageFile], temporary: str, on_i
             shard_bytes = sample_bytes + (shard_bytes if 0 < writer.count < config.max_samples else 0)
             writer.write(sample)
             num_bytes += len(sample[image.extension])
-            on_image()
+            on_progress("images packed", number, len(images))
     return num_bytes
 
 
@@ -269,9 +271,4 @@ def _publish(temporary: Path, shards: Path, old: list[Path]) -> list[str]:
 def describe_left_out(left_out: Counter[str]) -> str:
     """Which files were not packed: how many, by reason."""
     reasons = ", ".join(f"{left_out[reason]} {reason}" for reason in sorted(left_out))
-    return f"left out, as no images, {count_of(left_out.total(), 'file')}: {reasons}"
-
-
-def count_of(number: int, noun: str) -> str:
-    """`1 class`, `2 classes`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+    return f"left out, as no images, {format_count(left_out.total(), 'file')}: {reasons}"

@@ -48,6 +48,17 @@ def images(
     return found
 
 
+def image_sizes(shard: Shard, image_member: str | None, wanted: set[int]) -> dict[int, int]:
+    """The bytes of the encoded images of the `wanted` samples. Raises as `images` does."""
+    found: dict[int, int] = {}
+    with open_tar(shard) as tar:
+        for index, (_, members) in enumerate(itertools.islice(tar.samples(), max(wanted) + 1)):
+            member = _find_image(members, image_member) if index in wanted else None
+            if member is not None:
+                found[index] = member.size
+    return found
+
+
 def is_one_image(shard: Shard, image_member: str | None, wanted: set[int]) -> bool:
     """Whether the `wanted` samples of a shard have the same image, byte for byte. Raises as `images` does."""
     first: bytes | None = None
@@ -147,7 +158,12 @@ class TarReader:
 
 
 def _image(tar: TarReader, members: Members, image_member: str | None) -> bytes | None:
-    """The sample's image: of the member whose extension comes first in the documented order."""
+    member = _find_image(members, image_member)
+    return None if member is None else tar.read(member)
+
+
+def _find_image(members: Members, image_member: str | None) -> tarfile.TarInfo | None:
+    """The member that is the sample's image: its extension comes first in the documented order."""
     ranked = [(image_rank(extension, image_member), member) for extension, member in members]
     known = [(rank, member) for rank, member in ranked if rank is not None]
-    return tar.read(min(known, key=lambda item: item[0])[1]) if known else None
+    return min(known, key=lambda item: item[0])[1] if known else None

@@ -1,11 +1,13 @@
-"""What a verification tells: the rules, what breaks them, and the verdict."""
+"""The result of a verification: the rules, the findings that break them, and the verdict."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
+
+from pipeline.core.formatting import one_line
 
 RULES = {
     "no-parts": "an output holds at least one part",
@@ -37,16 +39,13 @@ RULES = {
     "recompute": "an embedding is that of its image",
 }
 
-# A part with one of these is made again where it is deleted; what the others find is not mended so.
+# A run makes a part with one of these findings again once the part is deleted.
 _REMADE = frozenset(
     {"errors-missing", "unreadable", "schema", "fingerprint", "metadata", "checksum", "counts"}
     | {"sample-index", "shard-column", "not-finite", "tar-id", "recompute"}
 )
-# A run finds these by itself.
+# A run mends these without anything deleted.
 _RUN_AGAIN = frozenset({"no-parts", "part-missing", "part-twice", "old-version", "shard-missing", "shard-broken"})
-
-# Told as (what, done, total).
-Progress = Callable[[str, int, int], None]
 
 
 class Finding(NamedTuple):
@@ -62,7 +61,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Verdict:
-    """What was read, and all that is wrong with it. `notes` tell what is unusual and not wrong."""
+    """What was read, and every fault in it. `notes` say what is unusual and no fault."""
 
     output: str
     fingerprint: str
@@ -79,7 +78,7 @@ class Verdict:
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def find(self, file: str, rule: str, value: str) -> None:
+    def add_finding(self, file: str, rule: str, value: str) -> None:
         """Add a finding."""
         self.findings.append(Finding(file, rule, value))
 
@@ -89,28 +88,23 @@ class Verdict:
         return not self.findings
 
     def to_delete(self) -> list[str]:
-        """What must go below the output: parts, which a run then makes anew with their errors, and errors of none."""
+        """Paths below the output to delete: parts that a run then makes again, and errors files without a part."""
         spoiled = {finding.file.partition("/")[2] for finding in self.findings if finding.rule in _REMADE}
         alone = {finding.file for finding in self.findings if finding.rule == "errors-alone"}
         return sorted({f"embeddings/{name}" for name in spoiled if name.endswith(".parquet")} | alone)
 
     @property
     def mended_by_a_run(self) -> bool:
-        """Whether a run, after `to_delete` is gone, mends something."""
+        """Whether a run mends something, once `to_delete` is deleted."""
         return any(finding.rule in _REMADE | _RUN_AGAIN for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: everything, with each finding's rule spelled out."""
+        """Everything, for JSON, with the meaning of each finding's rule."""
         findings = [{**finding._asdict(), "means": RULES[finding.rule]} for finding in self.findings]
         return {"proven": self.proven, **asdict(self), "findings": findings}
 
 
-def one_line(text: str) -> str:
-    """`text` on one line, with what a terminal would act on escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def few(texts: Iterable[str], most: int = 3, separator: str = ", ") -> str:
-    """The first of `texts`, with dots where there are more."""
+def first_few(texts: Iterable[str], most: int = 3, separator: str = ", ") -> str:
+    """The first `most` of `texts`, with dots if there are more."""
     shown = list(itertools.islice(texts, most + 1))
     return separator.join(shown[:most]) + (" ..." if len(shown) > most else "")

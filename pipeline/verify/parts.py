@@ -1,4 +1,4 @@
-"""One stored part, read to its last row, against run.json, its name, its metadata and its errors."""
+"""Checks one stored part, to its last row, against run.json, its name, its metadata and its errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pipeline.core.storage import join, read_bytes
 from pipeline.output.fingerprint import Fingerprint, read_fingerprint
 from pipeline.output.names import EMBEDDINGS, ERRORS, RUN_FILE, PartName, version_tag
 from pipeline.output.parts import content_sha256, fingerprint_of, vectors
-from pipeline.verify.findings import Finding, few
+from pipeline.verify.findings import Finding, first_few
 
 PIECE_BYTES = 32 * 2**20
 _LENGTH_TOLERANCE = {"float32": 1e-4, "float16": 2e-3}
@@ -37,7 +37,7 @@ _LENGTH_TOLERANCE = {"float32": 1e-4, "float16": 2e-3}
 
 @dataclass(frozen=True)
 class Expected:
-    """What every part must be like, by the settings in run.json."""
+    """What the settings in run.json promise of every part."""
 
     made: Fingerprint
     digest: str
@@ -49,8 +49,8 @@ class Expected:
     image_member: str | None
 
 
-def expectation(output: str) -> Expected:
-    """What run.json promises. Raises `OutputError` where it is missing or broken."""
+def read_expected(output: str) -> Expected:
+    """Read what run.json promises. Raises `OutputError` if it is missing or broken."""
     made = read_fingerprint(output)
     if made is None:
         raise OutputError(f"{output} is not an output: it has no {RUN_FILE}")
@@ -70,27 +70,27 @@ def expectation(output: str) -> Expected:
 
 
 class Rows(NamedTuple):
-    """Which samples the rows of a file are: their indices (-1 for null) and ids."""
+    """The samples of a file's rows: their indices (-1 for null) and ids."""
 
     indices: np.ndarray[Any, Any]
     ids: list[str | None]
 
     def samples(self) -> Iterator[tuple[int, str | None]]:
-        """Index and id of each row that stands for a sample: the fault of a broken shard does not."""
+        """Index and id of each row that is a sample. The row with a broken shard's fault is none."""
         rows = zip(self.indices.tolist(), self.ids, strict=True)
         return ((index, image_id) for index, image_id in rows if index >= 0)
 
-    def named(self, rows: list[int]) -> str:
-        """`rows` in a few words."""
-        return f"{len(rows)} rows: {few(f'sample {self.indices[row]} ({self.ids[row]!a})' for row in rows)}"
+    def describe(self, rows: list[int]) -> str:
+        """How many `rows` there are, and the first of them."""
+        return f"{len(rows)} rows: {first_few(f'sample {self.indices[row]} ({self.ids[row]!a})' for row in rows)}"
 
 
 _NO_ROWS = Rows(np.zeros(0, np.int64), [])
 
 
 @dataclass
-class Part:
-    """What was found in one part. `whole` is false where its rows could not be read or are not known."""
+class CheckedPart:
+    """The content of one part, and its findings. `whole` is false if its rows are not known."""
 
     name: PartName
     findings: list[Finding] = field(default_factory=list)
@@ -100,22 +100,22 @@ class Part:
     embedded: Rows = _NO_ROWS
     errors: Rows = _NO_ROWS
     fault: str | None = None
-    # The only embedding there is in it, where all its rows are alike.
+    # The embedding that all its rows have, if they are the same.
     alike: bytes | None = None
 
     @property
     def end_index(self) -> int:
-        """The sample that the next part begins at."""
+        """The first sample of the next part."""
         return self.first_index + self.num_samples
 
-    def find(self, folder: str, rule: str, value: str) -> None:
+    def add_finding(self, folder: str, rule: str, value: str) -> None:
         """Add a finding about the part's file in `folder`."""
         self.findings.append(Finding(f"{folder}/{self.name}", rule, value))
 
 
-def check_part(output: str, expected: Expected, name: PartName, has_errors: bool) -> Part:
-    """Read one part and its errors to the last row, and hold them against each other."""
-    part = Part(name)
+def check_part(output: str, expected: Expected, name: PartName, has_errors: bool) -> CheckedPart:
+    """Read one part and its errors to the last row, and compare them with each other."""
+    part = CheckedPart(name)
     embeddings = _read(output, expected, part, EMBEDDINGS)
     errors = _read(output, expected, part, ERRORS) if has_errors else None
     if embeddings is None:
@@ -123,13 +123,13 @@ def check_part(output: str, expected: Expected, name: PartName, has_errors: bool
     part.embedded, part.alike = embeddings.rows, embeddings.check.alike
     for rule, rows in embeddings.check.bad.items():
         if rows:
-            part.find(EMBEDDINGS, rule, part.embedded.named(rows))
+            part.add_finding(EMBEDDINGS, rule, part.embedded.describe(rows))
     is_known = _check_metadata(expected, part, embeddings.metadata)
     counted = embeddings.metadata.get("num_errors")
     if not has_errors and counted not in ("0", None):
-        part.find(ERRORS, "errors-missing", f"it is not there, and the part counts {counted} errors")
+        part.add_finding(ERRORS, "errors-missing", f"it is missing, and the part counts {counted} errors")
     elif has_errors and counted == "0":
-        part.find(ERRORS, "errors-alone", "it is there, and the part counts no errors")
+        part.add_finding(ERRORS, "errors-alone", "it is there, and the part counts no errors")
     if errors is not None:
         part.errors = errors.rows
         _check_errors(part, embeddings, errors)
@@ -140,7 +140,7 @@ def check_part(output: str, expected: Expected, name: PartName, has_errors: bool
 
 
 class _File:
-    """A Parquet of a part: its metadata, and what its rows say, complete when `pieces` has run out."""
+    """One Parquet file of a part: its metadata, and what its rows say once `pieces` was read to its end."""
 
     def __init__(self, data: bytes, expected: Expected) -> None:
         self._file = pq.ParquetFile(pa.BufferReader(data))
@@ -158,7 +158,7 @@ class _File:
         self.reasons: list[str] = []
 
     def pieces(self) -> Iterator[pa.Table]:
-        """The rows a few at a time, looked at as they go by."""
+        """The rows, some at a time; each is checked on the way."""
         yield self.schema.empty_table()
         for batch in self._file.iter_batches(batch_size=self._piece_rows, use_threads=False):
             piece = pa.Table.from_batches([batch])
@@ -177,7 +177,7 @@ class _File:
 
 
 class _VectorCheck:
-    """What is wrong with the embeddings of a part, told piece by piece."""
+    """What is wrong with the embeddings of a part, which are added piece by piece."""
 
     def __init__(self, length_tolerance: float | None) -> None:
         self._tolerance = length_tolerance
@@ -187,51 +187,51 @@ class _VectorCheck:
         self.bad: dict[str, list[int]] = {"not-finite": [], "length": [], "constant": []}
 
     def add(self, values: np.ndarray[Any, Any]) -> None:
-        """The next rows, [N, C] or [N, C, H, W]."""
+        """Check the next rows, [N, C] or [N, C, H, W]."""
         if not len(values):
             return
         flat = values.reshape(len(values), -1)
         finite = np.isfinite(flat).all(axis=1)
-        self._tell("not-finite", ~finite)
+        self._record("not-finite", ~finite)
         if flat.shape[1] > 1:
-            self._tell("constant", finite & (flat == flat[:, :1]).all(axis=1))
+            self._record("constant", finite & (flat == flat[:, :1]).all(axis=1))
         if self._tolerance is not None:
             lengths = np.linalg.norm(flat.astype(np.float32), axis=1)
-            self._tell("length", finite & (np.abs(lengths - 1.0) > self._tolerance))
+            self._record("length", finite & (np.abs(lengths - 1.0) > self._tolerance))
         if self._first is None:
             self._first = flat[0].copy()
         self._alike = self._alike and bool((flat == self._first).all())
         self._num_rows += len(flat)
 
-    def _tell(self, rule: str, wrong: np.ndarray[Any, Any]) -> None:
+    def _record(self, rule: str, wrong: np.ndarray[Any, Any]) -> None:
         self.bad[rule].extend((np.flatnonzero(wrong) + self._num_rows).tolist())
 
     @property
     def alike(self) -> bytes | None:
-        """The one embedding that all rows have; None where they differ, or there are none."""
+        """The embedding that all rows have, or None if they differ or there are none."""
         return self._first.tobytes() if self._first is not None and self._alike else None
 
 
-def _read(output: str, expected: Expected, part: Part, folder: str) -> _File | None:
-    """One file of a part, read to its last row; None with findings where that cannot be."""
+def _read(output: str, expected: Expected, part: CheckedPart, folder: str) -> _File | None:
+    """One file of a part, read to its last row, or None with findings if that is impossible."""
     schema = expected.schema if folder == EMBEDDINGS else ERRORS_SCHEMA
     try:
         file = _File(read_bytes(join(output, f"{folder}/{part.name}")), expected)
         _check_fingerprint(expected, part, folder, file.metadata)
         if not file.schema.equals(schema):
-            part.find(folder, "schema", _schema_difference(file.schema, schema))
+            part.add_finding(folder, "schema", _schema_difference(file.schema, schema))
             return None
         checksum = content_sha256(file.pieces())
     except (pa.ArrowException, OSError, ValueError) as error:
-        part.find(folder, "unreadable", describe(error))
+        part.add_finding(folder, "unreadable", describe(error))
         return None
     said = file.metadata.pop("content_sha256", None)
     if said != checksum:
         value = f"rows hash to {checksum[:12]}, written were {said[:12]}" if said else "it has no content_sha256"
-        part.find(folder, "checksum", value)
+        part.add_finding(folder, "checksum", value)
     wrong = sorted(file.shards - {part.name.shard})
     if wrong:
-        part.find(folder, "shard-column", f"{wrong[0]!a} in a part of {part.name.shard!a}")
+        part.add_finding(folder, "shard-column", f"{wrong[0]!a} in a part of {part.name.shard!a}")
     return file
 
 
@@ -251,26 +251,26 @@ def _field(field: pa.Field) -> str:
     return f"{field.name} {field.type}{'' if field.nullable else ' not null'}"
 
 
-def _check_fingerprint(expected: Expected, part: Part, folder: str, metadata: dict[str, str]) -> None:
+def _check_fingerprint(expected: Expected, part: CheckedPart, folder: str, metadata: dict[str, str]) -> None:
     try:
         made = fingerprint_of(metadata)
     except StoredDataError as error:
-        part.find(folder, "fingerprint", str(error))
+        part.add_finding(folder, "fingerprint", str(error))
         return
     differences = made.settings.differences(expected.made.settings)
     if differences:
         value = "; ".join(f"{name} {own} instead of {wanted}" for name, own, wanted in differences)
-        part.find(folder, "fingerprint", value)
+        part.add_finding(folder, "fingerprint", value)
 
 
-def _check_metadata(expected: Expected, part: Part, metadata: dict[str, str]) -> bool:
-    """The part's metadata against its name and rows. Sets its samples; false where they cannot be known."""
+def _check_metadata(expected: Expected, part: CheckedPart, metadata: dict[str, str]) -> bool:
+    """Compare the part's metadata with its name and rows, and set its samples. False if they are not known."""
     name, num_rows = part.name, len(part.embedded.ids)
     numbers: dict[str, int] = {}
     for key in ("part", "first_index", "num_samples", "num_embedded", "num_errors", "shard_bytes"):
         text = metadata.get(key, "")
         if not re.fullmatch(r"\d{1,18}", text):
-            part.find(EMBEDDINGS, "metadata", f"{key} is {metadata.get(key)!a}, no count")
+            part.add_finding(EMBEDDINGS, "metadata", f"{key} is {metadata.get(key)!a}, no count")
             return False
         numbers[key] = int(text)
     end, num_embedded, num_samples = metadata.get("end"), numbers["num_embedded"], numbers["num_samples"]
@@ -285,38 +285,38 @@ def _check_metadata(expected: Expected, part: Part, metadata: dict[str, str]) ->
     ]
     for holds, value in rules:
         if not holds:
-            part.find(EMBEDDINGS, "metadata", value)
+            part.add_finding(EMBEDDINGS, "metadata", value)
     if is_known:
         part.first_index, part.num_samples = numbers["first_index"], num_samples
     return is_known
 
 
-def _check_errors(part: Part, embeddings: _File, errors: _File) -> None:
-    """An errors file against its part. A broken shard's fault is a row of its own, and no sample."""
+def _check_errors(part: CheckedPart, embeddings: _File, errors: _File) -> None:
+    """Compare an errors file with its part. A broken shard's fault is a row, but no sample."""
     for key in sorted(errors.metadata.keys() | embeddings.metadata.keys()):
         found, wanted = errors.metadata.get(key), embeddings.metadata.get(key)
         if found != wanted and key not in ("fingerprint", "settings", "versions"):
-            part.find(ERRORS, "metadata", f"{key} is {found!a}, its part has {wanted!a}")
+            part.add_finding(ERRORS, "metadata", f"{key} is {found!a}, its part has {wanted!a}")
     num_rows, counted = len(part.errors.ids), embeddings.metadata.get("num_errors")
     if counted not in (str(num_rows), "0"):
-        part.find(ERRORS, "metadata", f"num_errors is {counted}, it has {num_rows} rows")
+        part.add_finding(ERRORS, "metadata", f"num_errors is {counted}, it has {num_rows} rows")
     faults = np.flatnonzero(part.errors.indices < 0)
     num_faults = 1 if part.name.end == END_BROKEN else 0
     if len(faults) != num_faults:
-        part.find(ERRORS, "counts", f"{len(faults)} rows without sample_index, it must be {num_faults}")
+        part.add_finding(ERRORS, "counts", f"{len(faults)} rows without sample_index, it must be {num_faults}")
     if len(faults):
         part.fault = errors.reasons[int(faults[0])]
     empty = sum(not reason for reason in errors.reasons)
     if empty:
-        part.find(ERRORS, "metadata", f"{empty} rows without a reason")
+        part.add_finding(ERRORS, "metadata", f"{empty} rows without a reason")
 
 
-def _check_samples(part: Part) -> None:
-    """Every sample that the part covers is one row, in order."""
+def _check_samples(part: CheckedPart) -> None:
+    """Check that every sample of the part is one row, in order."""
     embedded, errors = part.embedded.indices, part.errors.indices[part.errors.indices >= 0]
     if len(embedded) + len(errors) != part.num_samples:
         value = f"{len(embedded)} embeddings and {len(errors)} errors for {part.num_samples} samples"
-        part.find(EMBEDDINGS, "counts", value)
+        part.add_finding(EMBEDDINGS, "counts", value)
     found, times = np.unique(np.concatenate([embedded, errors]), return_counts=True)
     expected = np.arange(part.first_index, part.end_index)
     faults = [
@@ -326,10 +326,10 @@ def _check_samples(part: Part) -> None:
     ]
     for samples, what in faults:
         if len(samples):
-            some = few(map(str, samples.tolist()), 5)
-            part.find(EMBEDDINGS, "sample-index", f"sample{'s' if len(samples) > 1 else ''} {some} {what}")
+            some = first_few(map(str, samples.tolist()), 5)
+            part.add_finding(EMBEDDINGS, "sample-index", f"sample{'s' if len(samples) > 1 else ''} {some} {what}")
     for folder, indices in ((EMBEDDINGS, embedded), (ERRORS, errors)):
         back = np.flatnonzero(np.diff(indices) < 0)
         if len(back):
             at = int(back[0])
-            part.find(folder, "sample-index", f"not in order: {indices[at + 1]} follows {indices[at]}")
+            part.add_finding(folder, "sample-index", f"not in order: {indices[at + 1]} follows {indices[at]}")

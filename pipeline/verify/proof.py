@@ -1,8 +1,8 @@
-"""Reads an output back and proves it, or names every fault: the Parquet alone, then against the tars.
+"""Reads an output back and proves that it is right, or names every fault: the Parquet, then against the tars.
 
-The tars are walked with the standard library's `tarfile`, not with the reader that made the output, so
-that a fault of that reader shows. What only another computation can show, whether an embedding is that
-of its image, is computed again for a random sample with the plain backbone in fp32.
+The standard library's `tarfile` reads the tars, and not the reader that made the output, so that a fault of that
+reader shows. Whether an embedding is that of its image shows only another computation: some, drawn at random,
+are computed again with the plain backbone in fp32.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.core.errors import StoreError
-from pipeline.core.formatting import format_count
+from pipeline.core.formatting import format_count, one_line
+from pipeline.core.progress import Progress, no_progress
 from pipeline.core.redact import describe
 from pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
 from pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
 from pipeline.shards.find import Shard, find_shards
-from pipeline.verify.findings import Progress, Verdict, one_line
-from pipeline.verify.parts import Expected, Part, check_part, expectation
-from pipeline.verify.recompute import Recompute, Source, draw, make_model, recompute_rows
-from pipeline.verify.shards import Group, check_group, compare
-from pipeline.verify.tars import Tar, walk
+from pipeline.verify.findings import Verdict
+from pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
+from pipeline.verify.recompute import Recompute, ShardPart, build_reference, draw_rows, recompute_rows
+from pipeline.verify.shards import ShardVersion, check_shard_version, compare_with_tar
+from pipeline.verify.tars import Tar, read_tar
 
 THREADS = 8
 _EXPECTED_FILES = (RUN_FILE, ".uncounted", "report.json", "report.html")
@@ -34,35 +35,36 @@ def verify(
     recompute: Recompute | None = None,
     *,
     threads: int = THREADS,
-    on_progress: Progress = lambda what, done, total: None,
+    on_progress: Progress = no_progress,
 ) -> Verdict:
-    """Read every part of `output`, and compare it with the tars of `inputs` where any are named.
+    """Read every part of `output`, and compare it with the tars of `inputs`, if any.
 
-    Memory holds `threads` parts at a time, and the ids of one shard or so. `recompute` needs `inputs`.
+    Memory holds `threads` parts at a time, and the ids of one or two shards. `recompute` needs `inputs`.
 
     Raises:
         OutputError: no output, or its run.json is missing or broken.
-        SettingsError: the input, or the weights of a required recomputation, cannot be had.
+        SettingsError: the input cannot be found, or the weights of a required recomputation cannot be loaded.
+        StoreError: the output cannot be listed.
     """
-    expected = expectation(output)
+    expected = read_expected(output)
     verdict = Verdict(output, expected.digest)
-    shards = _input(inputs, expected, verdict) if inputs else {}
-    model = make_model(expected.made, recompute, verdict) if recompute is not None and inputs else None
-    groups = _groups(_list(output, verdict), shards, verdict)
-    sources: list[Source] = []
-    for group, parts, tar in _checked(output, expected, groups, threads, on_progress):
-        check_group(group, parts, expected.image_member, verdict)
+    shards = _find_shards_by_name(inputs, expected, verdict) if inputs else {}
+    reference = build_reference(expected.made, recompute, verdict) if recompute is not None and inputs else None
+    versions = _group_by_version(_list_parts(output, verdict), shards, verdict)
+    sources: list[ShardPart] = []
+    for version, parts, tar in _check_in_threads(output, expected, versions, threads, on_progress):
+        check_shard_version(version, parts, expected.image_member, verdict)
         if tar is not None:
-            compare(group, parts, tar, verdict)
-            if tar.fault is None and not group.is_broken:
-                sources += [Source(part.name, tar.shard, len(part.embedded.ids)) for part in parts if part.whole]
-    if model is not None and recompute is not None:
-        drawn = draw(sources, recompute)
-        recompute_rows(output, expected.image_member, model, drawn, verdict, on_progress)
+            compare_with_tar(version, parts, tar, verdict)
+            if tar.fault is None and not version.is_broken:
+                sources += [ShardPart(part.name, tar.shard, len(part.embedded.ids)) for part in parts if part.whole]
+    if reference is not None and recompute is not None:
+        drawn = draw_rows(sources, recompute)
+        recompute_rows(output, expected.image_member, reference, drawn, verdict, on_progress)
     return verdict
 
 
-def _input(inputs: Sequence[str], expected: Expected, verdict: Verdict) -> dict[str, Shard]:
+def _find_shards_by_name(inputs: Sequence[str], expected: Expected, verdict: Verdict) -> dict[str, Shard]:
     found = find_shards(inputs)
     prefix = expected.made.input_prefix
     if found.prefix != prefix:
@@ -72,8 +74,8 @@ def _input(inputs: Sequence[str], expected: Expected, verdict: Verdict) -> dict[
     return {shard.name: shard for shard in found.shards}
 
 
-def _list(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
-    """The parts in embeddings/ and in errors/, by one listing; a file that has no place there is told."""
+def _list_parts(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
+    """The parts in embeddings/ and in errors/, from one listing. A file that does not belong there is a finding."""
     fs, base = locate(output)
     stored: dict[str, set[PartName]] = {EMBEDDINGS: set(), ERRORS: set()}
     num_temporary = num_leases = 0
@@ -93,26 +95,28 @@ def _list(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
             if path not in _EXPECTED_FILES:
                 verdict.notes.append(f"{one_line(path)} is no file of an output")
         elif name is None or str(name) != rest:
-            verdict.find(path, "stray-file", "not named as a part is")
+            verdict.add_finding(path, "stray-file", "not named as a part is")
         else:
             verdict.num_bytes += info.num_bytes
             stored[folder].add(name)
     if num_temporary:
         verdict.notes.append(
-            f"{num_temporary} temporary files in {TEMPORARY_FOLDER}/: a run died, which the next clears, or goes on"
+            f"{num_temporary} temporary files in {TEMPORARY_FOLDER}/: a run goes on or died; the next removes them"
         )
     if num_leases:
-        verdict.notes.append("a run holds the output, or died: what it has not stored yet may be missing")
+        verdict.notes.append("a run holds the output, or died: parts that it has not stored yet may be missing")
     if not stored[EMBEDDINGS]:
-        verdict.find(f"{EMBEDDINGS}/", "no-parts", "there is none")
+        verdict.add_finding(f"{EMBEDDINGS}/", "no-parts", "there is none")
     for name in sorted(stored[ERRORS] - stored[EMBEDDINGS]):
-        verdict.find(f"{ERRORS}/{name}", "errors-alone", f"{EMBEDDINGS}/{name} is not there")
+        verdict.add_finding(f"{ERRORS}/{name}", "errors-alone", f"{EMBEDDINGS}/{name} is missing")
     return stored
 
 
-def _groups(stored: dict[str, set[PartName]], shards: dict[str, Shard], verdict: Verdict) -> list[Group]:
-    """The shard versions to check, in the order of their names; versions that should not be there are told."""
-    groups: list[Group] = []
+def _group_by_version(
+    stored: dict[str, set[PartName]], shards: dict[str, Shard], verdict: Verdict
+) -> list[ShardVersion]:
+    """The shard versions to check, in the order of their names. A version that should not be there is a finding."""
+    versions: list[ShardVersion] = []
     tags: dict[str, list[str]] = defaultdict(list)
     elsewhere = 0
     by_version = itertools.groupby(sorted(stored[EMBEDDINGS]), key=lambda part: (part.shard, part.tag))
@@ -120,44 +124,47 @@ def _groups(stored: dict[str, set[PartName]], shards: dict[str, Shard], verdict:
         parts = list(found)
         shard = shards.get(name)
         present = shard is not None and version_tag(shard.num_bytes, shard.version) == tag
-        group = Group(parts, stored[ERRORS].intersection(parts), shard if present else None)
-        groups.append(group)
+        version = ShardVersion(parts, stored[ERRORS].intersection(parts), shard if present else None)
+        versions.append(version)
         tags[name].append(tag)
         if shard is None:
             elsewhere += 1
         elif not present:
             value = f"the input's {shard.url} is now {shard.num_bytes} bytes, version {shard.version}"
-            verdict.find(group.where, "old-version", value)
-    for name, versions in tags.items():
-        if len(versions) > 1 and name not in shards:
-            value = f"{len(versions)} versions, so its samples come {len(versions)} times: {', '.join(versions)}"
-            verdict.find(f"{EMBEDDINGS}/{name}.*", "two-versions", value)
+            verdict.add_finding(version.where, "old-version", value)
+    for name, found_tags in tags.items():
+        if len(found_tags) > 1 and name not in shards:
+            value = (
+                f"{len(found_tags)} versions, so its samples come {len(found_tags)} times: {', '.join(found_tags)}"
+            )
+            verdict.add_finding(f"{EMBEDDINGS}/{name}.*", "two-versions", value)
     for name in sorted(shards.keys() - tags.keys()):
-        verdict.find(f"{EMBEDDINGS}/{name}.*", "shard-missing", f"no part of {shards[name].url}")
+        verdict.add_finding(f"{EMBEDDINGS}/{name}.*", "shard-missing", f"no part of {shards[name].url}")
     if elsewhere and shards:
         verdict.notes.append(
             f"{format_count(elsewhere, 'shard')} stored and not in this input: not compared with any tar"
         )
     verdict.shards = len(tags)
-    return groups
+    return versions
 
 
-def _checked(
-    output: str, expected: Expected, groups: list[Group], threads: int, on_progress: Progress
-) -> Iterator[tuple[Group, list[Part], Tar | None]]:
-    """Read all parts and the tars beside them in threads, and give them shard by shard, in order."""
-    waiting: deque[tuple[Group, list[Future[Part]], Future[Tar] | None]] = deque()
-    total, done = sum(len(group.parts) for group in groups), 0
+def _check_in_threads(
+    output: str, expected: Expected, versions: list[ShardVersion], threads: int, on_progress: Progress
+) -> Iterator[tuple[ShardVersion, list[CheckedPart], Tar | None]]:
+    """Read all parts and their tars in threads, and yield them shard by shard, in order."""
+    waiting: deque[tuple[ShardVersion, list[Future[CheckedPart]], Future[Tar] | None]] = deque()
+    total, done = sum(len(version.parts) for version in versions), 0
     pool = ThreadPoolExecutor(threads, thread_name_prefix="verify")
     try:
-        for group in [*groups, None]:
-            if group is not None:
+        for version in [*versions, None]:
+            if version is not None:
                 futures = [
-                    pool.submit(check_part, output, expected, name, name in group.with_errors) for name in group.parts
+                    pool.submit(check_part, output, expected, name, name in version.with_errors)
+                    for name in version.parts
                 ]
-                tar = None if group.shard is None else pool.submit(walk, group.shard, expected.id)
-                waiting.append((group, futures, tar))
-            while waiting and (group is None or sum(len(parts) for _, parts, _ in waiting) > 8 * threads):
+                tar = None if version.shard is None else pool.submit(read_tar, version.shard, expected.id)
+                waiting.append((version, futures, tar))
+            while waiting and (version is None or sum(len(parts) for _, parts, _ in waiting) > 8 * threads):
                 oldest, futures, tar = waiting.popleft()
                 checked = []
                 for future in futures:

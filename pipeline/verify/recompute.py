@@ -1,4 +1,4 @@
-"""Embeddings computed again from their images, for what only another computation can show."""
+"""Computes embeddings again from their images, to show what no check of the stored data can."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from pipeline.backbones import build_backbone
 from pipeline.core.config import DECODES
 from pipeline.core.errors import SampleError, SettingsError, ShardError
+from pipeline.core.progress import Progress
 from pipeline.core.redact import describe
 from pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX
 from pipeline.core.storage import join, read_bytes
@@ -28,15 +29,15 @@ from pipeline.output.names import EMBEDDINGS, PartName
 from pipeline.output.parts import vectors
 from pipeline.shards.find import Shard
 from pipeline.shards.peek import images
-from pipeline.verify.findings import Progress, Verdict, few
+from pipeline.verify.findings import Verdict, first_few
 from pipeline.verify.parts import PIECE_BYTES
 
 RECOMPUTE_IMAGES = 8
-# Least cosine of a stored embedding with the same computed again in fp32; where the run computed or stored
-# it in fewer bits, or decoded on its devices.
+# Least cosine of a stored embedding with the one computed again in fp32.
 _COSINE = 0.9999
+# The same, for a run that computed or stored in fewer bits, or decoded on its devices.
 _COSINE_REDUCED = 0.999
-# Another row this many times nearer than a row's own: the two are swapped, not merely alike.
+# If another row is this many times nearer than the row itself, the two are swapped, not merely alike.
 _NEARER = 2.0
 
 
@@ -44,8 +45,8 @@ _NEARER = 2.0
 class Recompute:
     """How many embeddings to compute again (None: all), drawn by `seed`, and with which weights.
 
-    Without `weights` those that run.json names are used. Where they cannot be had that is an error if
-    they are `required`, else a note.
+    The default weights are those that run.json names. If they cannot be loaded, that is an error if the
+    recomputation is `required`, else a note.
     """
 
     num_images: int | None = RECOMPUTE_IMAGES
@@ -54,16 +55,16 @@ class Recompute:
     required: bool = False
 
 
-class Source(NamedTuple):
-    """A part to draw rows from, and the shard that it was made of."""
+class ShardPart(NamedTuple):
+    """A part to draw rows from, and its shard."""
 
     name: PartName
     shard: Shard
     num_rows: int
 
 
-class Model:
-    """An encoded image to features, with plain eager torch in fp32 on CPU, one step after the other."""
+class Reference:
+    """Computes the embedding of an encoded image with plain eager torch in fp32 on CPU."""
 
     def __init__(self, made: Fingerprint, spec: str | None) -> None:
         recipe = recipe_of(made, spec)
@@ -76,7 +77,7 @@ class Model:
         self._normalize = network.normalize
         is_full = (settings.precision, settings.dtype, settings.decode) == ("fp32", "float32", "cpu")
         self.least_cosine = _COSINE if is_full else _COSINE_REDUCED
-        # Rows of the same picture, one decoded by a device and one not, are as far apart as the decoders are.
+        # A device's decoder and the CPU's give embeddings of one image that are this far apart at most.
         self.apart = 0.0 if settings.decode == DECODES[0] else math.sqrt(2 * (1 - self.least_cosine))
 
     def embed(self, image: bytes) -> np.ndarray[Any, Any]:
@@ -89,10 +90,10 @@ class Model:
         return values
 
 
-def make_model(made: Fingerprint, recompute: Recompute, verdict: Verdict) -> Model | None:
-    """The model that `made` names, or None with a note. Raises `SettingsError` where it is required."""
+def build_reference(made: Fingerprint, recompute: Recompute, verdict: Verdict) -> Reference | None:
+    """The network that `made` records, or None with a note. Raises `SettingsError` if it is required."""
     try:
-        return Model(made, recompute.weights)
+        return Reference(made, recompute.weights)
     except SettingsError as error:
         if recompute.required:
             raise SettingsError(f"cannot compute embeddings again: {error}") from error
@@ -100,8 +101,8 @@ def make_model(made: Fingerprint, recompute: Recompute, verdict: Verdict) -> Mod
         return None
 
 
-def draw(sources: list[Source], recompute: Recompute) -> list[tuple[Source, list[int]]]:
-    """Rows to compute again, each as likely as any other, by part."""
+def draw_rows(sources: list[ShardPart], recompute: Recompute) -> list[tuple[ShardPart, list[int]]]:
+    """Draw the rows to compute again, every row with the same probability; by part."""
     starts = list(itertools.accumulate((source.num_rows for source in sources), initial=0))
     count = starts[-1] if recompute.num_images is None else min(recompute.num_images, starts[-1])
     rows: dict[int, list[int]] = defaultdict(list)
@@ -114,12 +115,12 @@ def draw(sources: list[Source], recompute: Recompute) -> list[tuple[Source, list
 def recompute_rows(
     output: str,
     image_member: str | None,
-    model: Model,
-    drawn: list[tuple[Source, list[int]]],
+    reference: Reference,
+    drawn: list[tuple[ShardPart, list[int]]],
     verdict: Verdict,
     on_progress: Progress,
 ) -> None:
-    """Compute the drawn rows again, part by part."""
+    """Compute the drawn rows again, and add to the verdict where they differ."""
     total = sum(len(rows) for _, rows in drawn)
     cosines: list[float] = []
     for source, rows in drawn:
@@ -131,11 +132,11 @@ def recompute_rows(
             values = vectors(table).reshape(len(table), -1)
             encoded = images(source.shard, image_member, {indices[row] for row in rows})
         except (pa.ArrowException, OSError, ShardError) as error:
-            verdict.find(file, "recompute", f"cannot be read again: {describe(error)}")
+            verdict.add_finding(file, "recompute", f"cannot be read again: {describe(error)}")
             continue
         faults: list[str] = []
         for row in rows:
-            fault, cosine = _disagreement(model, encoded.get(indices[row]), values, ids, row)
+            fault, cosine = _disagreement(reference, encoded.get(indices[row]), values, ids, row)
             if fault is not None:
                 faults.append(f"image_id {ids[row]!a}: {fault}")
             if cosine is not None:
@@ -143,24 +144,24 @@ def recompute_rows(
             verdict.recomputed += 1
             on_progress("recomputed", verdict.recomputed, total)
         if faults:
-            value = f"{len(faults)} of {len(rows)} rows: {few(faults, separator='; ')}"
-            verdict.find(file, "recompute", value)
+            value = f"{len(faults)} of {len(rows)} rows: {first_few(faults, separator='; ')}"
+            verdict.add_finding(file, "recompute", value)
     verdict.lowest_cosine = min(cosines, default=None)
 
 
 def _disagreement(
-    model: Model, image: bytes | None, values: np.ndarray[Any, Any], ids: list[str], row: int
+    reference: Reference, image: bytes | None, values: np.ndarray[Any, Any], ids: list[str], row: int
 ) -> tuple[str | None, float | None]:
     """How a row of a part's `values` [N, C] differs from the embedding of its image, and their cosine.
 
-    Cosine alone does not tell images apart where all embeddings are nearly alike, as those of random
-    weights are; so no other row of the part may be much nearer either. Of an output that was decoded by devices,
-    what is nearer than `Model.apart` may be the decoder's.
+    With random weights all embeddings have nearly the same direction, and their cosine shows little. So no other
+    row of the part may be much nearer to the image's embedding. Distances up to `Reference.apart` come from the
+    decoder of a device.
     """
     if image is None:
         return "its sample has no image in the tar", None
     try:
-        embedded = model.embed(image)
+        embedded = reference.embed(image)
     except SampleError as error:
         return f"its image cannot be decoded: {error}", None
     own = values[row].astype(np.float32)
@@ -168,15 +169,15 @@ def _disagreement(
     cosine = float(own @ embedded) / lengths if 0.0 < lengths < math.inf else 0.0
     distances = _distances(values, embedded)
     nearest = int(distances.argmin())
-    if distances[row] > max(_NEARER * distances[nearest], model.apart * float(np.linalg.norm(embedded))):
+    if distances[row] > max(_NEARER * distances[nearest], reference.apart * float(np.linalg.norm(embedded))):
         return f"its image's embedding is that of {ids[nearest]!a}", cosine
-    if not cosine >= model.least_cosine:
-        return f"cosine {cosine:.6f} with its image's, not {model.least_cosine} or more", cosine
+    if not cosine >= reference.least_cosine:
+        return f"cosine {cosine:.6f} with its image's, not {reference.least_cosine} or more", cosine
     return None, cosine
 
 
 def _distances(values: np.ndarray[Any, Any], embedded: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """L2 distances of rows [N, C] to one embedding [C]; infinite where a row is not finite."""
+    """L2 distances of rows [N, C] to one embedding [C]; infinite for a row that is not finite."""
     rows = max(1, PIECE_BYTES // embedded.nbytes)
     pieces = [
         np.linalg.norm(values[start : start + rows].astype(np.float32) - embedded, axis=1)

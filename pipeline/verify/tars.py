@@ -1,4 +1,4 @@
-"""The samples of a shard as the standard library's `tarfile` finds them, apart from our own reader."""
+"""Reads the samples of a shard with the standard library's `tarfile`, independently of our own reader."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pipeline.core.errors import SampleError, ShardError
 from pipeline.core.redact import describe
 from pipeline.shards.fields import MAX_METADATA_BYTES, literal
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import printable
 from pipeline.shards.peek import Members, TarReader, open_tar
 
 
 @dataclass
 class Tar:
-    """What `tarfile` finds in a shard: the key of each sample and, where ids are a field, that field."""
+    """What `tarfile` finds in a shard: the key of each sample and, if ids are a field, that field."""
 
     shard: Shard
     keys: list[str] = field(default_factory=list)
     ids: list[str | None] | None = None
     fault: str | None = None
 
-    def allowed(self, index: int, *, is_error: bool) -> list[str]:
-        """Ids that the sample at `index` may have: an error may be told by its key before its id is known."""
+    def allowed_ids(self, index: int, *, is_error: bool) -> list[str]:
+        """Ids that the sample at `index` may have. An error may have its key, when its id was not known yet."""
         if index >= len(self.keys):
             return []
         key = self.keys[index]
@@ -33,17 +34,16 @@ class Tar:
         return ([] if user_id is None else [user_id]) + ([key] if is_error else [])
 
 
-def walk(shard: Shard, id_field: Field | None) -> Tar:
-    """The samples of a tar to the end of the file, read on after an end of the archive, and after damage."""
+def read_tar(shard: Shard, id_field: Field | None) -> Tar:
+    """Read a tar to the end of the file, past an end of the archive and past damage."""
     found = Tar(shard, ids=None if id_field is None else [])
     try:
         with open_tar(shard) as tar:
             for key, members in tar.samples():
-                # The id first: reading it may fail, and each key has an id.
+                # The id before the key: if reading it fails, there must be no key without an id.
                 if found.ids is not None and id_field is not None:
                     found.ids.append(_user_id(tar, members, id_field))
-                # As rows hold it: bytes that are not UTF-8 are escaped.
-                found.keys.append(key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"))
+                found.keys.append(printable(key))
             found.fault = tar.fault
     except (OSError, ShardError) as error:
         found.fault = describe(error)
@@ -51,7 +51,7 @@ def walk(shard: Shard, id_field: Field | None) -> Tar:
 
 
 def _user_id(tar: TarReader, members: Members, field: Field) -> str | None:
-    """The id that the user's field names, None where the sample has none."""
+    """The id in the user's field, or None if the sample has none."""
     wanted = field.member.lower()
     named = next((member for extension, member in members if extension.lower() == wanted), None)
     data = tar.read(named) if named is not None and named.size <= MAX_METADATA_BYTES else None

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from jobs.support.command import CommandError, Parser, run_command
+from jobs.support.progress import plain_console, show_progress
+from pipeline.core.errors import (
+    ClusterError,
+    InputError,
+    OutputBusyError,
+    PipelineError,
+    ShardError,
+    StoreError,
+)
+
 SECRET = "https://127.0.0.1:9/b/a.tar?X-Amz-Signature=hunter2"
-COMMANDS = ["bench", "demo", "duplicates", "embed", "index", "pack", "search", "verify"]
+COMMANDS = ["bench", "demo", "duplicates", "embed", "index", "pack", "search", "submit", "verify"]
 
 
 def ended(command: str, arguments: list[str]) -> object:
-    """The exit code of one of `jobs/`, however it ends."""
+    """The exit code of one of `jobs/`, or of the benchmark, however it ends."""
+    module = "benchmarks.bench" if command == "bench" else f"jobs.{command}"
     try:
-        return importlib.import_module(f"jobs.{command}").main(arguments)
+        return importlib.import_module(module).main(arguments)
     except SystemExit as stop:
         return stop.code
 
@@ -71,3 +87,86 @@ def test_a_number_that_breaks_its_rule_is_named_with_the_rule(
 def test_the_demo_takes_no_empty_path_for_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended("demo", ["--images", ""]) == 2
     assert "argument --images: must not be empty, got ''" in capsys.readouterr().err
+
+
+# The frame.
+
+
+def run_raising(error: BaseException) -> int:
+    def run(flags: object) -> int:
+        raise error
+
+    return run_command(Parser("x.py", interrupted="nothing is written"), [], run)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("no shard"), 2),
+        (ClusterError("no shard"), 2),
+        (OutputBusyError("no shard"), 75),
+        (PipelineError("no shard"), 4),
+        (ShardError("no shard"), 4),
+        (StoreError("no shard"), 4),
+        (OSError("no shard"), 4),
+        (CommandError("no shard", 69), 69),
+    ],
+)
+def test_an_error_ends_a_command_with_one_line_and_the_exit_code_of_its_class(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_raising(error) == code
+    assert capsys.readouterr().err == "x.py: no shard\n"
+
+
+def test_a_command_may_run_in_any_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_raising, InputError("no shard")).result() == 2
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_raising(ZeroDivisionError())
+
+
+def test_a_commands_last_word_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_raising(OSError(f"{SECRET} not found")) == 4
+    assert capsys.readouterr().err == "x.py: https://127.0.0.1:9/b/a.tar?X-Amz-Signature=*** not found\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_cleans_up_and_says_what_it_left(
+    number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    cleaned = []
+
+    def run(flags: object) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+            return 0
+        finally:
+            cleaned.append(number)
+
+    assert run_command(Parser("x.py", interrupted="nothing is written"), [], run) == code
+    assert capsys.readouterr().err == "x.py: interrupted: nothing is written\n"
+    assert cleaned == [number]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "bench"])
+def test_help_says_what_each_exit_code_means(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(command, ["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "\nexit codes:\n  " in said
+    assert "\n  130  interrupted (143 by SIGTERM)" in said
+
+
+def test_without_a_terminal_progress_is_a_line_every_so_often(capsys: pytest.CaptureFixture[str]) -> None:
+    with show_progress(plain_console(), line_every_s=0.0) as on_progress:
+        on_progress("parts", 1, 2000)
+        on_progress("parts", 2, 2000)
+    with show_progress(plain_console(), line_every_s=60.0) as on_progress:
+        on_progress("parts", 3, 2000)
+    assert capsys.readouterr().out == "1 of 2,000 parts\n2 of 2,000 parts\n"

@@ -13,7 +13,7 @@ import pytest
 
 from jobs import embed
 from jobs.support import console
-from jobs.support.console import Console, human_s
+from jobs.support.console import Console, has_unused_gpu, human_s
 from jobs.support.console_json import JsonConsole
 from pipeline.core.formatting import format_size
 from pipeline.run.tally import Tally
@@ -38,6 +38,15 @@ def test_without_a_terminal_a_line_comes_even_when_nothing_moves(
     assert all(line.startswith("0:00:0") and line.endswith("starting") for line in lines)
 
 
+def test_cpus_are_a_problem_only_where_a_driver_shows_that_a_gpu_was_meant(tmp_path: Path) -> None:
+    driver = tmp_path / "version"
+    assert not has_unused_gpu("auto", "cpu", driver)
+    driver.write_text("NVRM version")
+    assert has_unused_gpu("auto", "cpu", driver)
+    assert not has_unused_gpu("cpu", "cpu", driver)
+    assert not has_unused_gpu("auto", "cuda", driver)
+
+
 def test_a_run_with_nothing_to_do_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     Console().nothing_to_do(4)
     assert capsys.readouterr().out == "nothing to do: 4 shards, all done\n"
@@ -60,7 +69,10 @@ def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
     assert done.returncode == 0, done.stderr
     lines = lines_of(done.stdout)
     events = [line["event"] for line in lines]
-    assert events == ["plan", "resources", "problem", "pass", *["progress"] * (len(lines) - 6), "summary", "end"]
+    # Nobody asked for a GPU: that there is none is no problem.
+    warned = ["problem"] if has_unused_gpu("auto", "cpu") else []
+    progress = ["progress"] * (len(lines) - 5 - len(warned))
+    assert events == ["plan", "resources", *warned, "pass", *progress, "summary", "end"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {line["run"] for line in lines} == {report["run"]}
     times = [datetime.fromisoformat(line["time"]) for line in lines]

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.demo import Neighbours, Score, Stored, choose_rows, claim, draw_sheet, find_neighbours, score
+from jobs.demo import claim_folder
+from jobs.support.neighbours import Neighbours, Score, Stored, choose_rows, draw_sheet, find_neighbours, score
 from jobs.support.photos import NUM_VIEWS, PHOTOS, augmented, make_views
 from pipeline.core.errors import InputError
 from tests.conftest import ROOT, photo, write_shards
@@ -132,23 +133,23 @@ def test_the_sheet_shows_the_images_and_goes_on_where_one_cannot_be_opened(tmp_p
 def test_a_folder_that_is_not_the_demos_own_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine" / "shards").mkdir(parents=True)
     with pytest.raises(InputError, match=r"--output must be new, empty, or from an earlier demo, got '.*mine'"):
-        claim(tmp_path / "mine", None)
+        claim_folder(tmp_path / "mine", None)
     with pytest.raises(InputError, match="--output must lie outside of --images"):
-        claim(tmp_path / "mine" / "demo", tmp_path / "mine")
+        claim_folder(tmp_path / "mine" / "demo", tmp_path / "mine")
     for _ in range(2):
-        claim(tmp_path / "demo", tmp_path / "mine")
+        claim_folder(tmp_path / "demo", tmp_path / "mine")
         (tmp_path / "demo" / "shards").mkdir(exist_ok=True)
 
 
 def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_were_asked_for(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", num_shards=1, samples_each=1)
     script = (
-        "import sys; from pathlib import Path; from jobs.demo import settle_weights\n"
-        "from pipeline.errors import WeightsError\n"
+        "import sys; from pathlib import Path; from jobs.demo import choose_weights\n"
+        "from pipeline.core.errors import WeightsError\n"
         "shards, output = Path(sys.argv[1]), Path(sys.argv[2])\n"
-        "assert settle_weights('resnet18', None, shards, output) == 'random:0'\n"
-        "assert settle_weights('resnet18', 'random:7', shards, output) == 'random:7'\n"
-        "try: settle_weights('resnet18', 'DEFAULT', shards, output)\n"
+        "assert choose_weights('resnet18', None, shards, output) == 'random:0'\n"
+        "assert choose_weights('resnet18', 'random:7', shards, output) == 'random:7'\n"
+        "try: choose_weights('resnet18', 'DEFAULT', shards, output)\n"
         "except WeightsError: print('refused')\n"
     )
     unreachable = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
@@ -160,7 +161,8 @@ def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_w
         text=True,
         check=True,
     )
-    assert "cannot download the weights" in done.stdout
+    said = " ".join(done.stdout.replace("│", "").split())
+    assert said.count("cannot download the weights") == said.count("RANDOM WEIGHTS. Every step runs") == 1
     assert done.stdout.endswith("refused\n")
 
 
@@ -169,18 +171,22 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
     tmp_path: Path, views: Path, run_job: Callable[..., Any]
 ) -> None:
     def demo(*arguments: str) -> str:
-        done = run_job("demo.py", "--output", "demo", "--weights", "random:0", *arguments)
+        done = run_job("demo.py", "--output", "my demo", "--weights", "random:0", *arguments)
         assert done.returncode == 0, done.stderr
         return str(done.stdout)
 
-    parts = tmp_path / "demo" / "output" / "embeddings"
+    parts = tmp_path / "my demo" / "output" / "embeddings"
     first = demo()
     assert f"{NUM_VIEWS * len(PHOTOS)} rows in 4 parts" in first
     assert "the nearest neighbour is of the same photo for " in first
     assert "embed.fingerprint" in first
-    assert re.search(r"precision 0\.\d+, recall [01]\.\d+ \(\d+ pairs of the 1122 that share a group\)", first)
-    assert "no preview" not in (tmp_path / "demo" / "pairs.html").read_text()
-    with Image.open(tmp_path / "demo" / "contact-sheet.png") as sheet:
+    assert "near-duplicate" not in first
+    assert not (tmp_path / "my demo" / "pairs.html").exists()
+    made, to_open, following = first.splitlines()[-3:]
+    assert re.fullmatch(rf"made  {NUM_VIEWS * len(PHOTOS)} embeddings in my demo/output/embeddings, in \d+ s", made)
+    assert to_open == "open  my demo/contact-sheet.png, my demo/output/report.html"
+    assert following == "next  use trained weights: make demo WEIGHTS=path/to/resnet18.pth"
+    with Image.open(tmp_path / "my demo" / "contact-sheet.png") as sheet:
         assert sheet.width > 1000
         assert all(frames(sheet.convert("RGB")))
     written = {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")}
@@ -193,6 +199,7 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
         shutil.copytree(views / name, own / name)
     (own / "coffee" / "broken.jpg").write_bytes(b"not a JPEG")
     other = demo("--images", "own")
+    assert other.splitlines()[-2] == "open  my demo/contact-sheet.png, my demo/output/report.html"
     assert "the nearest neighbour is of the same folder for " in other
     table = pq.read_table(parts)
     assert sorted(set(table["class"].to_pylist())) == ["coffee", "rocket"]
@@ -208,7 +215,14 @@ def test_trained_weights_find_the_views_of_one_photo(
         pytest.skip(f"no {weights}: a mobilenet_v2 with ImageNet weights is needed")
     done = run_job("demo.py", "--output", "demo", "--backbone", "mobilenet_v2", "--weights", weights)
     assert done.returncode == 0, done.stderr
-    found = re.search(r"precision ([\d.]+), recall ([\d.]+)", done.stdout)
+    found = re.search(
+        r"precision ([\d.]+), recall ([\d.]+) \(\d+ pairs of the 1122 that share a group\)", done.stdout
+    )
     assert found is not None, done.stdout
     assert float(found[1]) > 0.98
     assert float(found[2]) > 0.95
+    assert "no preview" not in (tmp_path / "demo" / "pairs.html").read_text()
+    assert done.stdout.splitlines()[-2:] == [
+        "open  demo/contact-sheet.png, demo/pairs.html, demo/output/report.html",
+        "next  use your own photos: make demo IMAGES=path/to/photos",
+    ]

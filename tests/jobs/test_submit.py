@@ -41,9 +41,8 @@ LESS_PATIENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from jobs import submit
-submit.QUIET_S = 2.0
-submit.LOST_AFTER_S = submit.ANSWER_WITHIN_S = float(sys.argv[2])
-sys.exit(submit.main(sys.argv[3:]))
+wait_s = float(sys.argv[2])
+sys.exit(submit.main(sys.argv[3:], submit.Patience(quiet_s=2.0, answer_s=wait_s, lost_s=wait_s)))
 """
 
 

@@ -22,13 +22,13 @@ import pytest
 
 from jobs.index import main
 from pipeline.core.config import Config, parse
-from pipeline.core.errors import OutputError, SettingsError
+from pipeline.core.errors import OutputBusyError, OutputError, SettingsError
 from pipeline.core.schema import EMBEDDING, END_LAST, END_NONE, STAGES, embedding_field, part_row, sample_type
 from pipeline.output.fingerprint import read_fingerprint, write_fingerprint
 from pipeline.output.names import RUN_FILE
 from pipeline.output.parts import PartWriter, vectors
 from pipeline.retrieval.build import Options, build
-from pipeline.retrieval.index import ROWS_FILE, open_index, read_facts
+from pipeline.retrieval.index import ROWS_FILE, open_index, read_index_facts
 from pipeline.retrieval.kinds import FLAT_ROWS, KINDS, METRICS, choose_kind, num_lists
 from tests.conftest import ROOT, SmallDisk, sample_members, write_shards, write_tar
 from tests.output.test_fingerprint import made as fingerprint
@@ -405,6 +405,17 @@ def test_an_index_may_be_moved_and_needs_no_right_to_write(chosen: tuple[Path, V
             path.chmod(0o755)
 
 
+def test_parts_are_added_to_lists_on_disk_that_were_moved(tmp_path: Path) -> None:
+    output, values = tmp_path / "out", clusters(3000)
+    store(output, "a", values[:1800])
+    build(str(output), tmp_path / "index", Options(kind="ivf"))
+    (tmp_path / "index").rename(tmp_path / "moved")
+    store(output, "b", values[1800:])
+    built = build(str(output), tmp_path / "moved")
+    assert (built.num_added, built.rebuilt, built.facts.num_rows) == (1200, "", 3000)
+    assert np.mean([row == [number] for number, row in enumerate(numbers(tmp_path / "moved", values, 1))]) > 0.98
+
+
 def test_an_output_on_s3_is_indexed(s3_server: Any, s3_url: str, embedded: Path, tmp_path: Path) -> None:
     s3_server.filesystem().put(f"{embedded}/", f"{s3_url}/", recursive=True)
     facts = build(s3_url, tmp_path / "index").facts
@@ -430,7 +441,7 @@ def test_a_kill_leaves_the_old_index_usable_and_the_next_run_goes_on(tmp_path: P
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert read_facts(index) == first, "the kill came too late to show anything"
+    assert read_index_facts(index) == first, "the kill came too late to show anything"
     ((near,),) = open_index(index).search(values[7:8], 1)
     assert (near.shard, near.sample_index) == ("a", 7)
     built = build(str(output), index)
@@ -450,11 +461,11 @@ def test_a_full_disk_is_told_and_leaves_the_index_as_it_was(
     before = everything(index)
     small_disk.fill(700_000)
     done = run_job("index.py", output, index)
-    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert (done.returncode, "Traceback" in done.stderr) == (4, False), done.stderr
     assert f"the index {index} cannot be written: " in done.stderr
     assert "No space left on device" in done.stderr
     assert everything(index) == before
-    assert read_facts(index) == first
+    assert read_index_facts(index) == first
     assert sorted(path.name for path in index.iterdir()) == [".lock", "data-00000", "index.json"]
 
 
@@ -509,13 +520,13 @@ def test_two_at_once_are_refused(embedded: Path, tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     with open(tmp_path / "index" / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(SettingsError, match=r"another index\.py is at work"):
+        with pytest.raises(OutputBusyError, match=r"another index\.py is at work"):
             build(str(embedded), tmp_path / "index")
 
 
 MEMORY = """\
 import sys
-from pipeline.index_build import Options, build
+from pipeline.retrieval.build import Options, build
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) // 1024
 peak = 0

@@ -337,7 +337,7 @@ def test_the_command_tells_what_it_packed_and_what_it_left_out(tmp_path: Path, r
     )
 
 
-def test_the_command_ends_with_2_where_it_cannot_start_and_with_1_where_it_fails(
+def test_the_command_ends_with_2_where_it_cannot_start_and_with_4_where_it_fails(
     tmp_path: Path, run_job: Callable[..., Any]
 ) -> None:
     done = run_job("pack.py", "nowhere", "out")
@@ -346,6 +346,6 @@ def test_the_command_ends_with_2_where_it_cannot_start_and_with_1_where_it_fails
     write_files(tmp_path / "in", "a.jpg")
     (tmp_path / "file").write_bytes(b"")
     failed = run_job("pack.py", "in", "file/below")
-    assert failed.returncode == 1
+    assert failed.returncode == 4
     assert "file" in failed.stderr
     assert "Traceback" not in failed.stderr

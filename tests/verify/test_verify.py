@@ -343,7 +343,7 @@ def test_a_shard_whose_embeddings_are_all_alike_is_found_unless_its_images_are(p
 
     for part in range(3):
         rewrite(part_path(planted, part), set_vectors(plant))
-    for inputs, more in (([], "; with --input it is told whether its images are, too"), ([str(shards)], "")):
+    for inputs, more in (([], "; run with --input to see whether its images are, too"), ([str(shards)], "")):
         (finding,) = verify(str(planted), inputs).findings
         assert (finding.rule, finding.value) == ("all-alike", f"its 5 embeddings are one and the same{more}")
 

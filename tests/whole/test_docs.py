@@ -131,8 +131,8 @@ def test_every_figure_of_the_benchmark_that_the_docs_name_is_one_that_it_makes(d
 TORCH = Path(str(importlib.util.find_spec("torch").origin)).parent
 # What the README quotes of a log, and where it is said.
 SAID = {
-    "WARNING   Ray has no GPU here": ROOT / "jobs" / "console.py",
-    "no part stored for": ROOT / "jobs" / "console.py",
+    "WARNING   Ray has no GPU here": ROOT / "jobs" / "support" / "console.py",
+    "no part stored for": ROOT / "jobs" / "support" / "console.py",
     "driver on your system is too old": TORCH / "lib" / "libc10_cuda.so",
 }
 
