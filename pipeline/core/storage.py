@@ -13,25 +13,35 @@ import functools
 import gc
 import os
 import stat as modes
+import time
 import uuid
 from collections.abc import Iterator
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import fsspec
-from botocore.exceptions import ClientError
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.core.errors import SettingsError
 from pipeline.core.redact import REFUSAL, has_secret
-from pipeline.core.retries import LIMITS, StoreLimits, with_retries
+from pipeline.core.retries import LIMITS, StoreLimits, refusal, with_retries
 
 TEMPORARY_FOLDER = ".tmp"
 _S3 = ("s3", "s3a")
 # S3 allows 5 GiB in one PUT. s3fs sends one PUT below twice its chunk size, else a multipart upload, of
 # which a death leaves unseen pieces that cost money.
 _PUT_BYTES = 5 * 2**30
+# In one request of S3, and in requests at once.
 _DELETE_AT_ONCE = 1000
+_DELETES_AT_ONCE = 16
+_PRECONDITION_FAILED = 412
+# What changes with a file, by the names that stores have for it, and the best first.
+_VERSIONS = ("ETag", "etag", "md5Hash", "contentHash", "mtime", "LastModified", "Last-Modified", "updated", "created")
+# How a store answers to what it does not have.
+_UNSUPPORTED = (400, 405, 411, 501)
+# How a disk does that has no hard links, such as most of FUSE, Azure Files and exFAT.
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES, errno.EINVAL)
 
 
 class ShortReadError(OSError):
@@ -128,11 +138,17 @@ def _within(fs: fsspec.AbstractFileSystem, limits: StoreLimits, num_bytes: int =
 
 
 def _version(info: dict[str, Any]) -> str:
-    for key in ("ETag", "etag", "md5Hash", "contentHash", "mtime", "LastModified", "updated", "created"):
-        if info.get(key) is not None:
-            value = info[key]
-            return f"{value:.9f}" if isinstance(value, float) else str(value).strip('"')
-    return ""
+    """What changes with the content: its hash or tag, else when it was written, else the word that there is none."""
+    for key in _VERSIONS:
+        value = info.get(key)
+        if isinstance(value, datetime):
+            # A listing tells the fraction of a second, and a HEAD does not.
+            return f"modified {value.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        if isinstance(value, float):
+            return f"{value:.9f}"
+        if value:
+            return ("modified " if key == "Last-Modified" else "") + str(value).strip('"')
+    return "by size"
 
 
 def _file_info(info: dict[str, Any]) -> FileInfo:
@@ -219,10 +235,14 @@ def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits
     bucket, key, _ = fs.split_path(folder)
     query = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **({} if recursive else {"Delimiter": "/"})}
 
+    seen: set[str] = set()
+
     def page() -> dict[str, Any]:
         answer: dict[str, Any] = fs.call_s3("list_objects_v2", **query, **_within(fs, limits))
-        if "IsTruncated" not in answer:
+        if "IsTruncated" not in answer or any({"Key", "Size"} - entry.keys() for entry in answer.get("Contents", ())):
             raise OSError("the answer is not a listing")
+        if answer["IsTruncated"] and answer.get("NextContinuationToken") in (None, "", *seen):
+            raise OSError("the store says that there is more, and gives no new token to ask for it")
         return answer
 
     while True:
@@ -233,10 +253,11 @@ def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits
         for entry in answer.get("Contents", ()):
             # A key that ends in a slash stands for a folder.
             if not entry["Key"].endswith("/"):
-                yield FileInfo(f"{bucket}/{entry['Key']}", entry["Size"], entry["ETag"].strip('"'))
+                yield FileInfo(f"{bucket}/{entry['Key']}", entry["Size"], _version(entry))
         if not answer["IsTruncated"]:
             return
         query["ContinuationToken"] = answer["NextContinuationToken"]
+        seen.add(answer["NextContinuationToken"])
 
 
 def _list_other(
@@ -327,8 +348,12 @@ def create(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS) -> b
     """Write `root`/`name` where there is no such file yet; false where there is.
 
     Of several callers at once one gets true, on local disk and on stores with conditional writes (S3's
-    `If-None-Match`); on others two in the same instant may. Where an answer was lost on its way the call is
-    tried again, and then says false of a file that it made itself: `data` must tell whose it is.
+    `If-None-Match`). A store without them gets the file after a look whether it is there, and `limits.settle_s`
+    later the file must be the caller's still: there two get true where the write of one takes longer than that.
+    Where an answer was lost on its way the call is tried again, and then says false of a file that it made itself:
+    `data` must tell whose it is.
+
+    A disk without hard links holds the file empty for an instant, and keeps it so where the caller dies then.
 
     Raises:
         OSError: as `write_bytes` does.
@@ -345,11 +370,24 @@ def create(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS) -> b
     except FileExistsError:
         return False
     except OSError as error:
-        refusal = error.__cause__
-        if isinstance(refusal, ClientError) and refusal.response["Error"]["Code"] in ("PreconditionFailed", "412"):
+        no = refusal(error)
+        if no is not None and no.status == _PRECONDITION_FAILED:
             return False
-        raise
+        if no is None or no.status not in _UNSUPPORTED:
+            raise
+        return _create_unconditionally(root, name, data, limits)
     return True
+
+
+def _create_unconditionally(root: str, name: str, data: bytes, limits: StoreLimits) -> bool:
+    """The last of those that write at once has the file, and the others find that out."""
+    url = join(root, name)
+    with contextlib.suppress(FileNotFoundError):
+        with_retries(f"looking at {url}", lambda: stat(*locate(url, limits), limits), limits)
+        return False
+    write_bytes(root, name, data, limits)
+    time.sleep(limits.settle_s)
+    return read_bytes(url, limits) == data
 
 
 def _create_local(root: str, path: str, data: bytes) -> bool:
@@ -361,6 +399,20 @@ def _create_local(root: str, path: str, data: bytes) -> bool:
                 os.link(temporary, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_without_links(temporary, path)
+    return True
+
+
+def _create_without_links(temporary: str, path: str) -> bool:
+    """By an empty file, which one caller can make, and then the finished one in its place."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    os.replace(temporary, path)
     return True
 
 
@@ -399,18 +451,38 @@ def delete(root: str, names: list[str], limits: StoreLimits = LIMITS) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(base, name))
         return
-    for start in range(0, len(names), _DELETE_AT_ONCE):
-        some = names[start : start + _DELETE_AT_ONCE]
-        with_retries("deleting old parts", functools.partial(_delete, fs, base, some, limits), limits)
+    rest = names
+    if _is_s3(fs):
+        while rest:
+            some, later = rest[:_DELETE_AT_ONCE], rest[_DELETE_AT_ONCE:]
+            try:
+                with_retries("deleting old parts", functools.partial(_delete_many, fs, base, some, limits), limits)
+            except OSError as error:
+                # Google's S3, among others, has no request that deletes many.
+                no = refusal(error)
+                if no is None or (no.status not in _UNSUPPORTED and no.code != "SignatureDoesNotMatch"):
+                    raise
+                break
+            rest = later
+    with ThreadPoolExecutor(_DELETES_AT_ONCE, thread_name_prefix="delete") as pool:
+        for _ in pool.map(lambda name: _delete_one(fs, f"{base}/{name}", limits), rest):
+            pass
 
 
-def _delete(fs: fsspec.AbstractFileSystem, base: str, names: list[str], limits: StoreLimits) -> None:
+def _delete_one(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits) -> None:
+    def once() -> None:
+        if _is_s3(fs):
+            bucket, key, _ = fs.split_path(path)
+            fs.call_s3("delete_object", Bucket=bucket, Key=key, **_within(fs, limits))
+        else:
+            fs.rm_file(path, **_within(fs, limits))
+
+    with contextlib.suppress(FileNotFoundError):
+        with_retries("deleting an old part", once, limits)
+
+
+def _delete_many(fs: fsspec.AbstractFileSystem, base: str, names: list[str], limits: StoreLimits) -> None:
     """Not by `fs.rm`, which takes `[`, `*` and `?` in names for wildcards and tells no failures."""
-    if not _is_s3(fs):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                fs.rm_file(f"{base}/{name}", **_within(fs, limits))
-        return
     bucket, prefix, _ = fs.split_path(base)
     keys = [{"Key": f"{prefix}/{name}" if prefix else name} for name in names]
     answer = fs.call_s3(
