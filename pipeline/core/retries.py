@@ -70,10 +70,15 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, _LASTING):
         return False
     no = refusal(error)
-    if no is None:
-        return True
-    lasting = 400 <= no.status < 500 or no.status == _NOT_IMPLEMENTED
-    return not lasting or no.status in _PASSING_STATUSES or no.code in _PASSING_CODES
+    if no is not None:
+        return not is_lasting(no.status) or no.code in _PASSING_CODES
+    status = getattr(error, "status", None)  # as aiohttp has it
+    return not (isinstance(status, int) and is_lasting(status))
+
+
+def is_lasting(status: int) -> bool:
+    """Whether an HTTP status says that the same request will never succeed."""
+    return (400 <= status < 500 and status not in _PASSING_STATUSES) or status == _NOT_IMPLEMENTED
 
 
 def with_retries(what: str, call: Callable[[], _T], limits: StoreLimits = LIMITS) -> _T:

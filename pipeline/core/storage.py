@@ -12,20 +12,22 @@ import errno
 import functools
 import gc
 import os
+import re
 import stat as modes
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import fsspec
+import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import SettingsError
+from pipeline.core.errors import SettingsError, StoreError
 from pipeline.core.redact import REFUSAL, has_secret
-from pipeline.core.retries import LIMITS, StoreLimits, refusal, with_retries
+from pipeline.core.retries import LIMITS, StoreLimits, is_lasting, refusal, with_retries
 
 TEMPORARY_FOLDER = ".tmp"
 _S3 = ("s3", "s3a")
@@ -48,8 +50,14 @@ class ShortReadError(OSError):
     """An answer that looks whole and holds fewer bytes than asked for."""
 
 
+UNKNOWN_SIZE = -1
+
+
 class FileInfo(NamedTuple):
-    """A stored file. `version` changes when its content does: the ETag, or the modification time."""
+    """A stored file. `version` changes when its content does: the ETag, or the modification time.
+
+    `num_bytes` is `UNKNOWN_SIZE` where a listing does not tell it, as that of a web server; `stat` does.
+    """
 
     path: str
     num_bytes: int
@@ -132,12 +140,17 @@ def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
     return not isinstance(fs.protocol, str) and "s3" in fs.protocol
 
 
+def is_http(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether it is a web server: one that may list nothing, and whose URLs may have a query."""
+    return not isinstance(fs.protocol, str) and "http" in fs.protocol
+
+
 def _within(fs: fsspec.AbstractFileSystem, limits: StoreLimits, num_bytes: int = 0) -> dict[str, float]:
     """Option of a call that ends it after a while; local calls have none."""
     return {"timeout": 2 * limits.request_timeout_s + num_bytes / limits.slowest_bytes_per_s} if fs.async_impl else {}
 
 
-def _version(info: dict[str, Any]) -> str:
+def _version(info: Mapping[str, Any]) -> str:
     """What changes with the content: its hash or tag, else when it was written, else the word that there is none."""
     for key in _VERSIONS:
         value = info.get(key)
@@ -152,7 +165,7 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _file_info(info: dict[str, Any]) -> FileInfo:
-    return FileInfo(info["name"], int(info["size"] or 0), _version(info))
+    return FileInfo(info["name"], UNKNOWN_SIZE if info["size"] is None else int(info["size"]), _version(info))
 
 
 def stat(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS) -> FileInfo:
@@ -160,7 +173,10 @@ def stat(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS)
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
+        StoreError: a web server does not tell the size, or cannot read from the middle of a large file.
     """
+    if is_http(fs):
+        return _stat_http(fs, path, limits)
     if isinstance(fs, LocalFileSystem):
         status = os.stat(path)
         if modes.S_ISDIR(status.st_mode):
@@ -171,6 +187,34 @@ def stat(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS)
     if info.get("type") == "directory":
         raise FileNotFoundError(f"{path} is a folder")
     return _file_info(info)
+
+
+def _stat_http(fs: fsspec.AbstractFileSystem, url: str, limits: StoreLimits) -> FileInfo:
+    """By asking for the first byte: a HEAD is often refused, or tells another size."""
+    status, headers = fsspec.asyn.sync(fs.loop, _first_byte, fs, url, timeout=2 * limits.request_timeout_s)
+    if status in (404, 410):
+        raise FileNotFoundError(f"{url} is not there: its server answers {status}")
+    if status in (401, 403):
+        raise PermissionError(f"{url} is not public: its server answers {status}")
+    if status not in (200, 206, 416):
+        raise_for = StoreError if is_lasting(status) else OSError
+        raise raise_for(f"its server answers {status}")
+    if status == 200:
+        size = headers.get("Content-Length", "") if not headers.get("Content-Encoding") else ""
+    else:
+        size = headers.get("Content-Range", "").rpartition("/")[2]
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise StoreError("its server does not tell its size")
+    if status == 200 and int(size) > limits.chunk_bytes:
+        raise StoreError(f"its server answers no byte ranges, which reading its {size} bytes takes")
+    return FileInfo(url, int(size), _version(headers))
+
+
+async def _first_byte(fs: Any, url: str) -> tuple[int, Mapping[str, str]]:
+    session = await fs.set_session()
+    headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+    async with session.get(fs.encode_url(url), headers=headers) as answer:
+        return answer.status, answer.headers
 
 
 def list_files(
@@ -265,12 +309,14 @@ def _list_other(
 ) -> Iterator[FileInfo]:
     fs.invalidate_cache()
     depth = {} if recursive else {"maxdepth": 1}
+    folder = f"{folder.rstrip('/')}/" if is_http(fs) else folder
     try:
         found = with_retries(f"listing {folder}", lambda: fs.find(folder, detail=True, **depth), limits)
     except FileNotFoundError:
         return
     for info in found.values():
-        if info["type"] == "file":
+        # What is no folder but a file itself has no facts here.
+        if info.get("type") == "file":
             yield _file_info(info)
 
 
