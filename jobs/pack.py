@@ -45,8 +45,9 @@ class  the folder that the image lies in, as a path below FOLDER; its number is 
        folders in sorted order. An image directly in FOLDER has no class, and no .cls.
 
 Files that are no images, and hidden ones (.name), are left out, counted and told. Links are followed, but
-not to a folder that holds them. The same images give the same shards, bit for bit. Shards appear in SHARDS
-when all are written, the first of them last: a set that was interrupted lacks number 00000.
+not out of FOLDER without --follow-links, and not to a folder that holds them. The same images give the same
+shards, bit for bit. Shards appear in SHARDS when all are written, the first of them last: a set that was
+interrupted lacks number 00000.
 
 exit codes:
   0    every image is packed
@@ -107,6 +108,9 @@ def parser() -> Parser:
     top.add_argument(
         "shards", metavar="SHARDS", type=local_path, help="folder for the shards, made where it is missing"
     )
+    top.add_argument(
+        "--follow-links", action="store_true", help="follow links that lead out of FOLDER, too: it must be trusted"
+    )
     top.add_argument("--prefix", metavar="NAME", default="images", help="shards are NAME-00000.tar ... (images)")
     top.add_argument("--max-samples", metavar="N", type=at_least(1), default=10_000, help="samples a shard (10000)")
     top.add_argument(
@@ -140,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         flags["extensions"] = tuple(extension.lower().lstrip(".") for extension in flags["extensions"])
         config = PackConfig(**flags)
         check_old_shards(config)
-        found = find_images(config.folder, config.extensions)
+        found = find_images(config.folder, config.extensions, follow_links=config.follow_links)
         with progress(len(found.images)) as on_image:
             packed = pack(config, found, on_image)
         _print_summary(config, found, packed)

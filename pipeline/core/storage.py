@@ -16,6 +16,7 @@ import re
 import stat as modes
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.core.errors import SettingsError, StoreError
 from pipeline.core.redact import REFUSAL, has_secret
 from pipeline.core.retries import LIMITS, StoreLimits, is_lasting, refusal, with_retries
+from pipeline.core.threads import call_within
 
 TEMPORARY_FOLDER = ".tmp"
 _S3 = ("s3", "s3a")
@@ -37,6 +39,7 @@ _PUT_BYTES = 5 * 2**30
 # In one request of S3, and in requests at once.
 _DELETE_AT_ONCE = 1000
 _DELETES_AT_ONCE = 16
+_MAX_WAYS = 1000
 _PRECONDITION_FAILED = 412
 # What changes with a file, by the names that stores have for it, and the best first.
 _VERSIONS = ("ETag", "etag", "md5Hash", "contentHash", "mtime", "LastModified", "Last-Modified", "updated", "created")
@@ -146,8 +149,12 @@ def is_http(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def _within(fs: fsspec.AbstractFileSystem, limits: StoreLimits, num_bytes: int = 0) -> dict[str, float]:
-    """Option of a call that ends it after a while; local calls have none."""
-    return {"timeout": 2 * limits.request_timeout_s + num_bytes / limits.slowest_bytes_per_s} if fs.async_impl else {}
+    """Option of a call that ends it after a while; some filesystems have none."""
+    return {"timeout": _patience(limits, num_bytes)} if fs.async_impl else {}
+
+
+def _patience(limits: StoreLimits, num_bytes: int = 0) -> float:
+    return 2 * limits.request_timeout_s + num_bytes / limits.slowest_bytes_per_s
 
 
 def _version(info: Mapping[str, Any]) -> str:
@@ -173,20 +180,27 @@ def stat(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS)
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
-        StoreError: a web server does not tell the size, or cannot read from the middle of a large file.
+        StoreError: it is a pipe or a device; or a web server does not tell the size, or cannot read from the middle
+            of a large file.
     """
     if is_http(fs):
         return _stat_http(fs, path, limits)
     if isinstance(fs, LocalFileSystem):
-        status = os.stat(path)
+        status = call_within(_patience(limits), lambda: os.stat(path), "the disk")
         if modes.S_ISDIR(status.st_mode):
             raise FileNotFoundError(f"{path} is a folder")
+        _check_regular(status)
         return FileInfo(path, status.st_size, str(status.st_mtime_ns))
     fs.invalidate_cache(fs._parent(path))
     info = fs.info(path, **_within(fs, limits))
     if info.get("type") == "directory":
         raise FileNotFoundError(f"{path} is a folder")
     return _file_info(info)
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not modes.S_ISREG(status.st_mode):
+        raise StoreError("it is no file, but a pipe, a socket or a device")
 
 
 def _stat_http(fs: fsspec.AbstractFileSystem, url: str, limits: StoreLimits) -> FileInfo:
@@ -229,7 +243,7 @@ def list_files(
         PermissionError, StoreError: the folder cannot be listed.
     """
     if isinstance(fs, LocalFileSystem):
-        yield from _list_local(folder, recursive)
+        yield from _list_local(folder, recursive, Counter())
     elif _is_s3(fs):
         yield from _list_s3(fs, folder, recursive, limits)
     else:
@@ -248,12 +262,18 @@ def without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()) -> Iterator[FileInfo]:
+def _list_local(
+    folder: str, recursive: bool, ways: Counter[tuple[int, int]], above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[FileInfo]:
+    """`ways` counts how often each folder was come by: links in linked folders double that at each step."""
     try:
         status = os.stat(folder)
         identity = status.st_dev, status.st_ino
         if identity in above:
             return
+        ways[identity] += 1
+        if ways[identity] > _MAX_WAYS:
+            raise StoreError(f"links lead in more than {_MAX_WAYS} ways to {folder}: name folders without them")
         entries = os.scandir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -269,7 +289,7 @@ def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
                 continue
             if modes.S_ISDIR(status.st_mode):
                 if recursive:
-                    yield from _list_local(entry.path, recursive, (*above, identity))
+                    yield from _list_local(entry.path, recursive, ways, (*above, identity))
             elif modes.S_ISREG(status.st_mode):
                 yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
 
@@ -324,10 +344,28 @@ def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int, l
     """Bytes `start` to `end`, all of them; not tried again."""
     if end <= start:
         return b""
-    data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, limits, end - start)))
+    if isinstance(fs, LocalFileSystem):
+        patience = _patience(limits, end - start)
+        data = call_within(patience, functools.partial(_read_local, path, start, end), "the disk")
+    else:
+        data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, limits, end - start)))
     if len(data) != end - start:
         raise ShortReadError(f"asked for bytes {start} to {end}, got {len(data)} bytes")
     return data
+
+
+def _read_local(path: str, start: int, end: int) -> bytes:
+    """Without waiting for who writes to a pipe, which a shard may have become since it was listed."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor))
+        pieces: list[bytes] = []
+        while start < end and (piece := os.pread(descriptor, end - start, start)):
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    finally:
+        os.close(descriptor)
 
 
 def read_bytes(url: str, limits: StoreLimits = LIMITS) -> bytes:
