@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
@@ -24,6 +25,8 @@ from pipeline.core.redact import describe
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _PASSING_CODES = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"})
 _NOT_IMPLEMENTED = 501
+# No disk has a file of such a name.
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ)
 _LASTING = (PipelineError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # What botocore says before it asks the store.
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
@@ -73,7 +76,9 @@ def _may_pass(error: Exception) -> bool:
     if no is not None:
         return not is_lasting(no.status) or no.code in _PASSING_CODES
     status = getattr(error, "status", None)  # as aiohttp has it
-    return not (isinstance(status, int) and is_lasting(status))
+    if isinstance(status, int):
+        return not is_lasting(status)
+    return getattr(error, "errno", None) not in _NO_SUCH_NAME
 
 
 def is_lasting(status: int) -> bool:

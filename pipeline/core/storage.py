@@ -40,6 +40,12 @@ _PUT_BYTES = 5 * 2**30
 _DELETE_AT_ONCE = 1000
 _DELETES_AT_ONCE = 16
 _MAX_WAYS = 1000
+# How a disk and an S3 store refuse a name: it is too long, or something else lies there or in its way.
+_BAD_NAMES = (
+    errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.EILSEQ,
+    errno.EINVAL,
+)  # fmt: skip
+_BAD_KEYS = ("KeyTooLongError", "KeyTooLong", "InvalidArgument", "InvalidURI", "InvalidObjectName", "InvalidKey")
 _PRECONDITION_FAILED = 412
 # What changes with a file, by the names that stores have for it, and the best first.
 _VERSIONS = ("ETag", "etag", "md5Hash", "contentHash", "mtime", "LastModified", "Last-Modified", "updated", "created")
@@ -426,6 +432,12 @@ def write_bytes(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with _temporary(root, data) as temporary:
             os.replace(temporary, path)
+
+
+def refuses_name(error: OSError) -> bool:
+    """Whether a write failed for the name that it was to have, and one of another name may succeed."""
+    no = refusal(error)
+    return error.errno in _BAD_NAMES if no is None else no.code in _BAD_KEYS
 
 
 def create(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS) -> bool:
