@@ -28,9 +28,9 @@ key    the path below FOLDER without the extension: dogs/rex.jpg is dogs/rex. A 
 class  the folder of the image, as a path below FOLDER. Its number is its place among all such folders in
        sorted order. An image directly in FOLDER has no class, and no .cls.
 
-Other files, and hidden ones (.name), are left out; the command counts them. Links are followed, except to a
-folder that holds them. The same images give the same shards, bit for bit. Shards appear in SHARDS when all are
-written, the first of them last: an interrupted set lacks number 00000.
+Other files, and hidden ones (.name), are left out; the command counts them. Links are followed, but not out of
+FOLDER without --follow-links, and not to a folder that holds them. The same images give the same shards, bit for bit.
+Shards appear in SHARDS when all are written, the first of them last: an interrupted set lacks number 00000.
 """
 _EXIT_CODES = {
     EXIT_OK: "every image is packed",
@@ -66,6 +66,9 @@ def parser() -> Parser:
     top.add_argument("folder", metavar="FOLDER", type=local_path, help="images, in folders of any depth")
     top.add_argument(
         "shards", metavar="SHARDS", type=local_path, help="folder for the shards; created when it is missing"
+    )
+    top.add_argument(
+        "--follow-links", action="store_true", help="follow links that lead out of FOLDER, too: it must be trusted"
     )
     top.add_argument("--prefix", metavar="NAME", default="images", help="shards are NAME-00000.tar ... (images)")
     top.add_argument("--max-samples", metavar="N", type=at_least(1), default=10_000, help="samples a shard (10000)")
@@ -104,7 +107,32 @@ def _run(flags: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Pack, and return the exit code."""
+<<<<<<< HEAD
     return run_command(parser(), arguments, _run)
+=======
+    top = parser()
+    flags = vars(top.parse_args(arguments))
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        flags["max_bytes"] = parse_bytes(flags["max_bytes"])
+        flags["extensions"] = tuple(extension.lower().lstrip(".") for extension in flags["extensions"])
+        config = PackConfig(**flags)
+        check_old_shards(config)
+        found = find_images(config.folder, config.extensions, follow_links=config.follow_links)
+        with progress(len(found.images)) as on_image:
+            packed = pack(config, found, on_image)
+        _print_summary(config, found, packed)
+        return EXIT_OK
+    except PipelineError as error:
+        top.tell(error)
+        return EXIT_USAGE
+    except OSError as error:
+        top.tell(f"{error}; SHARDS has no whole new set of shards")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        top.tell("interrupted; SHARDS has no whole new set of shards")
+        return 128 + signal.SIGINT
+>>>>>>> stores
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from botocore.exceptions import (
     ClientError,
@@ -23,6 +24,9 @@ from pipeline.core.redact import describe
 # Refusals (4xx) that do not mean what was asked, only how it went.
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})
 _PASSING_CODES = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"})
+_NOT_IMPLEMENTED = 501
+# No disk has a file of such a name.
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ)
 _LASTING = (PipelineError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 # What botocore says before it asks the store.
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
@@ -39,6 +43,8 @@ class StoreLimits:
     request_timeout_s: float = 20.0  # a request that shows no byte for this long is tried again
     slowest_bytes_per_s: int = 120_000  # and so is one that moves, but slower than this
     chunk_bytes: int = 8 * 2**20  # read at once
+    # On a store without conditional writes: after so long two that write one name at once see who of them has it.
+    settle_s: float = 5.0
 
 
 LIMITS = StoreLimits()
@@ -46,16 +52,38 @@ LIMITS = StoreLimits()
 _given_up = threading.Event()
 
 
+class Refusal(NamedTuple):
+    """How an S3 store said no: the HTTP status, and its own code, such as `AccessDenied`."""
+
+    status: int
+    code: str
+
+
+def refusal(error: BaseException) -> Refusal | None:
+    """What an S3 store answered, where `error` is such an answer."""
+    answer = error if isinstance(error, ClientError) else error.__cause__
+    if not isinstance(answer, ClientError):
+        return None
+    status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return Refusal(status, str(answer.response.get("Error", {}).get("Code")))
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether the same call may succeed later."""
     if isinstance(error, _LASTING):
         return False
-    refusal = error if isinstance(error, ClientError) else error.__cause__
-    if isinstance(refusal, ClientError):
-        status = refusal.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-        code = refusal.response.get("Error", {}).get("Code")
-        return not 400 <= status < 500 or status in _PASSING_STATUSES or code in _PASSING_CODES
-    return True
+    no = refusal(error)
+    if no is not None:
+        return not is_lasting(no.status) or no.code in _PASSING_CODES
+    status = getattr(error, "status", None)  # as aiohttp has it
+    if isinstance(status, int):
+        return not is_lasting(status)
+    return getattr(error, "errno", None) not in _NO_SUCH_NAME
+
+
+def is_lasting(status: int) -> bool:
+    """Whether an HTTP status says that the same request will never succeed."""
+    return (400 <= status < 500 and status not in _PASSING_STATUSES) or status == _NOT_IMPLEMENTED
 
 
 def with_retries(what: str, call: Callable[[], _T], limits: StoreLimits = LIMITS) -> _T:

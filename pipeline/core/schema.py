@@ -174,6 +174,7 @@ RECEIPT_SCHEMA = pa.schema(
         pa.field("reasons", pa.list_(pa.string()), nullable=False),
         pa.field("error_ids", pa.list_(pa.string()), nullable=False),  # whose reasons these are; null for a shard's
         pa.field("written_bytes", pa.int64(), nullable=False),
+        pa.field("store_fault", pa.string()),  # why the part is not stored, where the store refuses its name
     ]
 )
 

@@ -12,34 +12,61 @@ import errno
 import functools
 import gc
 import os
+import re
 import stat as modes
+import time
 import uuid
-from collections.abc import Iterator
-from datetime import datetime
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import fsspec
-from botocore.exceptions import ClientError
+import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import SettingsError
+from pipeline.core.errors import SettingsError, StoreError
 from pipeline.core.redact import REFUSAL, has_secret
-from pipeline.core.retries import LIMITS, StoreLimits, with_retries
+from pipeline.core.retries import LIMITS, StoreLimits, is_lasting, refusal, with_retries
+from pipeline.core.threads import call_within
 
 TEMPORARY_FOLDER = ".tmp"
 _S3 = ("s3", "s3a")
 # S3 allows 5 GiB in one PUT. s3fs sends one PUT below twice its chunk size, else a multipart upload, of
 # which a death leaves unseen pieces that cost money.
 _PUT_BYTES = 5 * 2**30
+# In one request of S3, and in requests at once.
 _DELETE_AT_ONCE = 1000
+_DELETES_AT_ONCE = 16
+_MAX_WAYS = 1000
+# How a disk and an S3 store refuse a name: it is too long, or something else lies there or in its way.
+_BAD_NAMES = (
+    errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.EILSEQ,
+    errno.EINVAL,
+)  # fmt: skip
+_BAD_KEYS = ("KeyTooLongError", "KeyTooLong", "InvalidArgument", "InvalidURI", "InvalidObjectName", "InvalidKey")
+_PRECONDITION_FAILED = 412
+# What changes with a file, by the names that stores have for it, and the best first.
+_VERSIONS = ("ETag", "etag", "md5Hash", "contentHash", "mtime", "LastModified", "Last-Modified", "updated", "created")
+# How a store answers to what it does not have.
+_UNSUPPORTED = (400, 405, 411, 501)
+# How a disk does that has no hard links, such as most of FUSE, Azure Files and exFAT.
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES, errno.EINVAL)
 
 
 class ShortReadError(OSError):
     """An answer that looks whole and holds fewer bytes than asked for."""
 
 
+UNKNOWN_SIZE = -1
+
+
 class FileInfo(NamedTuple):
-    """A stored file. `version` changes when its content does: the ETag, or the modification time."""
+    """A stored file. `version` changes when its content does: the ETag, or the modification time.
+
+    `num_bytes` is `UNKNOWN_SIZE` where a listing does not tell it, as that of a web server; `stat` does.
+    """
 
     path: str
     num_bytes: int
@@ -122,21 +149,36 @@ def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
     return not isinstance(fs.protocol, str) and "s3" in fs.protocol
 
 
+def is_http(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether it is a web server: one that may list nothing, and whose URLs may have a query."""
+    return not isinstance(fs.protocol, str) and "http" in fs.protocol
+
+
 def _within(fs: fsspec.AbstractFileSystem, limits: StoreLimits, num_bytes: int = 0) -> dict[str, float]:
-    """Option of a call that ends it after a while; local calls have none."""
-    return {"timeout": 2 * limits.request_timeout_s + num_bytes / limits.slowest_bytes_per_s} if fs.async_impl else {}
+    """Option of a call that ends it after a while; some filesystems have none."""
+    return {"timeout": _patience(limits, num_bytes)} if fs.async_impl else {}
 
 
-def _version(info: dict[str, Any]) -> str:
-    for key in ("ETag", "etag", "md5Hash", "contentHash", "mtime", "LastModified", "updated", "created"):
-        if info.get(key) is not None:
-            value = info[key]
-            return f"{value:.9f}" if isinstance(value, float) else str(value).strip('"')
-    return ""
+def _patience(limits: StoreLimits, num_bytes: int = 0) -> float:
+    return 2 * limits.request_timeout_s + num_bytes / limits.slowest_bytes_per_s
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """What changes with the content: its hash or tag, else when it was written, else the word that there is none."""
+    for key in _VERSIONS:
+        value = info.get(key)
+        if isinstance(value, datetime):
+            # A listing tells the fraction of a second, and a HEAD does not.
+            return f"modified {value.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        if isinstance(value, float):
+            return f"{value:.9f}"
+        if value:
+            return ("modified " if key == "Last-Modified" else "") + str(value).strip('"')
+    return "by size"
 
 
 def _file_info(info: dict[str, Any]) -> FileInfo:
-    return FileInfo(info["name"], int(info["size"] or 0), _version(info))
+    return FileInfo(info["name"], UNKNOWN_SIZE if info["size"] is None else int(info["size"]), _version(info))
 
 
 def stat(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS) -> FileInfo:
@@ -144,17 +186,55 @@ def stat(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS)
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.
+        StoreError: it is a pipe or a device; or a web server does not tell the size, or cannot read from the middle
+            of a large file.
     """
+    if is_http(fs):
+        return _stat_http(fs, path, limits)
     if isinstance(fs, LocalFileSystem):
-        status = os.stat(path)
+        status = call_within(_patience(limits), lambda: os.stat(path), "the disk")
         if modes.S_ISDIR(status.st_mode):
             raise FileNotFoundError(f"{path} is a folder")
+        _check_regular(status)
         return FileInfo(path, status.st_size, str(status.st_mtime_ns))
     fs.invalidate_cache(fs._parent(path))
     info = fs.info(path, **_within(fs, limits))
     if info.get("type") == "directory":
         raise FileNotFoundError(f"{path} is a folder")
     return _file_info(info)
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not modes.S_ISREG(status.st_mode):
+        raise StoreError("it is no file, but a pipe, a socket or a device")
+
+
+def _stat_http(fs: fsspec.AbstractFileSystem, url: str, limits: StoreLimits) -> FileInfo:
+    """By asking for the first byte: a HEAD is often refused, or tells another size."""
+    status, headers = fsspec.asyn.sync(fs.loop, _first_byte, fs, url, timeout=2 * limits.request_timeout_s)
+    if status in (404, 410):
+        raise FileNotFoundError(f"{url} is not there: its server answers {status}")
+    if status in (401, 403):
+        raise PermissionError(f"{url} is not public: its server answers {status}")
+    if status not in (200, 206, 416):
+        raise_for = StoreError if is_lasting(status) else OSError
+        raise raise_for(f"its server answers {status}")
+    if status == 200:
+        size = headers.get("Content-Length", "") if not headers.get("Content-Encoding") else ""
+    else:
+        size = headers.get("Content-Range", "").rpartition("/")[2]
+    if not re.fullmatch("[0-9]{1,18}", size):
+        raise StoreError("its server does not tell its size")
+    if status == 200 and int(size) > limits.chunk_bytes:
+        raise StoreError(f"its server answers no byte ranges, which reading its {size} bytes takes")
+    return FileInfo(url, int(size), _version(headers))
+
+
+async def _first_byte(fs: Any, url: str) -> tuple[int, Mapping[str, str]]:
+    session = await fs.set_session()
+    headers = {"Range": "bytes=0-0", "Accept-Encoding": "identity"}
+    async with session.get(fs.encode_url(url), headers=headers) as answer:
+        return answer.status, answer.headers
 
 
 def list_files(
@@ -169,7 +249,7 @@ def list_files(
         PermissionError, StoreError: the folder cannot be listed.
     """
     if isinstance(fs, LocalFileSystem):
-        yield from _list_local(folder, recursive)
+        yield from _list_local(folder, recursive, Counter())
     elif _is_s3(fs):
         yield from _list_s3(fs, folder, recursive, limits)
     else:
@@ -188,12 +268,18 @@ def without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...] = ()) -> Iterator[FileInfo]:
+def _list_local(
+    folder: str, recursive: bool, ways: Counter[tuple[int, int]], above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[FileInfo]:
+    """`ways` counts how often each folder was come by: links in linked folders double that at each step."""
     try:
         status = os.stat(folder)
         identity = status.st_dev, status.st_ino
         if identity in above:
             return
+        ways[identity] += 1
+        if ways[identity] > _MAX_WAYS:
+            raise StoreError(f"links lead in more than {_MAX_WAYS} ways to {folder}: name folders without them")
         entries = os.scandir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return
@@ -209,7 +295,7 @@ def _list_local(folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
                 continue
             if modes.S_ISDIR(status.st_mode):
                 if recursive:
-                    yield from _list_local(entry.path, recursive, (*above, identity))
+                    yield from _list_local(entry.path, recursive, ways, (*above, identity))
             elif modes.S_ISREG(status.st_mode):
                 yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
 
@@ -219,10 +305,14 @@ def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits
     bucket, key, _ = fs.split_path(folder)
     query = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", **({} if recursive else {"Delimiter": "/"})}
 
+    seen: set[str] = set()
+
     def page() -> dict[str, Any]:
         answer: dict[str, Any] = fs.call_s3("list_objects_v2", **query, **_within(fs, limits))
-        if "IsTruncated" not in answer:
+        if "IsTruncated" not in answer or any({"Key", "Size"} - entry.keys() for entry in answer.get("Contents", ())):
             raise OSError("the answer is not a listing")
+        if answer["IsTruncated"] and answer.get("NextContinuationToken") in (None, "", *seen):
+            raise OSError("the store says that there is more, and gives no new token to ask for it")
         return answer
 
     while True:
@@ -233,10 +323,11 @@ def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits
         for entry in answer.get("Contents", ()):
             # A key that ends in a slash stands for a folder.
             if not entry["Key"].endswith("/"):
-                yield FileInfo(f"{bucket}/{entry['Key']}", entry["Size"], entry["ETag"].strip('"'))
+                yield FileInfo(f"{bucket}/{entry['Key']}", entry["Size"], _version(entry))
         if not answer["IsTruncated"]:
             return
         query["ContinuationToken"] = answer["NextContinuationToken"]
+        seen.add(answer["NextContinuationToken"])
 
 
 def _list_other(
@@ -244,12 +335,14 @@ def _list_other(
 ) -> Iterator[FileInfo]:
     fs.invalidate_cache()
     depth = {} if recursive else {"maxdepth": 1}
+    folder = f"{folder.rstrip('/')}/" if is_http(fs) else folder
     try:
         found = with_retries(f"listing {folder}", lambda: fs.find(folder, detail=True, **depth), limits)
     except FileNotFoundError:
         return
     for info in found.values():
-        if info["type"] == "file":
+        # What is no folder but a file itself has no facts here.
+        if info.get("type") == "file":
             yield _file_info(info)
 
 
@@ -257,10 +350,28 @@ def read_range(fs: fsspec.AbstractFileSystem, path: str, start: int, end: int, l
     """Bytes `start` to `end`, all of them; not tried again."""
     if end <= start:
         return b""
-    data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, limits, end - start)))
+    if isinstance(fs, LocalFileSystem):
+        patience = _patience(limits, end - start)
+        data = call_within(patience, functools.partial(_read_local, path, start, end), "the disk")
+    else:
+        data = bytes(fs.cat_file(path, start=start, end=end, **_within(fs, limits, end - start)))
     if len(data) != end - start:
         raise ShortReadError(f"asked for bytes {start} to {end}, got {len(data)} bytes")
     return data
+
+
+def _read_local(path: str, start: int, end: int) -> bytes:
+    """Without waiting for who writes to a pipe, which a shard may have become since it was listed."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor))
+        pieces: list[bytes] = []
+        while start < end and (piece := os.pread(descriptor, end - start, start)):
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    finally:
+        os.close(descriptor)
 
 
 def read_bytes(url: str, limits: StoreLimits = LIMITS) -> bytes:
@@ -323,12 +434,22 @@ def write_bytes(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS)
             os.replace(temporary, path)
 
 
+def refuses_name(error: OSError) -> bool:
+    """Whether a write failed for the name that it was to have, and one of another name may succeed."""
+    no = refusal(error)
+    return error.errno in _BAD_NAMES if no is None else no.code in _BAD_KEYS
+
+
 def create(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS) -> bool:
     """Write `root`/`name` where there is no such file yet; false where there is.
 
     Of several callers at once one gets true, on local disk and on stores with conditional writes (S3's
-    `If-None-Match`); on others two in the same instant may. Where an answer was lost on its way the call is
-    tried again, and then says false of a file that it made itself: `data` must tell whose it is.
+    `If-None-Match`). A store without them gets the file after a look whether it is there, and `limits.settle_s`
+    later the file must be the caller's still: there two get true where the write of one takes longer than that.
+    Where an answer was lost on its way the call is tried again, and then says false of a file that it made itself:
+    `data` must tell whose it is.
+
+    A disk without hard links holds the file empty for an instant, and keeps it so where the caller dies then.
 
     Raises:
         OSError: as `write_bytes` does.
@@ -345,11 +466,24 @@ def create(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS) -> b
     except FileExistsError:
         return False
     except OSError as error:
-        refusal = error.__cause__
-        if isinstance(refusal, ClientError) and refusal.response["Error"]["Code"] in ("PreconditionFailed", "412"):
+        no = refusal(error)
+        if no is not None and no.status == _PRECONDITION_FAILED:
             return False
-        raise
+        if no is None or no.status not in _UNSUPPORTED:
+            raise
+        return _create_unconditionally(root, name, data, limits)
     return True
+
+
+def _create_unconditionally(root: str, name: str, data: bytes, limits: StoreLimits) -> bool:
+    """The last of those that write at once has the file, and the others find that out."""
+    url = join(root, name)
+    with contextlib.suppress(FileNotFoundError):
+        with_retries(f"looking at {url}", lambda: stat(*locate(url, limits), limits), limits)
+        return False
+    write_bytes(root, name, data, limits)
+    time.sleep(limits.settle_s)
+    return read_bytes(url, limits) == data
 
 
 def _create_local(root: str, path: str, data: bytes) -> bool:
@@ -361,6 +495,20 @@ def _create_local(root: str, path: str, data: bytes) -> bool:
                 os.link(temporary, path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return _create_without_links(temporary, path)
+    return True
+
+
+def _create_without_links(temporary: str, path: str) -> bool:
+    """By an empty file, which one caller can make, and then the finished one in its place."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    os.replace(temporary, path)
     return True
 
 
@@ -399,18 +547,38 @@ def delete(root: str, names: list[str], limits: StoreLimits = LIMITS) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(base, name))
         return
-    for start in range(0, len(names), _DELETE_AT_ONCE):
-        some = names[start : start + _DELETE_AT_ONCE]
-        with_retries("deleting old parts", functools.partial(_delete, fs, base, some, limits), limits)
+    rest = names
+    if _is_s3(fs):
+        while rest:
+            some, later = rest[:_DELETE_AT_ONCE], rest[_DELETE_AT_ONCE:]
+            try:
+                with_retries("deleting old parts", functools.partial(_delete_many, fs, base, some, limits), limits)
+            except OSError as error:
+                # Google's S3, among others, has no request that deletes many.
+                no = refusal(error)
+                if no is None or (no.status not in _UNSUPPORTED and no.code != "SignatureDoesNotMatch"):
+                    raise
+                break
+            rest = later
+    with ThreadPoolExecutor(_DELETES_AT_ONCE, thread_name_prefix="delete") as pool:
+        for _ in pool.map(lambda name: _delete_one(fs, f"{base}/{name}", limits), rest):
+            pass
 
 
-def _delete(fs: fsspec.AbstractFileSystem, base: str, names: list[str], limits: StoreLimits) -> None:
+def _delete_one(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits) -> None:
+    def once() -> None:
+        if _is_s3(fs):
+            bucket, key, _ = fs.split_path(path)
+            fs.call_s3("delete_object", Bucket=bucket, Key=key, **_within(fs, limits))
+        else:
+            fs.rm_file(path, **_within(fs, limits))
+
+    with contextlib.suppress(FileNotFoundError):
+        with_retries("deleting an old part", once, limits)
+
+
+def _delete_many(fs: fsspec.AbstractFileSystem, base: str, names: list[str], limits: StoreLimits) -> None:
     """Not by `fs.rm`, which takes `[`, `*` and `?` in names for wildcards and tells no failures."""
-    if not _is_s3(fs):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                fs.rm_file(f"{base}/{name}", **_within(fs, limits))
-        return
     bucket, prefix, _ = fs.split_path(base)
     keys = [{"Key": f"{prefix}/{name}" if prefix else name} for name in names]
     answer = fs.call_s3(

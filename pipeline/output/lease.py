@@ -1,13 +1,20 @@
 """One run at a time on one output: a lease that dies with its holder.
 
-`OUTPUT/.lease/` holds one small file a generation; the highest is the lease. It is taken by making the next
-generation's file, which of several callers only one can; its holder writes it anew every `RENEW_S`. Who finds
-a lease watches it: one that moves belongs to a living run, one that stands still for `EXPIRE_S` to a dead one.
-No clock of one machine is compared with another's. Source of the numbered generations: the fencing tokens of
+`OUTPUT/.lease/` holds one claim a generation, `00000001.json`; the highest is the lease. It is taken by making the
+next generation's claim, which of several callers only one can, and which nobody writes again. Its holder proves that
+it lives by a beat beside the claim, `00000001-TOKEN.beat`, every `renew_s`. Who finds a lease watches it: one whose
+beat moves belongs to a living run, one that stands still for `expire_s` to a dead one. No clock of one machine is
+compared with another's.
+
+Generations begin anew after a release, so that a run that was paused meanwhile may find its own number taken by
+another. The token in the claim tells: it is drawn for each lease and never comes again, and the holder compares it
+before every beat and whenever it is asked for proof. Source of the numbered generations: the fencing tokens of
 Kleppmann, "How to do distributed locking", 2016.
 
-That two runs never overlap by a second is not promised, and not needed: parts do not depend on who writes
-them. What the lease keeps away is paying twice, and two runs that each believe the output to be new.
+That two runs never overlap by a second is not promised, and not needed: parts do not depend on who writes them. What
+the lease keeps away is paying twice, and two runs that each believe the output to be new. On a store without
+conditional writes two runs that begin within the same seconds may both get the lease (`storage.create`); the one
+whose claim was overwritten finds that out at its next beat, and ends.
 """
 
 from __future__ import annotations
@@ -16,16 +23,18 @@ import contextlib
 import json
 import os
 import platform
+import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from pipeline.core.errors import OutputBusyError, OutputError, ShardError, StoredDataError
+from pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
 from pipeline.core.redact import describe
+from pipeline.core.retries import LIMITS, StoreLimits
 from pipeline.core.storage import (
     clear_temporary,
     create,
@@ -39,71 +48,165 @@ from pipeline.core.storage import (
 )
 from pipeline.output.names import LEASE_FOLDER
 
-RENEW_S = 15.0
-EXPIRE_S = 60.0
-_LOOK_EVERY_S = 1.0
+_CLAIM = re.compile(r"(\d{8})\.json", re.ASCII)
+_TOKEN = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_OWN_FILE = re.compile(r"(\d{8})(?:\.json|-[0-9a-f]{32}\.beat)", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseTimes:
+    """How often a lease is renewed, when it expires, and how often one that may be dead is looked at."""
+
+    renew_s: float = 15.0
+    expire_s: float = 60.0
+    look_s: float = 1.0
+
+
+TIMES = LeaseTimes()
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What a lease says of its holder."""
+
+    token: str
+    holder: str
+    host: str
+    machine: str
+    pid: int
+    started: str | None
+    since: str
+
+    def __str__(self) -> str:
+        return f"run {self.holder}, process {self.pid} on {self.host}, since {self.since}"
+
+
+@dataclass(frozen=True)
+class _Look:
+    """The lease of an output as one look finds it; `claim` is None where it is gone, or still empty."""
+
+    generation: int
+    claim: _Claim | None = None
+    beat: bytes = b""
 
 
 class Lease:
     """A lease that is held: a thread renews it until it is released."""
 
-    def __init__(self, output: str, generation: int, content: dict[str, Any]) -> None:
+    def __init__(
+        self, output: str, generation: int, claim: _Claim, times: LeaseTimes = TIMES, limits: StoreLimits = LIMITS
+    ) -> None:
         self._output = output
         self._generation = generation
-        self._content = content
+        self._claim = claim
+        self._times = times
+        # A beat that waits for a store must not be late for the next one.
+        self._limits = replace(limits, retry_s=min(limits.retry_s, times.renew_s))
+        self._beat = 0
         self._lost: str | None = None
+        self._trouble = ""
+        self._renewed_at = time.monotonic()
+        self._lock = threading.Lock()
         self._released = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._renewer = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._renewer.start()
 
     def check(self) -> None:
-        """Raise `OutputBusyError` where another run has taken the lease over."""
+        """Raise unless the lease is this run's, as far as is known without asking; ask where that is too long ago.
+
+        Raises:
+            OutputBusyError: another run has taken the lease over, or someone has removed it.
+            StoreError: it could not be renewed for `expire_s`, so that another run may have it.
+        """
         if self._lost is not None:
-            raise OutputBusyError(
-                f"another run took over {self._output}, since the lease of this one was not renewed for "
-                f"{EXPIRE_S:.0f} s: {self._lost}"
+            raise OutputBusyError(self._lost)
+        if time.monotonic() - self._renewed_at > self._times.expire_s:
+            self.confirm()
+
+    def confirm(self) -> None:
+        """Ask the store whether the lease is still this run's, and renew it: before what only its holder may write.
+
+        Raises:
+            OutputBusyError: another run has taken the lease over, or someone has removed it.
+            StoreError: that cannot be told, and the lease was not renewed for `expire_s`.
+        """
+        try:
+            self._renew()
+        except (OSError, OutputError) as error:
+            self._trouble = describe(error)
+        if self._lost is not None:
+            raise OutputBusyError(self._lost)
+        silent_s = time.monotonic() - self._renewed_at
+        if silent_s > self._times.expire_s:
+            raise StoreError(
+                f"the lease of {self._output} could not be renewed for {silent_s:.0f} s, and another run may have it"
+                + (f": {self._trouble}" if self._trouble else "")
             )
 
     def release(self) -> None:
         """Stop renewing, and remove what temporary files and leases of this and earlier runs are left."""
         self._released.set()
-        self._renewer.join()
-        if self._lost is not None:
-            return
+        self._renewer.join(self._times.renew_s)
+        if self._renewer.is_alive():
+            return  # a disk that hangs would keep this process, too; the lease expires
         # A lease that cannot be removed expires.
-        with contextlib.suppress(OSError, ShardError, OutputError):
-            clear_temporary(self._output)
-            old = [number for number in _generations(self._output) if number <= self._generation]
-            delete(self._output, [_name(number) for number in old])
+        with contextlib.suppress(OSError, OutputError):
+            self._renew()
+            if self._lost is None:
+                clear_temporary(self._output)
+                delete(self._output, _files(self._output, self._generation, self._limits), self._limits)
+            else:
+                delete(self._output, [self._beat_name], self._limits)
             remove_folder(self._output, LEASE_FOLDER)
 
-    def _renew(self) -> None:
-        while not self._released.wait(RENEW_S):
-            self._content["beat"] += 1
+    @property
+    def _beat_name(self) -> str:
+        return _beat_name(self._generation, self._claim.token)
+
+    def _keep(self) -> None:
+        while not self._released.wait(self._times.renew_s) and self._lost is None:
             try:
-                newest = max(_generations(self._output), default=0)
-                if newest > self._generation:
-                    holder = _read(self._output, newest)
-                    self._lost = _shown(holder) if holder is not None else "one that has ended since"
-                    return
-                write_bytes(self._output, _name(self._generation), _encoded(self._content))
-            except (OSError, OutputError):
-                # The store is away, for other runs too; the next beat may reach it.
-                continue
+                self._renew()
+            except Exception as error:
+                # Whatever it is: the next beat may pass, and `check` tells the age of the last that did.
+                self._trouble = describe(error)
+
+    def _renew(self) -> None:
+        """Compare the lease with this run's own, and prove that it lives."""
+        with self._lock:
+            began = time.monotonic()
+            newest = max(_generations(self._output, self._limits), default=0)
+            claim = _read(self._output, newest, self._limits) if newest else None
+            if newest != self._generation or claim is None or claim.token != self._claim.token:
+                self._lost = (
+                    f"the lease of {self._output} is gone: another run took it over and ended, or someone removed it"
+                    if claim is None
+                    else f"another run took over {self._output}: {claim}"
+                )
+                return
+            self._beat += 1
+            write_bytes(self._output, self._beat_name, b"%d" % self._beat, self._limits)
+            self._renewed_at = began
 
 
 @contextlib.contextmanager
-def hold(output: str, on_wait: Callable[[str], None], run: str | None = None) -> Iterator[Lease]:
+def hold(
+    output: str,
+    on_wait: Callable[[str], None],
+    run: str | None = None,
+    times: LeaseTimes = TIMES,
+    limits: StoreLimits = LIMITS,
+) -> Iterator[Lease]:
     """Hold the lease of `output` while the block runs; wait where its holder seems dead until that is sure.
 
-    `run` names the holder, and is no other's. `on_wait` is told once, in words, what is waited for.
+    `run` names the holder. `on_wait` is told once, in words, what is waited for.
 
     Raises:
         OutputBusyError: a living run holds it.
         OutputError: the output cannot be written.
     """
     try:
-        lease = _acquire(output, on_wait, run or uuid.uuid4().hex[:12])
+        lease = _acquire(output, on_wait, run or uuid.uuid4().hex[:12], times, limits)
     except OSError as error:
         raise OutputError(f"cannot write to {output}: {describe(error)}") from error
     try:
@@ -112,71 +215,118 @@ def hold(output: str, on_wait: Callable[[str], None], run: str | None = None) ->
         lease.release()
 
 
-def _acquire(output: str, on_wait: Callable[[str], None], run: str) -> Lease:
-    own = {
-        "holder": run,
-        "host": platform.node(),
-        "machine": _machine(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        "beat": 0,
-    }
-    seen: dict[str, Any] | None = None
-    seen_at = 0.0
+def _acquire(output: str, on_wait: Callable[[str], None], run: str, times: LeaseTimes, limits: StoreLimits) -> Lease:
+    own = _Claim(
+        token=uuid.uuid4().hex,
+        holder=run,
+        host=platform.node(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_started(os.getpid()),
+        since=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    watched: _Look | None = None
+    watched_since = 0.0
+    is_told = is_refused = False
     while True:
-        newest = max(_generations(output), default=0)
-        found = _read(output, newest) if newest else None
-        if newest and found is None:
-            continue  # released between listing and reading
-        alive = None if found is None else _is_alive(found)
-        if found is None or alive is False:
-            expired = True
-        elif found["holder"] == own["holder"]:
-            return Lease(output, newest, own)
-        elif alive or (seen is not None and seen["holder"] == found["holder"] and seen["beat"] != found["beat"]):
-            raise OutputBusyError(f"{output} is held by {_shown(found)}: wait for its end, or stop it")
-        elif seen is None or seen["holder"] != found["holder"]:
-            seen, seen_at, expired = found, time.monotonic(), False
-            on_wait(f"{output} is held by {_shown(found)}, which may be dead: watching it for {EXPIRE_S:.0f} s")
-        else:
-            expired = time.monotonic() - seen_at > EXPIRE_S
-        if expired and create(output, _name(newest + 1), _encoded(own)):
-            return Lease(output, newest + 1, own)
-        if not expired:
-            time.sleep(_LOOK_EVERY_S)
+        seen = _look(output, limits)
+        holder, now = seen.claim, time.monotonic()
+        if holder is not None and holder.token == own.token:
+            return Lease(output, seen.generation, own, times, limits)
+        is_new = seen != watched
+        if is_new:
+            if holder is not None and watched is not None and watched.claim == holder:
+                raise OutputBusyError(f"{output} is held by {holder}: wait for its end, or stop it")
+            watched, watched_since, is_refused = seen, now, False
+        alive = None if holder is None else _is_alive(holder)
+        if alive:
+            raise OutputBusyError(f"{output} is held by {holder}: wait for its end, or stop it")
+        has_stood = now - watched_since > times.expire_s
+        if seen.generation == 0 or alive is False or has_stood:
+            claimed = _claim_name(seen.generation + 1)
+            if create(output, claimed, json.dumps(asdict(own)).encode(), limits):
+                return Lease(output, seen.generation + 1, own, times, limits)
+            # Others may have been faster, which the next look shows; or something is there that is no lease.
+            if is_refused and has_stood:
+                raise StoredDataError(
+                    f"{join(output, claimed)} is in the way, and no lease; delete it if no run is going on"
+                )
+            is_refused = True
+        elif not is_told and not (holder is None and is_new):
+            by = holder or "a run that does not say who it is"
+            on_wait(f"{output} is held by {by}, which may be dead: watching it for {times.expire_s:.0f} s")
+            is_told = True
+        time.sleep(times.look_s)
 
 
-def _shown(holder: dict[str, Any]) -> str:
-    return f"run {holder['holder']}, process {holder['pid']} on {holder['host']}, since {holder['since']}"
+def _look(output: str, limits: StoreLimits) -> _Look:
+    newest = max(_generations(output, limits), default=0)
+    claim = _read(output, newest, limits) if newest else None
+    if claim is None:
+        return _Look(newest)
+    try:
+        beat = read_bytes(join(output, _beat_name(newest, claim.token)), limits)
+    except FileNotFoundError:
+        beat = b""
+    return _Look(newest, claim, beat)
 
 
-def _name(generation: int) -> str:
+def _claim_name(generation: int) -> str:
     return f"{LEASE_FOLDER}/{generation:08d}.json"
 
 
-def _encoded(content: dict[str, Any]) -> bytes:
-    return json.dumps(content).encode()
+def _beat_name(generation: int, token: str) -> str:
+    return f"{LEASE_FOLDER}/{generation:08d}-{token}.beat"
 
 
-def _generations(output: str) -> list[int]:
-    fs, folder = locate(join(output, LEASE_FOLDER))
-    stems = (Path(info.path).stem for info in list_files(fs, folder, recursive=False))
-    return [int(stem) for stem in stems if stem.isdecimal()]
+def _names(output: str, limits: StoreLimits) -> list[str]:
+    fs, folder = locate(join(output, LEASE_FOLDER), limits)
+    return [Path(info.path).name for info in list_files(fs, folder, recursive=False, limits=limits)]
 
 
-def _read(output: str, generation: int) -> dict[str, Any] | None:
-    """What a lease says, or None where it is gone."""
-    url = join(output, _name(generation))
+def _generations(output: str, limits: StoreLimits) -> list[int]:
+    matches = (_CLAIM.fullmatch(name) for name in _names(output, limits))
+    return [int(match[1]) for match in matches if match]
+
+
+def _files(output: str, generation: int, limits: StoreLimits) -> list[str]:
+    """The claims and beats of this generation and those before it."""
+    matches = (_OWN_FILE.fullmatch(name) for name in _names(output, limits))
+    return [f"{LEASE_FOLDER}/{match[0]}" for match in matches if match and int(match[1]) <= generation]
+
+
+def _read(output: str, generation: int, limits: StoreLimits) -> _Claim | None:
+    """What a lease says, or None where it is gone, or empty: a disk without hard links shows it so for an instant."""
+    url = join(output, _claim_name(generation))
     try:
-        content = json.loads(read_bytes(url))
-        if not {"holder", "host", "machine", "pid", "started", "since", "beat"} <= content.keys():
-            raise ValueError("it lacks a field")
+        data = read_bytes(url, limits)
+        return _parse(data) if data else None
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise StoredDataError(f"{url} is no lease: {error}; delete it if no run is going on") from error
-    return dict(content)
+
+
+def _parse(data: bytes) -> _Claim:
+    content = json.loads(data)
+    if not isinstance(content, dict):
+        raise ValueError(f"it must be an object, got {type(content).__name__}")
+    kinds = {
+        "token": str,
+        "holder": str,
+        "host": str,
+        "machine": str,
+        "pid": int,
+        "started": str | None,
+        "since": str,
+    }
+    for name, kind in kinds.items():
+        if name not in content or not isinstance(content[name], kind):
+            raise ValueError(f"it has no {name}")
+    # It stands in the name of a file.
+    if not _TOKEN.fullmatch(content["token"]):
+        raise ValueError("its token is none")
+    return _Claim(**{name: content[name] for name in kinds})
 
 
 def _machine() -> str:
@@ -188,11 +338,11 @@ def _machine() -> str:
         return ""
 
 
-def _is_alive(holder: dict[str, Any]) -> bool | None:
+def _is_alive(holder: _Claim) -> bool | None:
     """Whether the holder's process runs; None where that cannot be told, as on another machine."""
-    if not holder["machine"] or holder["machine"] != _machine():
+    if not holder.machine or holder.machine != _machine():
         return None
-    return holder["started"] is not None and holder["started"] == _started(holder["pid"])
+    return holder.started is not None and holder.started == _started(holder.pid)
 
 
 def _started(pid: int) -> str | None:

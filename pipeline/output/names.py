@@ -21,8 +21,39 @@ _NAME = re.compile(
 )
 
 
+# What some reader takes for more than a letter of a name: a pattern, a URL's query, an escape, a hive partition
+# (`dt=7/`), a scheme (`a:b`), or a command of the terminal. And the escape itself.
+_SPECIAL = re.compile(
+    r"""[~=:*?\[\]{}#%\\"<>|\x00-\x1f\x7f-\x9f\u2028\u2029]"""
+    # Names that begin with these are passed over by Spark, Hive and PyArrow, in folders too.
+    r"""|(?:(?<=/)|^)[_.]"""
+    # A folder may not be called as a part is.
+    r"""|\.(?=parquet/)"""
+)
+_ESCAPED = re.compile(r"(?:~[0-9A-F]{2})+")
+
+
+def escape(shard: str) -> str:
+    """A shard's name as a path that every reader of Parquet takes for a plain one.
+
+    Each byte of UTF-8 of a special character is `~` and two hexadecimal digits: `_new/a:b` is `~5Fnew/a~3Ab`.
+    """
+    return _SPECIAL.sub(lambda match: "".join(f"~{byte:02X}" for byte in match[0].encode()), shard)
+
+
+def unescape(path: str) -> str | None:
+    """The inverse of `escape`; None for a path that it never gives."""
+    if not _SPECIAL.search(path):
+        return path
+    try:
+        shard = _ESCAPED.sub(lambda match: bytes.fromhex(match[0].replace("~", "")).decode(), path)
+        return shard if escape(shard) == path else None
+    except UnicodeError:
+        return None
+
+
 class PartName(NamedTuple):
-    """What a part's path below `embeddings/` or `errors/` says."""
+    """What a part's path below `embeddings/` or `errors/` says. `shard` is the true name, the path has it escaped."""
 
     shard: str
     tag: str
@@ -30,16 +61,17 @@ class PartName(NamedTuple):
     end: str
 
     def __str__(self) -> str:
-        return f"{self.shard}.{self.tag}-{self.part:05d}{_SUFFIX[self.end]}.parquet"
+        return f"{escape(self.shard)}.{self.tag}-{self.part:05d}{_SUFFIX[self.end]}.parquet"
 
     @classmethod
     def parse(cls, path: str) -> PartName | None:
         """The inverse of `str`; None for a path that is no part's."""
         match = _NAME.fullmatch(path)
-        if match is None:
+        shard = None if match is None else unescape(match["shard"])
+        if match is None or shard is None:
             return None
         end = (match["end"] or "").removeprefix("-")
-        return cls(match["shard"], match["tag"], int(match["part"]), end)
+        return cls(shard, match["tag"], int(match["part"]), end)
 
 
 def version_tag(num_bytes: int, version: str) -> str:

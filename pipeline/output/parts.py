@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -38,7 +39,7 @@ from pipeline.core.schema import (
     embeddings_schema,
     part_rows,
 )
-from pipeline.core.storage import join, read_tail, write_bytes
+from pipeline.core.storage import delete, join, read_tail, refuses_name, write_bytes
 from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.names import EMBEDDINGS, ERRORS, METADATA_PREFIX, PartName, version_tag
 from pipeline.output.settings import canonical_json
@@ -46,6 +47,9 @@ from pipeline.output.settings import canonical_json
 ROW_GROUP_ROWS = 1024
 _FOOTER_BYTES = 16 * 2**10
 _MAGIC = b"PAR1"
+
+
+_NOTHING_STORED = {"num_embedded": 0, "reasons": [], "error_ids": [], "written_bytes": 0, "write_s": 0.0}
 
 
 class PartWriter:
@@ -69,17 +73,39 @@ class PartWriter:
         return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
 
     def _write(self, values: dict[str, Any], samples: pa.StructArray) -> dict[str, Any]:
-        start = time.perf_counter()
         part = PartName(
             values["name"],
             version_tag(values["num_bytes"], values["version"]),
             values["part"],
             values["end"],
         )
+        try:
+            return self._store(part, values, samples)
+        except StoredDataError as error:
+            fault = str(error)
+        except OSError as error:
+            if not refuses_name(error):
+                raise
+            fault = describe(error)
+        # It is this shard's error alone, and no run will store it: no errors may stay without their part.
+        with contextlib.suppress(OSError):
+            delete(self._root, [f"{ERRORS}/{part}"])
+        return {
+            **values,
+            "num_samples": 0,
+            "end": END_BROKEN,
+            "fault": f"part {part.part} cannot be stored: {fault}",
+            "fault_transient": False,
+            **_NOTHING_STORED,
+            "store_fault": fault,
+        }
+
+    def _store(self, part: PartName, values: dict[str, Any], samples: pa.StructArray) -> dict[str, Any]:
+        start = time.perf_counter()
         name = str(part)
         if values["end"] == END_BROKEN and self._reached_further(name, values["num_samples"]):
             # What an earlier run could read of the shard is more, and stays.
-            return {**values, "num_embedded": 0, "reasons": [], "error_ids": [], "written_bytes": 0, "write_s": 0.0}
+            return {**values, **_NOTHING_STORED}
         if values["first_index"] == UNKNOWN_INDEX:
             values = {**values, "first_index": self._end_before(part)}
         failed = samples.field(REASON).is_valid()

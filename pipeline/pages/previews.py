@@ -6,7 +6,8 @@ import base64
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
+from functools import partial
 from typing import NamedTuple
 
 from PIL import Image
@@ -14,6 +15,7 @@ from PIL import Image
 from pipeline.core.errors import InputError, SampleError, ShardError
 from pipeline.core.redact import describe
 from pipeline.core.storage import locate, stat
+from pipeline.core.threads import begin
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.rules import DecodingRules
@@ -110,13 +112,12 @@ def read_fronts(
     if not wanted:
         return fronts
     share = max_bytes // len(wanted)
-    pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="read-fronts")
     reading = {
-        pool.submit(_front, shards[name], image_member, indices, share): name for name, indices in wanted.items()
+        begin(partial(_front, shards[name], image_member, indices, share), "read-front"): name
+        for name, indices in wanted.items()
     }
+    # A store that hangs is waited for no longer; its calls end by themselves, or with this process.
     done, late = wait(reading, timeout=max_s)
-    # A store that hangs is waited for no longer; its calls end by themselves.
-    pool.shutdown(wait=False, cancel_futures=True)
     for future in late:
         fronts.reasons[reading[future]] = f"not read within {max_s:.0f} s"
     for future in done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import os
 import re
@@ -15,11 +16,22 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import InputError, SettingsError
+from pipeline.core.errors import InputError, SettingsError, StoreError
 from pipeline.core.formatting import format_count
 from pipeline.core.redact import REFUSAL, describe, has_secret
 from pipeline.core.retries import LIMITS, StoreLimits, with_retries
-from pipeline.core.storage import FileInfo, list_files, locate, read_bytes, stat, to_url, without_gc
+from pipeline.core.storage import (
+    UNKNOWN_SIZE,
+    FileInfo,
+    is_http,
+    list_files,
+    locate,
+    read_bytes,
+    stat,
+    to_url,
+    without_gc,
+)
+from pipeline.shards.keys import printable
 
 
 class Pending(NamedTuple):
@@ -40,7 +52,10 @@ _MAX_NAMED = 10_000_000
 # A part's file is named after its shard, with 40 bytes more, and file systems take 255.
 _MAX_BASENAME_BYTES = 200
 _RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)")
+_HTTP = ("http://", "https://")
 _WILDCARD = re.compile(r"[*?\[]")
+# A piece that begins with a dot, and is not `.` or `..`, which no listing should have.
+_HIDDEN = re.compile(r"/\.(?!\.?(?:/|$))")
 # A path with a piece that is empty, `.` or `..`.
 _NO_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|$)")
 
@@ -54,11 +69,19 @@ class Shard(NamedTuple):
     version: str
 
 
+class Refused(NamedTuple):
+    """A shard of the input that cannot be embedded, and why. `name` can be stored, whatever the true one is."""
+
+    name: str
+    reason: str
+
+
 class ShardSet(NamedTuple):
     """The shards of an input in the order of their names, and the URL prefix that their names lack."""
 
     prefix: str
     shards: list[Shard]
+    refused: list[Refused]
 
 
 @without_gc()
@@ -71,6 +94,9 @@ def find_shards(inputs: Iterable[str], limits: StoreLimits = LIMITS) -> ShardSet
     alternative in braces, every folder, and at least one shard for each glob. In folders and globs,
     other files than `.tar` and names that begin with a dot are passed over. The prefix is the folder
     below which all of the input lies, before the first brace or wildcard.
+
+    A shard whose name cannot name an output, or that its web server cannot give piece by piece, is refused alone.
+    A web server's URL is named by its path: a `?` there begins a query, and is no wildcard.
 
     Raises:
         InputError: nothing found, a named shard is missing, or the store refuses.
@@ -88,24 +114,34 @@ def find_shards(inputs: Iterable[str], limits: StoreLimits = LIMITS) -> ShardSet
     if len(filesystems) != 1:
         raise SettingsError(f"input must lie in one store, got {len(filesystems)}: {', '.join(patterns[:4])}")
     fs = next(iter(filesystems.values()))
-    folders = {folder for _, folder in fixed}
-    root = os.path.commonpath(folders) if len(folders) > 1 else folders.pop()
+    inside = _shared_folder({folder for _, folder in fixed})
+    if not _is_utf8(inside):
+        raise InputError(f"the folder of the input must be UTF-8, got {inside!a}")
     found: dict[str, FileInfo] = {}
     named: dict[str, list[str]] = defaultdict(list)
     for pattern in patterns:
         for spec in _expand_braces(pattern):
-            if _WILDCARD.search(spec):
+            if _has_wildcard(spec):
                 _add(found, _glob(fs, spec, limits), spec)
                 continue
             path = locate(spec, limits)[1]
             if _is_shard(fs, spec, path):
-                named[path.rpartition("/")[0]].append(path)
+                named[_without_query(path).rpartition("/")[0]].append(path)
             else:
                 _add(found, _below(fs, path, limits), spec)
-    found.update(_named(fs, named, limits))
-    # One at a time, since a million infos beside a million shards would be twice the memory.
-    paths = sorted(found)
-    return ShardSet(to_url(fs, root), list(_shards(fs, root, (found.pop(path) for path in paths))))
+    unknown = [path for path, info in found.items() if info.num_bytes == UNKNOWN_SIZE]
+    refused: list[Refused] = []
+    for path, info in itertools.chain(_named(fs, named, limits), _look_at(fs, unknown, limits)):
+        if isinstance(info, FileInfo):
+            found[path] = info
+        else:
+            found.pop(path, None)
+            refused.append(Refused(printable(_name(inside, path)), info or "it is listed, and not there"))
+    shards = _shards(fs, inside, found, refused)
+    if is_http(fs) and len({shard.name for shard in shards}) < len(shards):
+        raise InputError("two URLs of the input differ in their query alone: a shard is named by its path")
+    root = inside if inside.rstrip("/") in ("", "http:", "https:") else inside.removesuffix("/")
+    return ShardSet(root if is_http(fs) else to_url(fs, root), shards, sorted(refused))
 
 
 def shards_below(folder: str, limits: StoreLimits = LIMITS) -> list[Shard]:
@@ -117,18 +153,40 @@ def shards_below(folder: str, limits: StoreLimits = LIMITS) -> list[Shard]:
     fs, path = locate(folder, limits)
     found: dict[str, FileInfo] = {}
     _add(found, _below(fs, path, limits), folder)
-    return list(_shards(fs, path, sorted(found.values())))
+    return _shards(fs, _shared_folder({path.rstrip("/") or path}), found, [])
 
 
-def _shards(fs: fsspec.AbstractFileSystem, root: str, infos: Iterable[FileInfo]) -> Iterator[Shard]:
-    inside = f"{root.rstrip('/')}/" if root else ""
-    url = to_url(fs, inside)
-    for path, num_bytes, version in infos:
-        yield Shard(_name(inside, path), f"{url}{path[len(inside) :]}", num_bytes, version)
+def _shared_folder(folders: set[str]) -> str:
+    """The folder that all of `folders` are or lie in, with a slash at its end; empty where that is the store."""
+    shared: list[str] = []
+    for pieces in zip(*(folder.rstrip("/").split("/") if folder else [] for folder in folders), strict=False):
+        if len(set(pieces)) > 1:
+            break
+        shared.append(pieces[0])
+    return "".join(f"{piece}/" for piece in shared)
+
+
+def _shards(
+    fs: fsspec.AbstractFileSystem, inside: str, found: dict[str, FileInfo], refused: list[Refused]
+) -> list[Shard]:
+    """`found`, which this empties, in the order of the paths; those whose names cannot be are added to `refused`."""
+    url = inside if is_http(fs) else to_url(fs, inside)
+    shards: list[Shard] = []
+    # One at a time, since a million infos beside a million shards would be twice the memory.
+    for path in sorted(found):
+        _, num_bytes, version = found.pop(path)
+        name = _name(inside, path)
+        if not path.startswith(inside):
+            raise InputError(f"shard {path} cannot name its output: it must lie below {inside}")
+        if fault := _name_fault(name):
+            refused.append(Refused(printable(name), fault))
+        else:
+            shards.append(Shard(name, f"{url}{path[len(inside) :]}", num_bytes, version))
+    return shards
 
 
 def _expand_list(spec: str, limits: StoreLimits) -> Iterator[str]:
-    if not spec.endswith(".txt"):
+    if not _without_query(spec).endswith(".txt"):
         yield spec
         return
     try:
@@ -143,7 +201,7 @@ def _expand_list(spec: str, limits: StoreLimits) -> Iterator[str]:
         entry = re.sub(r"(^|\s)#.*", "", line).strip()
         if has_secret(entry):
             raise SettingsError(f"list file {spec} must not carry credentials, and does in line {number}")
-        if entry.endswith(".txt"):
+        if _without_query(entry).endswith(".txt"):
             raise InputError(f"list file {spec} names another list file: {entry}")
         if entry:
             yield entry
@@ -171,17 +229,30 @@ def _split_fixed(pattern: str) -> tuple[str, str]:
 
 def _fixed_folder(pattern: str, limits: StoreLimits) -> tuple[fsspec.AbstractFileSystem, str]:
     """The store and folder of a pattern before its first brace or wildcard."""
-    if re.search(r"[{*?\[]", pattern):
+    pattern = _without_query(pattern)
+    if "{" in pattern or _has_wildcard(pattern):
         fs, path = locate(_split_fixed(pattern)[0], limits)
         return fs, path.rstrip("/") or path
     fs, path = locate(pattern, limits)
-    return fs, (path.rpartition("/")[0] if _is_shard(fs, pattern, path) else path)
+    return fs, (path.rpartition("/")[0] if _is_shard(fs, pattern, path) else path.rstrip("/") or path)
+
+
+def _without_query(url: str) -> str:
+    """A web server's URL without what comes after its path; elsewhere a question mark is a name's, or a wildcard."""
+    return url.partition("?")[0] if url.startswith(_HTTP) else url
+
+
+def _has_wildcard(spec: str) -> bool:
+    if spec.startswith(_HTTP):
+        # In the path alone: a host may be an address in brackets.
+        return bool(re.search(r"/.*[*\[]", _without_query(spec).partition("://")[2]))
+    return bool(_WILDCARD.search(spec))
 
 
 def _is_shard(fs: fsspec.AbstractFileSystem, spec: str, path: str) -> bool:
     """Whether a spec without wildcards names a shard, and not a folder."""
     is_folder = spec.endswith("/") or (isinstance(fs, LocalFileSystem) and os.path.isdir(path))
-    return path.endswith(SUFFIX) and not is_folder
+    return _without_query(path).endswith(SUFFIX) and not is_folder
 
 
 def _add(found: dict[str, FileInfo], infos: Iterator[FileInfo], spec: str) -> None:
@@ -195,7 +266,7 @@ def _add(found: dict[str, FileInfo], infos: Iterator[FileInfo], spec: str) -> No
 
 def _why_none(spec: str) -> str:
     """What is known of a spec that gave no shard."""
-    if _WILDCARD.search(spec):
+    if _has_wildcard(spec):
         if not os.path.exists(spec):
             return ""
         return ", whose *, ? and [] stand for other characters; in brackets, as [[], they stand for themselves"
@@ -214,7 +285,7 @@ def _below(
     """Shards below a folder that are neither hidden nor in a hidden folder."""
     start = len(folder.rstrip("/"))
     for info in _list(fs, folder, limits, recursive=recursive):
-        if info.path.endswith(SUFFIX) and "/." not in info.path[start:]:
+        if info.path.endswith(SUFFIX) and not _HIDDEN.search(info.path, start):
             yield info
 
 
@@ -247,18 +318,19 @@ def _glob_regex(pattern: str) -> str:
 
 def _named(
     fs: fsspec.AbstractFileSystem, named: dict[str, list[str]], limits: StoreLimits
-) -> Iterator[tuple[str, FileInfo]]:
-    """Look at the shards that the input names, by folder."""
+) -> Iterator[tuple[str, FileInfo | str]]:
+    """The shards that the input names, by folder, or why one cannot be read."""
     missing: list[str] = []
-    single = [path for paths in named.values() if len(paths) <= _STAT_AT_MOST for path in paths]
-    with ThreadPoolExecutor(_STATS_AT_ONCE, thread_name_prefix="look") as pool:
-        for path, info in zip(single, pool.map(lambda path: _look(fs, path, limits), single), strict=True):
-            if info is None:
-                missing.append(path)
-            else:
-                yield path, info
+    # A web server may list nothing.
+    is_listed = {folder: len(paths) > _STAT_AT_MOST and not is_http(fs) for folder, paths in named.items()}
+    single = [path for folder, paths in named.items() if not is_listed[folder] for path in paths]
+    for path, info in _look_at(fs, single, limits):
+        if info is None:
+            missing.append(path)
+        else:
+            yield path, info
     for folder, paths in named.items():
-        if len(paths) > _STAT_AT_MOST:
+        if is_listed[folder]:
             wanted = set(paths)
             for info in _list(fs, folder, limits, recursive=False):
                 if info.path in wanted:
@@ -274,29 +346,47 @@ def _named(
         )
 
 
-def _look(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits) -> FileInfo | None:
+def _look_at(
+    fs: fsspec.AbstractFileSystem, paths: list[str], limits: StoreLimits
+) -> Iterator[tuple[str, FileInfo | str | None]]:
+    """Look at shards one by one: what is there, why it cannot be read, or None where there is none."""
+    with ThreadPoolExecutor(_STATS_AT_ONCE, thread_name_prefix="look") as pool:
+        yield from zip(paths, pool.map(lambda path: _look(fs, path, limits), paths), strict=True)
+
+
+def _look(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits) -> FileInfo | str | None:
     url = to_url(fs, path)
     try:
         return with_retries(f"looking at {url}", lambda: stat(fs, path, limits), limits)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except StoreError as error:
+        if not error.transient:
+            return f"it cannot be read: {error}"
+        raise InputError(f"cannot look at {url}: {describe(error)}") from error
     except Exception as error:
         raise InputError(f"cannot look at {url}: {describe(error)}") from error
 
 
 def _name(inside: str, path: str) -> str:
-    """A shard's path below the folder `inside`, without the suffix; checked, as it names files."""
-    name = path[len(inside) :].removesuffix(SUFFIX)
-    base = name.rpartition("/")[2]
+    """A shard's path below the folder `inside`, without the suffix."""
+    return _without_query(path)[len(inside) :].removesuffix(SUFFIX)
+
+
+def _name_fault(name: str) -> str | None:
+    """Why no output can be named after a shard of this name."""
+    if not _is_utf8(name):
+        return "its name must be UTF-8"
+    if _NO_NAME.search(name):
+        return "its name must have no empty folder in it, and no `.` or `..`"
+    if len(name.rpartition("/")[2].encode()) > _MAX_BASENAME_BYTES:
+        return f"its name must have at most {_MAX_BASENAME_BYTES} bytes"
+    return None
+
+
+def _is_utf8(text: str) -> bool:
     try:
-        # All of it: the prefix is told in run.json.
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"shard {path!a} cannot name its output: its path must be UTF-8") from error
-    if not path.startswith(inside) or _NO_NAME.search(name):
-        raise InputError(f"shard {path} cannot name its output: it must lie below {inside}, and no `..` in its path")
-    if len(base.encode()) > _MAX_BASENAME_BYTES:
-        raise InputError(
-            f"shard {path} cannot name its output: its name must have at most {_MAX_BASENAME_BYTES} bytes"
-        )
-    return name
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -26,6 +26,7 @@ from pipeline.shards.keys import IMAGE_EXTENSIONS, printable, split_key
 # No `.tar` at its end, so that nothing below it can be taken for a shard.
 _TEMPORARY_PREFIX = ".packing-"
 _TEMPORARY_SUFFIX = ".unfinished"
+_MAX_WAYS = 1000
 # All that a tar header says beside name and size, so that the same images give the same bytes.
 _HEADER = {"mtime": 0, "user": "", "group": "", "mode": 0o644}
 
@@ -41,6 +42,7 @@ class PackConfig:
     max_bytes: int = 2**30
     extensions: tuple[str, ...] = IMAGE_EXTENSIONS
     overwrite: bool = False
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         for name, path in (("FOLDER", self.folder), ("SHARDS", self.shards)):
@@ -83,8 +85,8 @@ def _check(holds: bool, field: str, rule: str, value: Any) -> None:
         raise SettingsError(f"{field} must {rule}, got {value!r}")
 
 
-def find_images(folder: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> Found:
-    """Look through `folder` and all folders in it.
+def find_images(folder: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, *, follow_links: bool = False) -> Found:
+    """Look through `folder` and all folders in it; what links lead to outside of it only with `follow_links`.
 
     Raises:
         InputError: it is no folder, cannot be read, or holds no image.
@@ -95,7 +97,8 @@ def find_images(folder: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
     paths: list[str] = []
     left_out: Counter[str] = Counter()
     try:
-        for path, fault in _walk(str(folder), "", ()):
+        inside = None if follow_links else f"{os.path.realpath(folder).rstrip('/')}/"
+        for path, fault in _walk(str(folder), "", (), inside, Counter()):
             reason = fault or _why_left_out(path, extensions)
             if reason:
                 left_out[reason] += 1
@@ -109,21 +112,40 @@ def find_images(folder: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) ->
     return Found(_with_keys(sorted(paths)), left_out)
 
 
-def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, str]]:
-    """Every file as (path below the top, why it is no file to read or ""). Links are followed."""
+def _walk(
+    folder: str,
+    prefix: str,
+    above: tuple[tuple[int, int], ...],
+    inside: str | None,
+    ways: Counter[tuple[int, int]],
+) -> Iterator[tuple[str, str]]:
+    """Every file as (path below the top, why it is no file to read or ""). Links are followed, out of `inside` not.
+
+    `ways` counts how often each folder was come by: links in linked folders double that at each step.
+    """
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
         yield prefix, "links to a folder that holds them"
         return
+    ways[here] += 1
+    if ways[here] > _MAX_WAYS:
+        raise OSError(f"links that lead in more than {_MAX_WAYS} ways to {folder}")
     with os.scandir(folder) as entries:
         for entry in entries:
             path = prefix + entry.name
+            is_out = inside is not None and entry.is_symlink() and not _leads_into(inside, entry.path)
             # Unlike those of `entry`, these are false for a link to itself.
-            if os.path.isdir(entry.path):
-                yield from _walk(entry.path, f"{path}/", (*above, here))
+            if os.path.isdir(entry.path) and not is_out:
+                yield from _walk(entry.path, f"{path}/", (*above, here), inside, ways)
+            elif not os.path.exists(entry.path) or not (os.path.isfile(entry.path) or is_out):
+                yield path, "broken links and special files"
             else:
-                yield path, "" if os.path.isfile(entry.path) else "broken links and special files"
+                yield path, "links out of the folder" if is_out else ""
+
+
+def _leads_into(inside: str, path: str) -> bool:
+    return f"{os.path.realpath(path)}/".startswith(inside)
 
 
 def _why_left_out(path: str, extensions: tuple[str, ...]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 
 from pipeline.core.errors import ShardChangedError, ShardError, StoreError
 from pipeline.core.redact import describe
 from pipeline.core.retries import LIMITS, StoreLimits, with_retries
 from pipeline.core.storage import FileInfo, ShortReadError, locate, read_range, stat
+from pipeline.core.threads import begin
 
 
 class ShardStream:
@@ -22,13 +24,12 @@ class ShardStream:
         self._chunk = memoryview(b"")
         self._chunk_start = 0
         self._ahead: tuple[int, Future[bytes]] | None = None
-        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
 
     def __enter__(self) -> ShardStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._fetcher.shutdown(wait=False, cancel_futures=True)
+        self._ahead = None
 
     def _fetch(self, start: int) -> bytes:
         end = min(start + self._limits.chunk_bytes, self.num_bytes)
@@ -62,12 +63,10 @@ class ShardStream:
             start, future = ahead
             data = future.result()
         else:
-            if ahead is not None:
-                ahead[1].cancel()
             data = self._fetch(position)
         following = start + len(data)
         if following < self.num_bytes:
-            self._ahead = following, self._fetcher.submit(self._fetch, following)
+            self._ahead = following, begin(partial(self._fetch, following), "read-ahead")
         self._chunk, self._chunk_start = memoryview(data), start
 
     def read(self, num_bytes: int) -> bytes:

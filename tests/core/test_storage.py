@@ -16,7 +16,7 @@ import pytest
 
 from jobs import verify
 from pipeline.core import storage
-from pipeline.core.errors import SettingsError, ShardChangedError, ShardError
+from pipeline.core.errors import SettingsError, ShardChangedError, ShardError, StoreError
 from pipeline.core.retries import LIMITS, StoreLimits, with_retries
 from pipeline.core.storage import (
     FileInfo,
@@ -258,6 +258,64 @@ def test_a_link_is_what_it_leads_to_and_a_loop_is_not_followed(tmp_path: Path) -
     (tmp_path / "real/up").symlink_to(tmp_path / "place")
     (tmp_path / "place/f").symlink_to(tmp_path / "real/f")
     assert listed(f"{tmp_path}/place") == ["again/f", "f", "linked/f"]
+
+
+def test_links_in_linked_folders_do_not_double_the_listing_without_end(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"d{number}").mkdir()
+        for name in ("x", "y"):
+            (tmp_path / f"d{number}" / name).symlink_to(f"../d{number + 1}")
+    write_bytes(str(tmp_path / "d40"), "b.tar", b"")
+    with pytest.raises(StoreError, match="links lead in more than 1000 ways to"):
+        listed(str(tmp_path / "d0"))
+
+
+def test_a_file_that_became_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path) -> None:
+    write_bytes(str(tmp_path), "f.tar", b"content")
+    with opened(f"{tmp_path}/f.tar") as stream:
+        (tmp_path / "f.tar").unlink()
+        os.mkfifo(tmp_path / "f.tar")
+        with pytest.raises(ShardError, match="no file, but a pipe"):
+            stream.read(7)
+        with pytest.raises(ShardChangedError, match="no file, but a pipe"):
+            stream.check_unchanged()
+    for call in (read_bytes, read_tail):
+        with pytest.raises(StoreError, match="no file, but a pipe"):
+            call(f"{tmp_path}/f.tar", *([5] if call is read_tail else []))  # type: ignore[operator]
+    assert listed(str(tmp_path)) == []
+
+
+_HUNG = """
+import os, sys, threading
+from pipeline.core.errors import ShardError
+from pipeline.core.retries import StoreLimits
+from pipeline.core.storage import locate, stat
+from pipeline.shards.stream import ShardStream
+
+limits = StoreLimits(chunk_bytes=10, request_timeout_s=0.2, retry_s=0.2, slowest_bytes_per_s=1000)
+info = stat(*locate(sys.argv[1]), limits)
+read = os.pread
+hang_at = int(sys.argv[2])
+# As on a mount whose server is gone: the call never comes back.
+os.pread = lambda file, size, start: threading.Event().wait() if start >= hang_at else read(file, size, start)
+with ShardStream(sys.argv[1], info.num_bytes, info.version, limits) as stream:
+    try:
+        print(len(stream.read(10)))
+    except ShardError as error:
+        print(error.transient, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("hang_at", "says"),
+    [(10, "10\n"), (0, "True reading bytes 0 to 10 failed .*TimeoutError: the disk did not answer for 0 s\n")],
+    ids=["read ahead", "read"],
+)
+def test_a_disk_that_hangs_is_given_up_and_does_not_keep_the_process(tmp_path: Path, hang_at: int, says: str) -> None:
+    write_bytes(str(tmp_path), "f.tar", bytes(100))
+    command = [sys.executable, "-c", _HUNG, f"{tmp_path}/f.tar", str(hang_at)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert re.fullmatch(says, done.stdout), done
 
 
 def test_a_link_to_nothing_is_listed_so_that_it_does_not_vanish(tmp_path: Path) -> None:

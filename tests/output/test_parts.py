@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.core import storage
 from pipeline.core.config import parse
 from pipeline.core.errors import OutputError
-from pipeline.core.schema import PART_FIELDS, part_row, sample_type
+from pipeline.core.schema import PART_FIELDS, UNKNOWN_INDEX, part_row, sample_type
 from pipeline.core.storage import read_bytes
 from pipeline.output import parts
-from pipeline.output.names import PartName, version_tag
+from pipeline.output.names import EMBEDDINGS, PartName, version_tag
 from pipeline.output.parts import PartWriter, content_sha256, read_facts, vectors
 from tests.conftest import ROOT
+from tests.faults.odd_store import OddStore, Quirks
 from tests.output.test_fingerprint import made
 
 FINGERPRINT = made(versions="2")
@@ -314,7 +317,9 @@ def test_parquet_of_others_has_rows_and_none_of_our_numbers(tmp_path: Path) -> N
 def test_a_footer_is_read_from_the_end_of_the_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     tail = parts.read_tail
-    monkeypatch.setattr(parts, "read_tail", lambda url, length, size: reads.append(length) or tail(url, length, size))
+    monkeypatch.setattr(
+        parts, "read_tail", lambda url, length, *more: reads.append(length) or tail(url, length, *more)
+    )
     writer(tmp_path)(embedded([f"{i}" for i in range(30_000)]))
     path = tmp_path / "embeddings" / NAME
     assert read_facts(str(tmp_path), f"embeddings/{NAME}").num_rows == 30_000
@@ -339,3 +344,66 @@ def test_a_content_hash_sees_every_edit_and_no_cut_into_pieces(tmp_path: Path) -
     )
     assert content_sha256([edited]) != whole
     assert content_sha256([table.take([1, 0, 2])]) != whole
+
+
+def test_a_part_whose_name_the_disk_refuses_is_its_shard_s_error_and_the_others_are_stored(tmp_path: Path) -> None:
+    long = "/".join(["d" * 200] * 21)
+    in_the_way = PartName("blocked", TAG, 0, "last")
+    (tmp_path / EMBEDDINGS / str(in_the_way)).mkdir(parents=True)
+    (tmp_path / EMBEDDINGS / "file").write_bytes(b"")
+    parts = [
+        embedded(["a"], name="good-1"),
+        embedded(["b", "c"], failed={0: "bad image"}, name="blocked"),
+        embedded(["d"], name=long),
+        embedded(["e"], name="n" * 240),
+        embedded(["f"], name="file/below"),
+        embedded(["g"], name="good-2"),
+    ]
+    receipts = writer(tmp_path)(pa.concat_tables(parts)).to_pylist()
+    assert [receipt["store_fault"] is None for receipt in receipts] == [True, False, False, False, False, True]
+    for receipt, told in zip(receipts[1:5], ["Is a directory", "too long", "too long", "File exists"], strict=True):
+        assert told in receipt["store_fault"]
+        assert receipt["fault"] == f"part 0 cannot be stored: {receipt['store_fault']}"
+        assert (receipt["end"], receipt["fault_transient"]) == ("broken", False)
+        assert (receipt["num_samples"], receipt["num_embedded"], receipt["reasons"]) == (0, 0, [])
+    stored = sorted(path.name for path in tmp_path.rglob("*.parquet") if path.is_file())
+    assert stored == [f"good-{number}.{TAG}-00000-last.parquet" for number in (1, 2)], "errors without a part"
+
+
+@pytest.mark.parametrize("answer", [(400, "KeyTooLongError"), (400, "InvalidArgument")])
+def test_a_part_whose_key_the_store_refuses_is_its_shard_s_error(
+    answer: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with OddStore() as store:
+        store.quirks = Quirks(put_fault=lambda key: answer if "refused" in key else None)
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        storage._filesystem.cache_clear()
+        parts = [embedded(["a"], name="refused"), embedded(["b"], name="k" * 1100), embedded(["c"], name="good")]
+        receipts = writer("s3://bkt/out")(pa.concat_tables(parts)).to_pylist()
+        assert list(store.stored.objects) == [f"out/{EMBEDDINGS}/good.{TAG}-00000-last.parquet"]
+    storage._filesystem.cache_clear()
+    assert [receipt["store_fault"] is None for receipt in receipts] == [False, False, True]
+
+
+def test_a_full_disk_is_no_fault_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        writer(tmp_path)(embedded(["a"]))
+
+
+def test_a_damaged_part_before_the_end_of_a_shard_is_that_shard_s_error(tmp_path: Path) -> None:
+    make = writer(tmp_path)
+    make(embedded(["a"], name="hurt", end=""))
+    path = tmp_path / EMBEDDINGS / str(PartName("hurt", TAG, 0, ""))
+    path.write_bytes(path.read_bytes()[:-1])
+    parts = [
+        embedded([], name="hurt", part=1, first_index=UNKNOWN_INDEX, end="broken", fault="cut"),
+        embedded(["b"], name="good"),
+    ]
+    hurt, good = make(pa.concat_tables(parts)).to_pylist()
+    assert f"{path.name} is not whole Parquet" in hurt["store_fault"]
+    assert good["store_fault"] is None

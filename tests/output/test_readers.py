@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.output.parts import vectors
-from tests.conftest import ROOT, write_shards
+from tests.conftest import ROOT, sample_members, write_shards, write_tar
 from tests.outputs import embed
 
 TESTED, _, UNTESTED = (ROOT / "docs" / "readers.md").read_text().partition("## Not tested here")
@@ -84,6 +84,69 @@ def test_the_same_ids_and_embeddings_arrive(name: str, output: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_same_ids_and_embeddings_arrive_in_ray(ray_session: None, output: Path, tmp_path: Path) -> None:
     check("Ray Data", output, tmp_path)
+
+
+# Names that one reader or another passes over, takes for a pattern, or makes columns of.
+ODD = [
+    "plain", "_private", "_new/x", "_new/_y", "shard=7/y", "dt=2026-01-01/image_id=3/z", "embedding=1", "a:b",
+    "s3:/c", "q?*[x]{y}", "50%41", "til~5Fde", "tab\tand\nline", "esc\x1b[2J", "back\\slash", "two words",
+    "ünï-코드", "x.parquet/y", "dots.in.it", "h#ash", "quo'te\"s", "<b>", "_metadata", "_SUCCESS",
+    "plain.000000000000-00000-last",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def oddly_named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output of shards of odd names, of a sample each."""
+    folder = tmp_path_factory.mktemp("odd")
+    for number, name in enumerate(ODD):
+        write_tar(folder / "in" / f"{name}.tar", sample_members(f"key-{number}", number))
+    embed(folder / "in", folder / "out", keep=["cls"])
+    return folder / "out"
+
+
+def shards_and_columns(name: str, output: Path, scratch: Path) -> tuple[list[str], list[str]]:
+    """What a reader finds in the column `shard`, and all the columns that it sees."""
+    pattern, base = f"{output}/embeddings/**/*.parquet", f"{output}/embeddings"
+    library: Any = importlib.import_module(MODULES[name])
+    if name == "PyArrow":
+        table = (
+            importlib.import_module("pyarrow.dataset").dataset(base, format="parquet", partitioning="hive").to_table()
+        )
+        return table["shard"].to_pylist(), table.column_names
+    if name == "DuckDB":
+        found = library.sql(f"SELECT * FROM '{pattern}'")
+        return [row[0] for row in library.sql(f"SELECT shard FROM '{pattern}'").fetchall()], found.columns
+    if name == "Polars":
+        frame = library.read_parquet(pattern, hive_partitioning=True)
+        return frame["shard"].to_list(), frame.columns
+    if name == "pandas":
+        frame = library.read_parquet(base)
+        return frame["shard"].tolist(), list(frame.columns)
+    assert name == "Hugging Face datasets"
+    rows = library.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(scratch))
+    return rows["shard"][:], rows.column_names
+
+
+@pytest.mark.parametrize("name", ["PyArrow", "DuckDB", "Polars", "pandas", "Hugging Face datasets"])
+def test_shards_of_any_name_are_read_under_their_true_name(name: str, oddly_named: Path, tmp_path: Path) -> None:
+    pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install 'shard-embedder[readers]'")
+    shards, columns = shards_and_columns(name, oddly_named, tmp_path)
+    assert sorted(shards) == sorted(ODD)
+    assert sorted(columns) == ["cls", "embedding", "image_id", "sample_index", "shard"]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "Ray Data"])
+def test_the_code_of_the_docs_reads_shards_of_any_name(name: str, oddly_named: Path, tmp_path: Path) -> None:
+    pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install 'shard-embedder[readers]'")
+    check(name, oddly_named, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_docs_reads_shards_of_any_name_in_ray(
+    ray_session: None, oddly_named: Path, tmp_path: Path
+) -> None:
+    check("Ray Data", oddly_named, tmp_path)
 
 
 def one_part(output: Path, tmp_path: Path) -> tuple[Path, Any]:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core import storage
 from pipeline.core.errors import InputError, SettingsError
 from pipeline.core.storage import join, write_bytes
 from pipeline.shards import find as module
-from pipeline.shards.find import find_shards, shards_below
+from pipeline.shards.find import Refused, find_shards, shards_below
 from tests.conftest import S3Server
+from tests.faults.odd_store import OddStore
 
 FILES = [
     "train/00000.tar",
@@ -249,17 +251,75 @@ def test_a_shard_outside_the_prefix_is_refused(tmp_path: Path) -> None:
         find_shards([f"{tmp_path}/a/{{x,../y}}.tar"])
 
 
-def test_a_name_too_long_for_its_output_is_refused(tmp_path: Path) -> None:
-    write_bytes(str(tmp_path), "x" * 201 + ".tar", b"")
-    with pytest.raises(InputError, match="at most 200 bytes"):
-        find_shards([str(tmp_path)])
-
-
-@pytest.mark.parametrize("name", [b"in/\xff.tar", b"in/\xff/a.tar", b"\xff/in/a.tar"])
-def test_a_name_that_is_not_utf8_is_refused_be_it_of_the_shard_or_of_a_folder(tmp_path: Path, name: bytes) -> None:
+@pytest.mark.parametrize(
+    ("name", "shown", "reason"),
+    [
+        (b"x" * 201 + b".tar", "x" * 201, "its name must have at most 200 bytes"),
+        (b"\xff.tar", r"\xff", "its name must be UTF-8"),
+        (b"\xff/a.tar", r"\xff/a", "its name must be UTF-8"),
+    ],
+)
+def test_a_name_that_cannot_be_is_refused_and_the_others_are_found(
+    tmp_path: Path, name: bytes, shown: str, reason: str
+) -> None:
     write_bytes(str(tmp_path), os.fsdecode(name), b"")
-    with pytest.raises(InputError, match="must be UTF-8"):
-        find_shards([f"{tmp_path}/{os.fsdecode(name.partition(b'in')[0])}in"])
+    write_bytes(str(tmp_path), "good.tar", b"")
+    for spec in (
+        str(tmp_path),
+        f"{tmp_path}/**",
+        f"{tmp_path}/{{good,{os.fsdecode(name).removesuffix('.tar')}}}.tar",
+    ):
+        found = find_shards([spec])
+        assert [shard.name for shard in found.shards] == ["good"]
+        assert found.refused == [Refused(shown, reason)]
+        shown.encode()
+    (tmp_path / "good.tar").unlink()
+    assert find_shards([str(tmp_path)]).shards == []
+
+
+ODD_KEYS = {
+    "a//b": "its name must have no empty folder in it, and no `.` or `..`",
+    "/b": "its name must have no empty folder in it, and no `.` or `..`",
+    "../b": "its name must have no empty folder in it, and no `.` or `..`",
+    "x/../b": "its name must have no empty folder in it, and no `.` or `..`",
+    "./b": "its name must have no empty folder in it, and no `.` or `..`",
+    "n" * 201: "its name must have at most 200 bytes",
+}
+
+
+def test_odd_keys_of_a_bucket_are_refused_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = [
+        "nl\n",
+        "tab\t",
+        "esc\x1b",
+        " ",
+        "%2e%2e%2f",
+        "a+b",
+        "\u00e9",
+        "\ufffe",
+        "[x]",
+        "{1,2}",
+        "q?",
+        "h#",
+        "b&<>\"'",
+        "😀",
+    ]
+    with OddStore() as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        storage._filesystem.cache_clear()
+        store.stored.objects.update({f"in/{name}.tar": b"x" for name in [*good, *ODD_KEYS]})
+        found = find_shards(["s3://bkt/in"])
+    storage._filesystem.cache_clear()
+    assert [shard.name for shard in found.shards] == sorted(good)
+    assert dict(found.refused) == ODD_KEYS
+    assert found.refused == sorted(found.refused)
+
+
+def test_a_folder_that_is_not_utf8_cannot_be_the_input(tmp_path: Path) -> None:
+    write_bytes(str(tmp_path), os.fsdecode(b"\xff/in/a.tar"), b"")
+    with pytest.raises(InputError, match="the folder of the input must be UTF-8"):
+        find_shards([f"{tmp_path}/{os.fsdecode(bytes([0xFF]))}/in"])
 
 
 def test_a_linked_folder_counts_and_a_loop_ends(tmp_path: Path) -> None:

@@ -199,11 +199,37 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
 
 
 def test_links_to_images_and_folders_are_followed(tmp_path: Path) -> None:
-    elsewhere = write_files(tmp_path / "elsewhere", "b.jpg")
+    folder = write_files(tmp_path / "in", "a.jpg")
+    elsewhere = write_files(folder / "elsewhere", "b.jpg")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "c.jpg").symlink_to("elsewhere/b.jpg")
+    assert keys(folder) == ["a", "c", "elsewhere/b", "linked/b"]
+
+
+def test_links_out_of_the_folder_are_followed_only_when_asked(tmp_path: Path) -> None:
+    elsewhere = write_files(tmp_path / "in-another", "b.jpg")
     folder = write_files(tmp_path / "in", "a.jpg")
     (folder / "linked").symlink_to(elsewhere)
-    (folder / "c.jpg").symlink_to(elsewhere / "b.jpg")
-    assert keys(folder) == ["a", "c", "linked/b"]
+    (folder / "c.jpg").symlink_to("../in-another/b.jpg")
+    found = find_images(folder)
+    assert [image.path for image in found.images] == ["a.jpg"]
+    assert found.left_out == {"links out of the folder": 2}
+    assert [image.path for image in find_images(folder, follow_links=True).images] == [
+        "a.jpg",
+        "c.jpg",
+        "linked/b.jpg",
+    ]
+
+
+def test_links_in_linked_folders_do_not_double_the_walk_without_end(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "in", "a.jpg")
+    for number in range(40):
+        (folder / f"d{number}").mkdir()
+        for name in ("x", "y"):
+            (folder / f"d{number}" / name).symlink_to(f"../d{number + 1}")
+    write_files(folder / "d40", "b.jpg")
+    with pytest.raises(InputError, match="links that lead in more than 1000 ways to"):
+        find_images(folder)
 
 
 def test_only_the_asked_extensions_are_packed(tmp_path: Path) -> None:
