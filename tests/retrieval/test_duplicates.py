@@ -117,8 +117,8 @@ def test_a_row_with_more_near_duplicates_than_were_looked_for_is_told(tmp_path: 
 
 _PEAK = """
 import resource, sys
-from pipeline.duplicates import find_duplicates
-from pipeline.index import open_index
+from pipeline.retrieval.duplicates import find_duplicates
+from pipeline.retrieval.index import open_index
 output, pairs, index = sys.argv[1:]
 found = find_duplicates(output, pairs, 0.9, index=open_index(index) if index else None)
 print(found.num_pairs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

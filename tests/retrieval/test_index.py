@@ -515,7 +515,7 @@ def test_two_at_once_are_refused(embedded: Path, tmp_path: Path) -> None:
 
 MEMORY = """\
 import sys
-from pipeline.index_build import Options, build
+from pipeline.retrieval.build import Options, build
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) // 1024
 peak = 0

@@ -295,9 +295,10 @@ def test_a_query_whose_name_is_not_utf_8_is_answered_and_shown_escaped(
 _PEAK = """
 import sys
 from pathlib import Path
-from pipeline.index import open_index
-from pipeline.queries import QueryEmbedder
-from pipeline.search import search_images, search_page
+from pipeline.embedding.queries import QueryEmbedder
+from pipeline.pages.near import search_page
+from pipeline.retrieval.index import open_index
+from pipeline.retrieval.search import search_images
 folder, image = map(Path, sys.argv[1:])
 index = open_index(folder)
 embedder = QueryEmbedder(index.facts.made, device="cpu")
