@@ -27,11 +27,11 @@ def make_report(
 
     Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
     earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run stored
-    itself. Lists are cut, and have their number beside them. `problems` is what went wrong with the engine on the
-    way. `timeline` has for each `step_s` seconds since the begin (`started_at`) the
-    images of the parts stored in it, and the seconds that each stage worked on them; `stage_workers` is how many
-    workers of a stage can be busy at once, on average. `num_devices` is the most that there were at once;
-    `device_hours` counts each for as long as it was there.
+    itself; `errors_by_shard` is of the ten shards with the most errors. Lists are cut, and have their number beside
+    them. `problems` is what went wrong with the engine on the way. `timeline` has for each `step_s` seconds since the
+    begin (`started_at`) the images of the parts stored in it, and the seconds that each stage worked on them;
+    `stage_workers` is how many workers of a stage can be busy at once, on average. `num_devices` is the most that
+    there were at once; `device_hours` counts each for as long as it was there.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
     slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
@@ -64,6 +64,10 @@ def make_report(
         "errors": counts.num_errors,
         "errors_by_reason": dict(tally.reasons.most_common()),
         "error_examples": tally.examples,
+        "errors_by_shard": {
+            name: {"errors": num_errors, "samples": num_samples}
+            for name, (num_errors, num_samples) in counts.errors_by_shard.items()
+        },
         "shards": {
             "found": len(job.shards),
             "done_before": plan.num_done,
