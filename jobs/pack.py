@@ -95,7 +95,7 @@ def _run(flags: argparse.Namespace) -> int:
     settings["extensions"] = tuple(extension.lower().lstrip(".") for extension in flags.extensions)
     config = PackConfig(**settings)
     check_old_shards(config)
-    found = find_images(config.folder, config.extensions)
+    found = find_images(config.folder, config.extensions, follow_links=config.follow_links)
     try:
         with show_progress(plain_console(stderr=True)) as on_progress:
             packed = pack(config, found, on_progress)
@@ -107,32 +107,7 @@ def _run(flags: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Pack, and return the exit code."""
-<<<<<<< HEAD
     return run_command(parser(), arguments, _run)
-=======
-    top = parser()
-    flags = vars(top.parse_args(arguments))
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        flags["max_bytes"] = parse_bytes(flags["max_bytes"])
-        flags["extensions"] = tuple(extension.lower().lstrip(".") for extension in flags["extensions"])
-        config = PackConfig(**flags)
-        check_old_shards(config)
-        found = find_images(config.folder, config.extensions, follow_links=config.follow_links)
-        with progress(len(found.images)) as on_image:
-            packed = pack(config, found, on_image)
-        _print_summary(config, found, packed)
-        return EXIT_OK
-    except PipelineError as error:
-        top.tell(error)
-        return EXIT_USAGE
-    except OSError as error:
-        top.tell(f"{error}; SHARDS has no whole new set of shards")
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        top.tell("interrupted; SHARDS has no whole new set of shards")
-        return 128 + signal.SIGINT
->>>>>>> stores
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import numpy as np
 import PIL.Image
 import torch
 
-from pipeline import backbones
+from pipeline.backbones import library_of, load_weights
 from pipeline.core.config import Config
 from pipeline.core.errors import InputError
 from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop
 from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Runner
@@ -115,12 +116,13 @@ def embed_images(
         InputError: an image is not found, or an array is none.
         SampleError: an image cannot be decoded.
     """
-    name = backbones.find(backbone)
-    prepared = backbones.preprocess_for(name, weights, preprocess)
+    library = library_of(backbone)
+    name = library.find(backbone)
+    prepared: Preprocess = library.preprocess_for(name, weights, preprocess)
     if image_size is not None:
         prepared = prepared.with_size(image_size)
     network = Network(backbone=name, preprocess=prepared, features=features, normalize=normalize)
-    source = SharedWeights.of(backbones.load_weights(name, weights))
+    source = SharedWeights.of(load_weights(name, weights))
     runner = source.runner(network, Placement(device=_device(device), precision=precision))
     rules = DecodingRules.of(Config(input=("-",), output="-"), prepared)
     return Images(runner, rules)(images)

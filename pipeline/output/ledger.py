@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
 from pipeline.output.parts import read_facts
 from pipeline.shards.find import Shard
 
+MAX_WORST = 10
 _COUNTERS = 32
 
 
@@ -44,6 +46,8 @@ class Counts:
     num_samples: int = 0
     num_embedded: int = 0
     num_errors: int = 0
+    # Of the `MAX_WORST` shards with the most errors, the worst first: how many of how many samples.
+    errors_by_shard: dict[str, tuple[int, int]] = field(default_factory=dict)
     # Taken on by the run, and gone from the input before its end.
     vanished: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -71,6 +75,7 @@ def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts
     counts = Counts()
     stored: dict[str, list[tuple[PartName, int]]] = defaultdict(list)
     errors: dict[PartName, int] = {}
+    failed: list[tuple[int, int, str]] = []
     for part, info in list_parts(output, EMBEDDINGS):
         if tags.get(part.shard) == part.tag:
             stored[part.shard].append((part, info.num_bytes))
@@ -86,6 +91,11 @@ def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts
             counts.num_embedded += result.num_embedded
             counts.num_errors += result.num_errors
             counts.faults.extend(f"{shard}: {fault}" for fault in result.faults)
+            if result.num_errors:
+                failed.append((-result.num_errors, result.num_samples, shard))
+    counts.errors_by_shard = {
+        shard: (-num_errors, num_samples) for num_errors, num_samples, shard in heapq.nsmallest(MAX_WORST, failed)
+    }
     for parts in stored.values():
         for part, _ in parts:
             errors.pop(part, None)

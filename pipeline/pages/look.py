@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from pipeline.core.formatting import format_count, format_share
-from pipeline.pages.charts import Axis, axis, bars, dots, number, plot, round_step
-from pipeline.pages.html import Tile, figure, safe, shown
-from pipeline.pages.previews import Preview, preview, read_fronts
-from pipeline.pages.sample import SEED, Near, Numbers, Plane, Sample, evenly, neighbours, norms, plane
+from pipeline.core.formatting import format_share
+from pipeline.pages.charts import Axis, axis, round_step
+from pipeline.pages.html import cut, render_or_reason
+from pipeline.pages.previews import Preview, Tile, preview, read_fronts, shown
+from pipeline.pages.sample import SEED, Near, Plane, Sample, evenly, neighbours, norms, plane, take_sample
 from pipeline.shards.find import Shard
 
 NUM_QUERIES = 6
@@ -28,34 +30,6 @@ _NUM_BARS = 24
 # Of the map: width by height, and what is left free around the points.
 _RATIO = 4 / 3
 _MARGIN = 1.12
-STYLE = """
-.look { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 3fr); gap: 1rem; align-items: start; }
-.look > div { min-width: 0; }
-.map .area { height: auto; aspect-ratio: 4 / 3; border-bottom-color: var(--line); }
-.pt { position: absolute; width: 10px; height: 10px; margin: -5px 0 0 -5px; border-radius: 50%; cursor: pointer;
-  background: var(--accent); box-shadow: 0 0 0 1.5px var(--card); }
-.pt input { position: absolute; inset: -6px; width: 22px; height: 22px; margin: 0; opacity: 0; cursor: pointer; }
-.pt .tip { display: none; position: absolute; z-index: 3; width: 142px; padding: 6px; border-radius: 8px;
-  line-height: 1.3; background: var(--card); color: var(--ink); border: 1px solid var(--soft);
-  box-shadow: 0 4px 16px #0005; overflow-wrap: anywhere; pointer-events: none; }
-.pt .tip img { margin-bottom: 4px; }
-.pt .r { left: 18px; } .pt .l { right: 18px; } .pt .d { top: -10px; } .pt .u { bottom: -10px; }
-.pt:hover, .pt:focus-within, .pt:has(:checked) { z-index: 4;
-  box-shadow: 0 0 0 2px var(--card), 0 0 0 4px var(--accent); }
-.pt:hover .tip, .pt:focus-within .tip, .pt:has(:checked) .tip { display: block; }
-.map:has(.pt:hover) .pt:not(:hover) .tip { display: none; }
-.map:not(:has(.pt:hover)):has(.pt:focus-within) .pt:not(:focus-within) .tip { display: none; }
-.hide { display: inline-flex; gap: .4rem; align-items: center; font-size: 13px; color: var(--soft); cursor: pointer; }
-.hide input { accent-color: var(--accent); }
-.near { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .7rem; padding: .9rem 0; }
-.near + .near { border-top: 1px solid var(--line); }
-.near .head img, .near .head .none { outline: 3px solid var(--accent); outline-offset: -3px; }
-.near .head figcaption::before { content: "query "; color: var(--accent); font-weight: 600; }
-@media (max-width: 860px) { .look { grid-template-columns: minmax(0, 1fr); } }
-@media (max-width: 560px) { .near { grid-template-columns: repeat(3, minmax(0, 1fr)); }
-  .near figcaption { font-size: 12px; } .near small { font-size: 11px; } .dots { stroke-width: 3; }
-  .pt { width: 8px; height: 8px; margin: -4px 0 0 -4px; } .pt .tip { width: 122px; } }
-"""
 
 
 @dataclass(frozen=True)
@@ -100,61 +74,71 @@ def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str
     return Pictures(found, gallery, len(searched), faults)
 
 
-def told(sample: Sample) -> str:
-    """Where the sample is from, in words."""
-    parts = f"{format_count(sample.num_read, 'part')} of {sample.num_stored:,} that are stored"
-    more = " (there are more, which were not listed)" if sample.is_cut else ""
-    maps = " Feature maps are averaged over their grid here." if sample.is_map else ""
-    return (
-        f"{format_count(len(sample.ids), 'embedding')} from the fronts of {parts}{more}: a look, and no "
-        f"measure of the whole.{maps}"
-    )
+def section(output: str, shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None) -> Markup:
+    """What the stored embeddings look like, as HTML; pictures are of the shards that are `opened`."""
+
+    def make() -> dict[str, Any]:
+        sample = take_sample(output, shards, opened)
+        if not sample.ids:
+            return {"sample": sample, "faults": sample.faults}
+        pictures = take_pictures(sample, {name: shards[name] for name in opened if name in shards}, image_member)
+        return {
+            "sample": sample,
+            "faults": sample.faults + pictures.faults,
+            "map": render_or_reason("map.html.j2", lambda: _map(sample, pictures)),
+            "norms": render_or_reason("norms.html.j2", lambda: _norms(sample)),
+            "gallery": render_or_reason("gallery.html.j2", lambda: _gallery(sample, pictures, bool(opened))),
+        }
+
+    return render_or_reason("look.html.j2", make)
 
 
-def lengths(sample: Sample) -> str:
-    """The lengths of the embeddings as a histogram."""
+def _norms(sample: Sample) -> dict[str, Any]:
     values = norms(sample.vectors)
-    low, middle, high = float(values.min()), float(np.median(values)), float(values.max())
+    low, high = float(values.min()), float(values.max())
+    found = {"count": len(values), "median": float(np.median(values))}
     if high - low <= _SAME * high:
-        alike = f"The embedding has length {number(middle)}." if len(values) == 1 else ""
-        return f"<p>{alike or f'All {len(values):,} have length {number(middle)}, to one part in a thousand.'}</p>"
+        return found | {"edges": []}
     step = round_step((high - low) / _NUM_BARS)
     first, last = int(np.floor(low / step)), int(np.floor(high / step)) + 1
     edges = [at * step for at in range(first, last + 1)]
     places = np.clip((values / step).astype(np.int64) - first, 0, last - first - 1)
-    counts = np.bincount(places, minlength=last - first).tolist()
-    x = axis("L2 norm of the embedding (no unit)", edges[0], edges[-1], 5, tight=True)
-    y = axis("embeddings", 0.0, max(counts), 4)
-    said = f"from {number(low)} to {number(high)}, median {number(middle)}"
-    zeros = int((values == 0).sum())
-    zero = f" {format_count(zeros, 'embedding')} of length 0." if zeros else ""
-    chart = plot(x, y, bars(x, y, edges, counts, gap=4), "11rem", f"Histogram of the lengths of embeddings: {said}")
-    return f"<p>Lengths {safe(said)}.{zero}</p>{chart}"
+    heights = np.bincount(places, minlength=last - first).tolist()
+    return found | {
+        "low": low,
+        "high": high,
+        "zeros": int((values == 0).sum()),
+        "edges": edges,
+        "heights": heights,
+        "x": axis("L2 norm of the embedding (no unit)", edges[0], edges[-1], 5, tight=True),
+        "y": axis("embeddings", 0.0, max(heights), 4),
+    }
 
 
-def map_of(sample: Sample, pictures: Pictures) -> str:
-    """The sample on its first two principal components, with pictures of some."""
+def _map(sample: Sample, pictures: Pictures) -> dict[str, Any]:
     found = plane(sample.vectors)
     if found is None:
-        many = len(sample.ids) > 1
-        return f"<p>{'All embeddings of the sample are equal' if many else 'One embedding'}: there is no map.</p>"
+        return {"count": len(sample.ids), "points": []}
     x, y = _axes(found)
-    shared = sum(found.explained)
-    said = (
-        f"The first two principal components (PCA) of the embeddings, scaled to length 1: {format_share(shared)} of "
-        "the variance lies in this plane"
-    )
-    pictured = [row for row, picture in pictures.previews.items() if picture.url is not None]
-    others = [(left, up) for left, up in found.points.tolist()]
-    over = "".join(_point(sample, pictures, row, found.points, x, y) for row in pictured)
-    chart = plot(x, y, dots(x, y, others), "auto", f"Map of {format_count(len(others), 'embedding')}: {said}", over)
-    hint = (
-        '<label class="hide"><input type="radio" name="map" checked> no picture</label>'
-        if pictured
-        else "<p>No pictures.</p>"
-    )
-    ask = f" Point at, tap or focus one of the {len(pictured)} larger dots to see its image." if pictured else ""
-    return f'<p>{safe(said)}.{ask}</p><div class="map">{chart}{hint}</div>'
+    points = found.points.tolist()
+    return {
+        "count": len(points),
+        "points": points,
+        "explained": sum(found.explained),
+        "x": x,
+        "y": y,
+        "pictured": [
+            {
+                "left": x.share(points[row][0]),
+                "up": y.share(points[row][1]),
+                "id": sample.ids[row],
+                "place": shown(sample.places[row]),
+                "jpeg": preview.jpeg,
+            }
+            for row, preview in pictures.previews.items()
+            if preview.jpeg is not None
+        ],
+    }
 
 
 def _axes(found: Plane) -> tuple[Axis, Axis]:
@@ -174,40 +158,18 @@ def _axes(found: Plane) -> tuple[Axis, Axis]:
     return first, second
 
 
-def _point(sample: Sample, pictures: Pictures, row: int, points: Numbers, x: Axis, y: Axis) -> str:
-    left, up = x.share(float(points[row, 0])), y.share(float(points[row, 1]))
-    side = ("r" if left < 0.5 else "l") + " " + ("d" if up > 0.5 else "u")
-    name = safe(sample.ids[row], 80)
-    return (
-        f'<label class="pt" style="left:{100 * left:.2f}%;top:{100 - 100 * up:.2f}%">'
-        f'<input type="radio" name="map" aria-label="{name}"><span class="tip {side}">'
-        f'<img src="{pictures.previews[row].url}" alt="">{name}<br>'
-        f"<small>{safe(shown(sample.places[row]), 80)}</small></span></label>"
-    )
+def _gallery(sample: Sample, pictures: Pictures, is_opened: bool) -> dict[str, Any]:
+    def row(near: Near) -> list[Tile]:
+        place = shown(sample.places[near.row])
+        head = Tile(pictures.of(near.row), cut(sample.ids[near.row], 60), cut(place, 60))
+        return [head] + [
+            Tile(pictures.of(other), f"cosine {cosine:.3f}", cut(sample.ids[other], 60))
+            for other, cosine in near.others
+        ]
 
-
-def gallery(sample: Sample, pictures: Pictures) -> str:
-    """Queries, each with its nearest."""
-    if not pictures.gallery:
-        return "<p>Too few embeddings for neighbours.</p>"
-    queries = f"{format_count(len(pictures.gallery), 'embedding')} drawn at random (with a fixed seed), "
-    among = f"among the {pictures.num_in_reach:,} of this sample whose images were read"
-    if not any(picture.url for picture in pictures.previews.values()):
-        among = f"among the {pictures.num_in_reach:,} of this sample; no images could be read"
-    rows = "".join(f'<div class="near">{_tiles(sample, pictures, near)}</div>' for near in pictures.gallery)
-    return f"<p>{queries}each with its nearest by cosine, {among}.</p>{rows}"
-
-
-def _tiles(sample: Sample, pictures: Pictures, near: Near) -> str:
-    head = Tile(_short(sample.ids[near.row]), _short(shown(sample.places[near.row])), pictures.of(near.row))
-    tiles = [Tile(f"cosine {cosine:.3f}", _short(sample.ids[row]), pictures.of(row)) for row, cosine in near.others]
-    return figure(head, "head") + "".join(figure(tile, "other") for tile in tiles)
-
-
-def _short(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def faults(texts: Iterable[str]) -> str:
-    """What could not be shown, as notes."""
-    return "".join(f'<p class="note">{safe(text)}</p>' for text in texts)
+    return {
+        "is_opened": is_opened,
+        "rows": [row(near) for near in pictures.gallery],
+        "num_in_reach": pictures.num_in_reach,
+        "has_pictures": any(preview.jpeg is not None for preview in pictures.previews.values()),
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,10 +28,23 @@ _QUALITY = 80
 
 
 class Preview(NamedTuple):
-    """A JPEG as a `data:` URL, or the reason why there is none."""
+    """A small JPEG, or the reason why there is none."""
 
-    url: str | None
+    jpeg: bytes | None
     reason: str = ""
+
+
+class Tile(NamedTuple):
+    """One image on a page: how it looks, what it is called, and what to say of it."""
+
+    preview: Preview
+    name: str
+    detail: str
+
+
+def shown(place: Place) -> str:
+    """Where a sample is, for people."""
+    return f"{place[0]} [{place[1]}]"
 
 
 def preview(image: bytes, side: int = SIDE) -> Preview:
@@ -45,7 +57,7 @@ def preview(image: bytes, side: int = SIDE) -> Preview:
         return Preview(None, str(error))
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
-    return Preview(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return Preview(buffer.getvalue())
 
 
 def previews(

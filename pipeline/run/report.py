@@ -26,13 +26,14 @@ def make_report(
     """The report of a run, as it is stored in `report.json`.
 
     Counts are of the shards that this run took on, read back from what is stored, and of all that are done where an
-    earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run stored
-    itself. `batch_size` is what was asked for or measured, None for the engine's own, and `batch_size_used` the
-    smallest that was used: where a device's memory does not hold a batch, its runner halves them. Lists are cut, and
-    have their number beside them. `problems` is what went wrong with the engine on the way. `timeline` has for each
-    `step_s` seconds since the begin (`started_at`) the images of the parts stored in it, and the seconds that each
-    stage worked on them; `stage_workers` is how many workers of a stage can be busy at once, on average.
-    `num_devices` is the most that there were at once; `device_hours` counts each for as long as it was there.
+    earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run
+    stored itself, and `errors_by_shard` of the ten shards with the most errors. `batch_size` is what was asked for
+    or measured, None for the engine's own, and `batch_size_used` the smallest that was used: where a device's
+    memory does not hold a batch, its runner halves them. Lists are cut, and have their number beside them.
+    `problems` is what went wrong with the engine on the way. `timeline` has for each `step_s` seconds since the
+    begin (`started_at`) the images of the parts stored in it, and the seconds that each stage worked on them;
+    `stage_workers` is how many workers of a stage can be busy at once, on average. `num_devices` is the most that
+    there were at once; `device_hours` counts each for as long as it was there.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
     slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
@@ -66,6 +67,10 @@ def make_report(
         "errors": counts.num_errors,
         "errors_by_reason": dict(tally.reasons.most_common()),
         "error_examples": tally.examples,
+        "errors_by_shard": {
+            name: {"errors": num_errors, "samples": num_samples}
+            for name, (num_errors, num_samples) in counts.errors_by_shard.items()
+        },
         "shards": {
             "found": len(job.shards),
             "done_before": plan.num_done,

@@ -212,6 +212,19 @@ def test_counts_are_of_samples_and_balance(place: str) -> None:
     assert counts.balanced
 
 
+def test_the_shards_with_the_most_errors_are_named_with_their_samples(tmp_path: Path) -> None:
+    make = writer(str(tmp_path))
+    shards = [Shard(f"s{number:02d}", f"s{number:02d}.tar", 1000, "etag") for number in range(13)]
+    for number, shard in enumerate(shards):
+        # s00 has none; s01, s02, ... have 1, 2, ... errors, in two parts, and one sample that is well.
+        bad = dict.fromkeys(range(number), "empty")
+        make(embedded([f"k{row}" for row in range(number + 1)], bad, name=shard.name, end=""))
+        make(embedded(["last"], {0: "empty"} if number else {}, name=shard.name, part=1, first_index=number + 1))
+    found = count(shards, str(tmp_path)).errors_by_shard
+    assert list(found.items()) == [(f"s{number:02d}", (number + 1, number + 2)) for number in range(12, 2, -1)]
+    assert count(shards[:1], str(tmp_path)).errors_by_shard == {}
+
+
 def test_only_the_named_shards_are_counted(tmp_path: Path) -> None:
     embed(str(tmp_path))
     counts = count(SHARDS[1:2], str(tmp_path))

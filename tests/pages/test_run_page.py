@@ -283,6 +283,24 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, whole: tuple[Pat
     assert len(page) < 2_000_000
 
 
+def test_every_text_of_a_report_may_be_hostile(whole: tuple[Path, Ran]) -> None:
+    def hostile(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: hostile(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [hostile(inner) for inner in value]
+        return _HOSTILE if isinstance(value, str) else value
+
+    report, shards = whole[1]
+    texts = {key: hostile(value) for key, value in report.items()}
+    assert list(texts.values()).count(_HOSTILE) > 10
+    # What is looked up, and not only shown.
+    kept = {key: report[key] for key in ("slowest_stage", "output")}
+    page = draw_page({**texts, **kept}, shards, set(), None)
+    assert read(page).count("<script>alert(1)</script>") > 10
+    assert max(len(text) for text in re.findall("\U0001f40d+", page)) <= 300
+
+
 def test_a_shard_that_is_gone_or_another_now_costs_its_pictures_alone(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=2, samples_each=6)
     found = done(shards, tmp_path / "out")
