@@ -15,6 +15,8 @@ from jobs.support.exit_codes import EXIT_TERMINATED, code_of
 from pipeline.core.errors import PipelineError, SettingsError
 from pipeline.core.redact import redact
 
+_SCRIPT = "shard-embedder "
+
 
 class CommandError(Exception):
     """Ends a command with this message, and with an exit code that the table of exit codes does not give."""
@@ -46,8 +48,10 @@ class Parser(argparse.ArgumentParser):
         if exit_codes:
             lines = "".join(f"  {code:<4} {meaning}\n" for code, meaning in exit_codes.items())
             epilog += f"\nexit codes:\n{lines}  130  interrupted (143 by SIGTERM){left}"
+        # As it was typed: embed.py, or shard-embedder embed.
+        typed = sys.argv[0]
         super().__init__(
-            prog,
+            typed if typed.startswith(_SCRIPT) else prog,
             epilog=epilog.lstrip("\n"),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -1,0 +1,68 @@
+"""The `shard-embedder` command: the commands of `jobs/` under one name."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+_COMMANDS = {
+    "embed": "embed every image of WebDataset shards into Parquet: the job",
+    "verify": "prove an output, or name its faults",
+    "pack": "pack a folder of images into shards",
+    "index": "build a FAISS index of an output",
+    "search": "find the nearest embeddings of image files",
+    "duplicates": "find near-duplicates in an output",
+    "submit": "submit the job to a Ray cluster, and exit with its code",
+    "demo": "show it all on sample photos",
+    "version": "print the version",
+}
+# Its folders have names that other projects use, too.
+_ROOMS = ("pipeline", "jobs")
+EXIT_USAGE = 2
+
+
+def hidden_by(folder: Path, own: Path) -> str | None:
+    """Which of our packages a folder of the same name in `folder` hides, where `own` holds ours; None for none.
+
+    Ray puts the working directory first on the path of every worker, and so do `python -m` and notebooks.
+    """
+    for room in _ROOMS:
+        other = folder / room
+        if other.is_dir() and other.resolve() != (own / room).resolve():
+            return str(other)
+    return None
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:<12}{text}" for name, text in _COMMANDS.items())
+    return f"usage: shard-embedder COMMAND ...\n\n{lines}\n\nshard-embedder COMMAND --help tells the options of a command."
+
+
+def main() -> int:
+    """Run the command that the first argument names, and return its exit code."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("version", "--version"):
+        print(f"shard-embedder {version('shard-embedder')}")
+        return 0
+    name = arguments[0]
+    if name not in _COMMANDS:
+        known = ", ".join(_COMMANDS)
+        print(f"shard-embedder: error: the command must be one of {known}, got {name!r}", file=sys.stderr)
+        return EXIT_USAGE
+    hidden = hidden_by(Path.cwd(), Path(__file__).resolve().parent.parent)
+    if hidden is not None:
+        print(
+            f"shard-embedder: error: the folder {hidden} hides a package of the same name that shard-embedder needs, "
+            "in the workers too: run the command from another folder",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
+    # Usage and errors name what was typed.
+    sys.argv[0] = f"shard-embedder {name}"
+    code: int = import_module(f"jobs.{name}").main(arguments[1:])
+    return code
