@@ -37,7 +37,7 @@ def hidden_by(folder: Path, own: Path) -> str | None:
 
 def _usage() -> str:
     lines = "\n".join(f"  {name:<12}{text}" for name, text in _COMMANDS.items())
-    return f"usage: shard-embedder COMMAND ...\n\n{lines}\n\nshard-embedder COMMAND --help tells the options of a command."
+    return f"usage: shard-embedder COMMAND ...\n\n{lines}\n\nThe options of one: shard-embedder COMMAND --help"
 
 
 def main() -> int:
