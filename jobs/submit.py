@@ -23,17 +23,29 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.support.command import CommandError, Parser, run_command, tell
 from jobs.support.exit_codes import EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
+from jobs.support.upload import check_size
 from pipeline.core.errors import SettingsError
+from pipeline.core.redact import REFUSAL, has_secret, show
 
 _PROG = "submit.py"
 EXIT_FAILED = 1
 EXIT_UNREACHABLE = 69
 DEFAULT_ENTRYPOINT = ("jobs/embed.py",)
 # What the job does not need of a checkout; Ray leaves out what .gitignore names as well.
-EXCLUDES = (".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", "/demo", "/tests", "/benchmarks")
+EXCLUDES = (
+    ".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "/demo", "/tests", "/benchmarks",
+    # What the docs call data, and what a build leaves.
+    "/tour", "/shards", "/embeddings", "/index", "/build", "/dist",
+)  # fmt: skip
 _RETRY_EVERY_S = 1.0
 # Ray writes a job's variables into its own logs, where credentials must not be.
-_SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|PRIVATE|ACCESS_KEY|API_KEY", re.IGNORECASE)
+_SECRET = re.compile(
+    r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|PRIVATE|(?:ACCESS|API|ACCOUNT|SHARED|SIGNING)_?KEY|_PWD$|"
+    r"(?:^|_)(?:AUTH|PASS|JWT|SAS)(?:_|$)",
+    re.IGNORECASE,
+)
+# A line of a job's log may be coloured by Ray.
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _EPILOG = """\
 examples:
   jobs/submit.py -- jobs/embed.py --backbone resnet50 --input s3://bkt/shards --output s3://bkt/embeddings
@@ -110,9 +122,21 @@ def chosen_variables(names: list[str], environment: Mapping[str, str]) -> dict[s
                 f"--env must not name a credential, got {name}: Ray writes a job's variables into its logs; "
                 "give the cluster's machines a role, or the variable itself"
             )
+        if has_secret(environment.get(name, "")):
+            raise SettingsError(
+                f"--env must not name a URL with credentials, got {name}: Ray writes a job's variables into its logs"
+            )
         if name not in environment:
             raise SettingsError(f"--env must name a variable that is set, got {name}")
     return {name: environment[name] for name in names}
+
+
+def check_entrypoint(entrypoint: list[str]) -> None:
+    """Raise `SettingsError` where the command carries a credential: Ray stores it, and shows it to whoever asks."""
+    for argument in entrypoint:
+        name = argument.partition("=")[0]
+        if has_secret(argument) or ("=" in argument and name.isidentifier() and _SECRET.search(name)):
+            raise SettingsError(f"the command {REFUSAL}; Ray shows the command of a job")
 
 
 def _begin(call: Callable[[], Any]) -> Future[Any]:
@@ -163,6 +187,7 @@ def submit(
         raise SettingsError(f"--submission-id must be of letters, digits, '.', '_' and '-', got {submission_id!r}")
     if not os.path.isdir(working_dir):
         raise SettingsError(f"--working-dir must be a folder, got {working_dir!r}")
+    check_size(working_dir, EXCLUDES)
     runtime_env = {
         "working_dir": working_dir,
         "excludes": list(EXCLUDES),
@@ -245,18 +270,19 @@ async def follow(client: JobSubmissionClient, submission_id: str, patience: Pati
         CommandError: the cluster could not be reached for `patience.lost_s`.
     """
     num_printed = 0
+    printer = _LogPrinter()
     last_heard = time.monotonic()
     while True:
         try:
             num_seen = 0
             async for text in _log(client, submission_id, patience):
-                sys.stdout.write(text[max(0, num_printed - num_seen) :])
-                sys.stdout.flush()
+                printer.write(text[max(0, num_printed - num_seen) :])
                 num_seen += len(text)
                 num_printed = max(num_printed, num_seen)
                 last_heard = time.monotonic()
             details = await _details(client, submission_id, patience)
             if details.status.is_terminal():
+                printer.end()
                 return details
             last_heard = time.monotonic()
         except (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError) as error:
@@ -311,12 +337,37 @@ async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interr
     return code
 
 
+class _LogPrinter:
+    """Prints a job's log line by line through the one door: a secret may come in two texts."""
+
+    def __init__(self) -> None:
+        self._begun = ""
+
+    def write(self, text: str) -> None:
+        """Print the lines that are whole by now."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._print(line)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Print what has begun a line."""
+        if self._begun:
+            self._print(self._begun)
+        sys.stdout.flush()
+
+    @staticmethod
+    def _print(line: str) -> None:
+        sys.stdout.write(f"{show(_COLOR.sub('', line.rstrip(chr(13))))}\n")
+
+
 def _say(text: str) -> None:
     tell(_PROG, text)
 
 
 def _submit_and_follow(options: argparse.Namespace, entrypoint: list[str], patience: Patience) -> int:
     variables = chosen_variables(options.env, os.environ)
+    check_entrypoint(entrypoint)
     client = connect(options.address, patience)
     submission_id = submit(
         client,

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from jobs.support.exit_codes import EXIT_TERMINATED, code_of
 from pipeline.core.errors import PipelineError, SettingsError
-from pipeline.core.redact import redact
+from pipeline.core.redact import show
 
 _SCRIPT = "shard-embedder "
 
@@ -28,7 +28,7 @@ class CommandError(Exception):
 
 def tell(prog: str, message: object) -> None:
     """Print a message of a command to standard error, without secrets."""
-    print(f"{prog}: {redact(str(message))}", file=sys.stderr, flush=True)
+    print(f"{prog}: {show(str(message))}", file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 and the message on one line: the usage of some commands fills a screen."""
-        self.exit(2, f"{self.prog}: error: {redact(message)}; {self.prog} --help tells the options\n")
+        self.exit(2, f"{self.prog}: error: {show(message)}; {self.prog} --help tells the options\n")
 
     def tell(self, message: object) -> None:
         """Print a message to standard error, without secrets."""

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from jobs.support.progress import LINE_EVERY_S, plain_console
 from pipeline.core.config import AUTO
 from pipeline.core.formatting import format_count, format_size
-from pipeline.core.redact import redact
+from pipeline.core.redact import show
 from pipeline.core.schema import SHARD_FAULT
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ class Console:
 
     def error(self, message: str) -> None:
         """One error, on standard error."""
-        print(f"embed.py: {redact(message)}", file=sys.stderr)
+        print(f"embed.py: {show(message)}", file=sys.stderr)
 
     def end(self, exit_code: int) -> None:
         """The command ends; what there is to say of it is said."""

@@ -5,19 +5,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import rich.console
 import rich.progress
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from pipeline.core.progress import Progress
+from pipeline.core.redact import show
 
 LINE_EVERY_S = 30.0
 
 
+class _PlainConsole(rich.console.Console):
+    """Whatever is printed goes through the one door."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts without secrets in them, and without what would command the terminal."""
+        super().print(*(show(item) if isinstance(item, str) else item for item in objects), **options)
+
+
 def plain_console(*, stderr: bool = False) -> rich.console.Console:
     """A console that prints names as they are: it reads no markup and breaks no line."""
-    return rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=stderr)
+    return _PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=stderr)
 
 
 @contextlib.contextmanager

@@ -118,6 +118,18 @@ def test_a_log_for_machines_tells_what_was_wrong_and_no_secret(capsys: pytest.Ca
     assert [line["event"] for line in lines_of(said.out)] == ["waiting", "error"]
 
 
+def test_a_shard_s_name_forges_no_line_and_commands_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2J\x1b]0;owned\x07\nbalanced: every sample is one stored row\udcff"
+    for shown in (Console(), JsonConsole()):
+        shown.waiting(f"for {name}")
+        shown.warning(name)
+        shown.error(name)
+    for said in capsys.readouterr():
+        assert "\x1b" not in said
+        assert "\x07" not in said
+        assert not [line for line in said.splitlines() if line.startswith("balanced")]
+
+
 def pending(count: int) -> list[Pending]:
     return [Pending(f"s{number}", "", 1000, "") for number in range(count)]
 
