@@ -47,6 +47,7 @@ from pipeline.output.settings import canonical_json
 ROW_GROUP_ROWS = 1024
 _FOOTER_BYTES = 16 * 2**10
 _MAGIC = b"PAR1"
+_REMEDY = "delete it, and run embed.py again to make it anew"
 
 
 _NOTHING_STORED = {"num_embedded": 0, "reasons": [], "error_ids": [], "written_bytes": 0, "write_s": 0.0}
@@ -205,8 +206,9 @@ def _errors(values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
 
 @dataclass(frozen=True)
 class PartFacts:
-    """What a stored Parquet says of itself in its footer."""
+    """What a stored Parquet says of itself in its footer. `name` is its path below the output."""
 
+    name: str
     num_rows: int
     metadata: dict[str, str]
 
@@ -215,11 +217,14 @@ class PartFacts:
         try:
             return int(self.metadata[key])
         except (KeyError, ValueError) as error:
-            raise StoredDataError(f"its metadata has no number {key!r}") from error
+            raise StoredDataError(f"{self.name}: its metadata has no number {key!r}; {_REMEDY}") from error
 
     def fingerprint(self) -> Fingerprint:
         """What made the part. Raises `StoredDataError` where its metadata does not say."""
-        return fingerprint_of(self.metadata)
+        try:
+            return fingerprint_of(self.metadata)
+        except StoredDataError as error:
+            raise StoredDataError(f"{self.name}: {error}; {_REMEDY}") from error
 
 
 def fingerprint_of(metadata: Mapping[str, str]) -> Fingerprint:
@@ -246,23 +251,22 @@ def read_facts(output: str, name: str, size: int | None = None, limits: StoreLim
     try:
         tail = read_tail(url, _FOOTER_BYTES, size, limits)
         if tail[-4:] != _MAGIC:
-            raise StoredDataError(f"{name} is not whole Parquet: its last bytes are {tail[-4:]!r}")
+            raise StoredDataError(f"{name} is not whole Parquet: its last bytes are {tail[-4:]!r}; {_REMEDY}")
         footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
         if footer_bytes > len(tail):
             tail = read_tail(url, footer_bytes, size, limits)
         footer = pq.read_metadata(io.BytesIO(tail))
+        keyed = {key.decode(): value.decode(errors="replace") for key, value in (footer.metadata or {}).items()}
+        if footer.num_rows < 0:
+            raise ValueError(f"it counts {footer.num_rows} rows")
     except FileNotFoundError as error:
         raise StoredDataError(f"{name} is missing") from error
     except (PermissionError, StoreError) as error:
         raise StoreError(f"{name} cannot be read: {describe(error)}") from error
-    except (pa.ArrowException, OSError) as error:
-        raise StoredDataError(f"{name} is not whole Parquet: {error}") from error
-    metadata = {
-        key.decode().removeprefix(METADATA_PREFIX): value.decode(errors="replace")
-        for key, value in (footer.metadata or {}).items()
-        if key.startswith(METADATA_PREFIX.encode())
-    }
-    return PartFacts(footer.num_rows, metadata)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StoredDataError(f"{name} is not whole Parquet: {error}; {_REMEDY}") from error
+    ours = {key.removeprefix(METADATA_PREFIX): keyed[key] for key in keyed if key.startswith(METADATA_PREFIX)}
+    return PartFacts(name, footer.num_rows, ours)
 
 
 def vectors(table: pa.Table) -> np.ndarray[Any, Any]:

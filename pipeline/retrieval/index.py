@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ class IndexFacts:
         return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+_TYPES_OF_FACTS: dict[str, type] = {
+    "output": str, "metric": str, "kind": str, "data": str, "kind_given": bool, "num_rows": int, "num_features": int,
+    "lists": int, "laid_out_rows": int, "width": int, "recall": float, "recall_queries": int, "made_with": dict,
+}  # fmt: skip
+
+
 def data_number(name: str) -> int | None:
     """The number of a data folder, or None if the name is not exactly as `DATA_NAME` makes it."""
     digits = re.fullmatch(r"data-([0-9]{5,18})", name)
@@ -125,6 +132,9 @@ def read_index_facts(folder: Path) -> IndexFacts | None:
         values["files"] = {name: (int(size), str(sha256)) for name, (size, sha256) in values["files"].items()}
         values["made"] = Fingerprint.from_json(values["made"])
         facts = IndexFacts(**values)
+        for name, kind in _TYPES_OF_FACTS.items():
+            if type(values[name]) is not kind or (kind in (int, float) and not 0 <= values[name] < math.inf):
+                raise ValueError(f"{name} is {values[name]!r}")
         if facts.kind not in KINDS or facts.metric not in METRICS or data_number(facts.data) is None:
             raise ValueError("unknown kind, metric or data folder")
         lists = {LISTS_FILE} if facts.kind == "ivf" else set()
@@ -134,7 +144,7 @@ def read_index_facts(folder: Path) -> IndexFacts | None:
         return None
     except StoredDataError as error:
         raise StoredDataError(f"{path} cannot be used: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise StoredDataError(
             f"{path} is damaged, or not that of an index: {error!r}; name another folder"
         ) from error

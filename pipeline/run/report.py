@@ -18,6 +18,7 @@ from pipeline.shards.find import Pending, Shard
 from pipeline.shards.peek import mean_sample_bytes
 
 MAX_LISTED = 100
+_TOO_MANY = 10**18
 
 
 def make_report(
@@ -132,9 +133,12 @@ def last_counts(output: str) -> Counts | None:
         return None
     try:
         report = json.loads(read_bytes(join(output, REPORT_FILE)))
-        counts = Counts(int(report["samples"]), int(report["embedded"]), int(report["errors"]))
-        return counts if report["balanced"] is True else None
-    except (OSError, ValueError, KeyError, TypeError):
+        numbers = [report[name] for name in ("samples", "embedded", "errors")]
+        is_whole = report["balanced"] is True and all(
+            type(number) is int and 0 <= number < _TOO_MANY for number in numbers
+        )
+        return Counts(*numbers) if is_whole else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -161,9 +165,12 @@ def _last_work(output: str) -> _Work | None:
             float(last["first_part_s"]),
             max(float(last["stage_s"][stage]) / max(float(last["stage_workers"][stage]), 1e-9) for stage in STAGES),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return work if work.num_samples > 0 and work.read_bytes > 0 and work.wall_s > 0 else None
+    # It is a file that anyone may have written: no number of it is taken that a run could not have.
+    is_told = all(0 <= number < _TOO_MANY for number in work[1:])
+    is_work = work.num_samples >= 1 and work.read_bytes >= 1 and work.wall_s > 0
+    return work if is_told and is_work else None
 
 
 def tells_of_work(output: str) -> bool:
