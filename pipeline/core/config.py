@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.core.errors import SettingsError
@@ -30,34 +30,52 @@ class Field:
     member: str
     path: tuple[str, ...] = ()
     type: str = "string"
+    name: str = ""  # of the column; empty: the default one
 
     @property
     def column(self) -> str:
-        """Name of the output column: the JSON path, else the member's extension."""
-        return ".".join(self.path) or self.member
+        """Name of the output column: as given, else the JSON path or the member's extension as an identifier."""
+        return self.name or re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", "_".join(self.path) or self.member)
 
     @property
     def spec(self) -> str:
         """The inverse of `parse`, with its type."""
-        return f"{self.member}{':' if self.path else ''}{'.'.join(self.path)}={self.type}"
+        name = f"{self.name}=" if self.name else ""
+        return f"{name}{self.member}{':' if self.path else ''}{'.'.join(self.path)}={self.type}"
 
     @classmethod
     def parse(cls, spec: str) -> Field:
-        """`EXT`, `EXT:PATH` or either with `=TYPE`, e.g. `json:user.name=string`.
+        """`EXT` or `EXT:PATH`, after `NAME=` and before `=TYPE`, e.g. `author=json:user.name=string`.
+
+        No type has a colon, so `NAME=EXT:PATH` needs none; in `A=B` without a colon B is the type, never a member.
 
         Raises:
-            SettingsError: not of that form, or an unknown type.
+            SettingsError: not of that form, a name that is no identifier, or an unknown type.
         """
-        match = re.fullmatch(r"([^:=\s.][^:=\s]*)(?::([^:=\s]+))?(?:=(\w+))?", spec)
-        if not match:
+        first, *others = spec.split("=")
+        name: str | None = None
+        kind: str | None = None
+        field = first
+        if len(others) == 2:
+            name, field, kind = first, others[0], others[1]
+        elif len(others) == 1 and ":" in others[0]:
+            name, field = first, others[0]
+        elif len(others) == 1:
+            kind = others[0]
+        match = re.fullmatch(r"([^:=\s.][^:=\s]*)(?::([^:=\s]+))?", field)
+        if not match or len(others) > 2 or kind == "":
             raise SettingsError(
-                f"a field must look like EXT, EXT:PATH or EXT:PATH=TYPE, EXT without its dot, got {spec!r}"
+                f"a field must look like EXT, EXT:PATH, EXT:PATH=TYPE or NAME=EXT:PATH=TYPE, EXT without its dot, "
+                f"got {spec!r}"
             )
-        member, path, kind = match.groups()
-        kind = kind or _DEFAULT_KEEP_TYPES.get(member, "json" if member == "json" and not path else "string")
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise SettingsError(f"the name of field {spec!r} must be letters, digits and _, got {name!r}")
+        member, path = match.groups()
+        if kind is None:
+            kind = _DEFAULT_KEEP_TYPES.get(member, "json" if member == "json" and not path else "string")
         if kind not in KEEP_TYPES:
             raise SettingsError(f"the type of field {spec!r} must be one of {', '.join(KEEP_TYPES)}, got {kind!r}")
-        return cls(member, tuple(path.split(".")) if path else (), kind)
+        return cls(member, tuple(path.split(".")) if path else (), kind, name or "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +179,14 @@ class Config:
             "be an extension without its dot, such as jpg",
             member,
         )
-        columns = [field.column for field in self.keep]
-        for column in columns:
-            _check(column not in RESERVED_COLUMNS, "keep", "not name a column of the output", column)
-            _check(columns.count(column) == 1, "keep", "name each column once", column)
+        # Engines such as DuckDB and Spark take two names that differ only in their case for one.
+        columns = [field.column.casefold() for field in self.keep]
+        for field, column in zip(self.keep, columns, strict=True):
+            remedy = f"; name it, as in {field.column}_2={replace(field, name='').spec}"
+            if column in RESERVED_COLUMNS:
+                raise SettingsError(f"keep must not name a column of the output, got {field.column!r}{remedy}")
+            if columns.count(column) > 1:
+                raise SettingsError(f"keep must name each column once, got {field.column!r}{remedy}")
 
     @property
     def needs_gpu(self) -> str | None:

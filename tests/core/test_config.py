@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.core.config import Config, Field, parse, parse_pair
 from pipeline.core.errors import SettingsError
@@ -66,6 +68,19 @@ def test_what_is_not_given_has_its_default() -> None:
         ("image_member", "", "image_member must be an extension without its dot, such as jpg, got ''"),
         ("keep", ["cls", "cls"], "keep must name each column once, got 'cls'"),
         ("keep", ["json:embedding"], "keep must not name a column of the output, got 'embedding'"),
+        (
+            "keep",
+            ["json:Shard"],
+            "keep must not name a column of the output, got 'Shard'; name it, as in Shard_2=json:S",
+        ),
+        ("keep", ["shard=cls=int64"], "keep must not name a column of the output, got 'shard'"),
+        (
+            "keep",
+            ["json:Width", "json:width"],
+            "keep must name each column once, got 'Width'; name it, as in Width_2=",
+        ),
+        ("keep", ["json:a.b", "json:a_b"], "keep must name each column once, got 'a_b'"),
+        ("keep", ["X=json:a", "x=json:b"], "keep must name each column once, got 'X'"),
     ],
 )
 def test_a_broken_rule_names_field_rule_and_value(name: str, value: Any, message: str) -> None:
@@ -126,17 +141,39 @@ def test_what_must_be_given_is_named(values: dict[str, Any], missing: str) -> No
         ("txt", Field("txt", (), "string"), "txt"),
         ("json", Field("json", (), "json"), "json"),
         ("json:id", Field("json", ("id",), "string"), "id"),
-        ("json:user.name=string", Field("json", ("user", "name"), "string"), "user.name"),
+        ("json:user.name=string", Field("json", ("user", "name"), "string"), "user_name"),
+        ("author=json:user.name", Field("json", ("user", "name"), "string", "author"), "author"),
+        ("author=json:user.name=json", Field("json", ("user", "name"), "json", "author"), "author"),
+        ("caption=txt=string", Field("txt", (), "string", "caption"), "caption"),
+        ("int64=cls=int64", Field("cls", (), "int64", "int64"), "int64"),
+        ("json:1st-try", Field("json", ("1st-try",), "string"), "_1st_try"),
+        ("meta.txt", Field("meta.txt", (), "string"), "meta_txt"),
         ("cls=string", Field("cls", (), "string"), "cls"),
         ("meta.json:a=bool", Field("meta.json", ("a",), "bool"), "a"),
     ],
 )
 def test_a_field_is_written_as_member_path_and_type(spec: str, field: Field, column: str) -> None:
     assert Field.parse(spec) == field
+    assert Field.parse(field.spec) == field
     assert field.column == column
 
 
-@pytest.mark.parametrize("spec", ["", ":a", "json:", "json:a=", "a b", "json:a:b", "=string", ".cls"])
+@pytest.mark.parametrize(
+    "spec", ["a b=json:x", "1=json:x", "=json:x", "a.b=json:x=int64", "a-b=cls=int64", "=cls=int64"]
+)
+def test_a_column_is_named_by_an_identifier(spec: str) -> None:
+    with pytest.raises(SettingsError, match="must be letters, digits and _, got"):
+        Field.parse(spec)
+
+
+@given(st.from_regex(r"[^:=\s.][^:=\s]{0,8}(:[^:=\s]{1,12})?", fullmatch=True))
+def test_a_column_that_nobody_named_is_an_identifier(spec: str) -> None:
+    assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", Field.parse(spec).column)
+
+
+@pytest.mark.parametrize(
+    "spec", ["", ":a", "json:", "json:a=", "a=b=c=d", "a=json:b=", "a b", "json:a:b", "=string", ".cls"]
+)
 def test_a_field_of_another_form_is_refused(spec: str) -> None:
     with pytest.raises(SettingsError, match=f"a field must look like EXT, .*, got {re.escape(repr(spec))}"):
         Field.parse(spec)

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.core.config import parse
+from pipeline.core.schema import embeddings_schema
 from pipeline.output.parts import vectors
 from tests.conftest import ROOT, sample_members, write_shards, write_tar
 from tests.outputs import embed
@@ -147,6 +149,15 @@ def test_the_code_of_the_docs_reads_shards_of_any_name_in_ray(
     ray_session: None, oddly_named: Path, tmp_path: Path
 ) -> None:
     check("Ray Data", oddly_named, tmp_path)
+
+
+def test_a_kept_field_below_another_has_a_column_that_lancedb_takes(tmp_path: Path) -> None:
+    lancedb = pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'shard-embedder[readers]'")
+    keep = ["json:user.name", "author=json:user.author", "json:1.x-y"]
+    config = parse({"input": ["in"], "output": "out", "keep": keep})
+    schema = embeddings_schema((4,), "float32", config.kept_columns)
+    table = lancedb.connect(f"{tmp_path}/lance").create_table("images", schema=schema)
+    assert table.schema.names[-3:] == ["user_name", "author", "_1_x_y"]
 
 
 def one_part(output: Path, tmp_path: Path) -> tuple[Path, Any]:
