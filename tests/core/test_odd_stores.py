@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from pipeline.core.errors import InputError, StoreError
 from pipeline.core.retries import StoreLimits
 from pipeline.core.storage import FileInfo, create, delete, list_files, locate, read_bytes, stat, write_bytes
 from pipeline.shards.find import find_shards
+from tests.conftest import ROOT
 from tests.faults.odd_store import OddStore, Quirks
 
 LIMITS = StoreLimits(request_timeout_s=5.0, retry_s=1.0, settle_s=0.3)
@@ -173,3 +176,42 @@ def test_a_link_that_fails_for_another_reason_is_an_error(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         create(str(tmp_path), "f", b"x")
     assert not (tmp_path / "f").exists()
+
+
+_USES_ALL = """
+from pipeline.core.storage import create, delete, read_bytes, write_bytes
+from pipeline.shards.find import find_shards
+write_bytes("s3://bkt/in", "a.tar", b"x")
+assert create("s3://bkt/in", "b.tar", b"x")
+assert [shard.name for shard in find_shards(["s3://bkt/in"]).shards] == ["a", "b"]
+assert read_bytes("s3://bkt/in/a.tar") == b"x"
+delete("s3://bkt/in", ["b.tar"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "methods", "header", "value"),
+    [
+        ({"FSSPEC_S3_ANON": "true"}, "GET HEAD PUT POST", "authorization", None),
+        ({"FSSPEC_S3_REQUESTER_PAYS": "true"}, "GET HEAD PUT POST", "x-amz-request-payer", "requester"),
+        (
+            {"FSSPEC_S3": '{"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key-1"}}'},
+            "PUT", "x-amz-server-side-encryption-aws-kms-key-id", "key-1",
+        ),
+    ],
+    ids=["anonymous", "requester pays", "SSE-KMS"],
+)  # fmt: skip
+def test_every_request_is_as_the_variables_of_fsspec_say(
+    store: OddStore, variables: dict[str, str], methods: str, header: str, value: str | None
+) -> None:
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {**store.environment, **variables}
+    if "FSSPEC_S3_ANON" in variables:
+        del environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
+    subprocess.run([sys.executable, "-c", _USES_ALL], cwd=ROOT, env=environment, check=True, timeout=120)
+    seen = {
+        (method, headers.get(header))
+        for (method, _), headers in zip(store.stored.requests, store.stored.headers, strict=True)
+        if method in methods.split()
+    }
+    assert seen == {(method, value) for method in methods.split()}

@@ -39,6 +39,7 @@ class Stored:
 
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)  # of each request, names in lower case
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -58,6 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         quirks.before(self.command, key)
         with store.stored.lock:
             store.stored.requests.append((self.command, key or split.query))
+            store.stored.headers.append({name.lower(): value for name, value in self.headers.items()})
             self._answer_to(key, query, body)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815
