@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobs import verify
+from jobs.support.exit_codes import EXIT_FAILED
 from pipeline.core import storage
 from pipeline.core.errors import SettingsError, ShardChangedError, ShardError, StoreError
 from pipeline.core.retries import LIMITS, StoreLimits, with_retries
@@ -433,7 +434,7 @@ def test_what_s3_is_never_asked_is_an_error_at_once_that_names_the_thing(
     started = time.monotonic()
     with pytest.raises(kind, match=f"reading {url}.*{message}"):
         read_bytes(url)
-    assert verify.main([f"s3://{bucket}/out"]) == 2
+    assert verify.main([f"s3://{bucket}/out"]) == EXIT_FAILED
     assert time.monotonic() - started < LIMITS.retry_s / 4
     assert re.search(f"^verify.py: {url} cannot be read: .*{message}.*\n$", capsys.readouterr().err)
 
