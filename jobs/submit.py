@@ -31,14 +31,14 @@ _PROG = "submit.py"
 EXIT_FAILED = 1
 EXIT_UNREACHABLE = 69
 DEFAULT_ENTRYPOINT = ("jobs/embed.py",)
-# What the job does not need of a checkout; Ray leaves out what .gitignore names as well.
+# Files of a checkout that the job does not need. Ray also leaves out what .gitignore names.
 EXCLUDES = (
     ".git", ".venv", "venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "/demo", "/tests", "/benchmarks",
     # What the docs call data, and what a build leaves.
     "/tour", "/shards", "/embeddings", "/index", "/build", "/dist",
 )  # fmt: skip
 _RETRY_EVERY_S = 1.0
-# Ray writes a job's variables into its own logs, where credentials must not be.
+# Ray writes a job's variables into its own logs, which must not hold credentials.
 _SECRET = re.compile(
     r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|PRIVATE|(?:ACCESS|API|ACCOUNT|SHARED|SIGNING)_?KEY|_PWD$|"
     r"(?:^|_)(?:AUTH|PASS|JWT|SAS)(?:_|$)",
@@ -87,19 +87,19 @@ def parser() -> Parser:
     top.add_argument(
         "--address",
         metavar="URL",
-        help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine's)",
+        help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine's)",
     )
     top.add_argument(
         "--submission-id",
         metavar="ID",
-        help="name of the job, and a lock: a cluster runs each id once, and a second submission of it is refused",
+        help="name of the job, and a lock: a cluster runs each id once, and refuses a second submission",
     )
     top.add_argument(
         "--env",
         action="append",
         default=[],
         metavar="NAME",
-        help="hand on this variable of the environment; again for more. Credentials are refused: Ray logs them",
+        help="pass this environment variable to the job; repeat for more. Credentials are refused: Ray logs them",
     )
     top.add_argument("--working-dir", default=".", metavar="FOLDER", help="folder to upload (default: .)")
     top.add_argument(
@@ -140,7 +140,7 @@ def check_entrypoint(entrypoint: list[str]) -> None:
 
 
 def _begin(call: Callable[[], Any]) -> Future[Any]:
-    """What a call will return. It is made in a thread that no exit waits for, as Ray's requests may wait for ever."""
+    """Make a call in a thread, and return its future. No exit waits for it: Ray's requests may wait for ever."""
     answer: Future[Any] = Future()
     answer.set_running_or_notify_cancel()
 
@@ -155,7 +155,12 @@ def _begin(call: Callable[[], Any]) -> Future[Any]:
 
 
 def connect(address: str | None, patience: Patience) -> JobSubmissionClient:
-    """A client of the cluster at `address`. Raises `CommandError` where there is none, or it wants another token."""
+    """A client of the cluster at `address`.
+
+    Raises:
+        CommandError: the cluster cannot be reached.
+        SettingsError: the cluster wants another token.
+    """
     try:
         client: JobSubmissionClient = _begin(lambda: JobSubmissionClient(address)).result(patience.lost_s)
         return client
@@ -164,7 +169,7 @@ def connect(address: str | None, patience: Patience) -> JobSubmissionClient:
     except (OSError, RuntimeError) as error:
         raise CommandError(f"the cluster cannot be reached: {error}", EXIT_UNREACHABLE) from error
     except AuthenticationError as error:
-        # The rest of Ray's message is how to make a token.
+        # The rest of Ray's message says how to make a token.
         said = error.message.partition("\n")[0]
         raise SettingsError(f"RAY_AUTH_MODE must be token and RAY_AUTH_TOKEN the cluster's token: {said}") from error
 
@@ -181,7 +186,8 @@ def submit(
     """Upload the working folder, start the job, and return its submission id.
 
     Raises:
-        CommandError: the id is taken, or Ray refuses the job.
+        SettingsError: the id or the working folder breaks its rule, or the id is taken.
+        CommandError: Ray refuses the job, or cannot be reached.
     """
     if submission_id is not None and not re.fullmatch(r"[A-Za-z0-9._-]+", submission_id):
         raise SettingsError(f"--submission-id must be of letters, digits, '.', '_' and '-', got {submission_id!r}")
@@ -191,7 +197,7 @@ def submit(
     runtime_env = {
         "working_dir": working_dir,
         "excludes": list(EXCLUDES),
-        # Without it Python holds a job's output back, as it is no terminal.
+        # Without this Python buffers a job's output, as it is no terminal.
         "env_vars": {"PYTHONUNBUFFERED": "1", **variables},
     }
     try:
@@ -235,7 +241,7 @@ async def _details(client: JobSubmissionClient, submission_id: str, patience: Pa
 
 
 async def _log(client: JobSubmissionClient, submission_id: str, patience: Patience) -> AsyncIterator[str]:
-    """The job's log from its begin, as it grows, and an empty text whenever the cluster answered and no text came.
+    """The job's log from its beginning, as it grows. Yields an empty text when the cluster answers without new log.
 
     Raises:
         OSError: the cluster does not answer, or this connection to it lost the end of the log.
@@ -245,7 +251,7 @@ async def _log(client: JobSubmissionClient, submission_id: str, patience: Patien
     texts = client.tail_job_logs(submission_id)
     while True:
         coming = asyncio.ensure_future(anext(texts, None))
-        # Where the status fails first, nobody asks for what it failed with.
+        # If asking for the status fails first, nobody reads this failure.
         coming.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             while not (await asyncio.wait([coming], timeout=patience.quiet_s))[0]:
@@ -264,7 +270,8 @@ async def _log(client: JobSubmissionClient, submission_id: str, patience: Patien
 async def follow(client: JobSubmissionClient, submission_id: str, patience: Patience) -> Any:
     """Print the job's log as it grows, and return the job's details once it has ended.
 
-    A lost connection is made again, and the log goes on where it stopped. No answer in time counts as lost.
+    It connects again when the connection is lost, and continues the log where it stopped. A cluster that does not
+    answer in time counts as lost.
 
     Raises:
         CommandError: the cluster could not be reached for `patience.lost_s`.
@@ -295,7 +302,7 @@ async def follow(client: JobSubmissionClient, submission_id: str, patience: Pati
 
 
 def job_exit_code(details: Any) -> int:
-    """The exit code of the job's own command, of a job that has ended."""
+    """The exit code of an ended job's own command."""
     if details.status == JobStatus.STOPPED:
         return EXIT_TERMINATED
     if details.driver_exit_code is None:
@@ -310,7 +317,7 @@ async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interr
     received: list[int] = []
 
     def interrupt(number: int) -> None:
-        # A second signal always ends this program, even where the job does not stop.
+        # A second signal always ends this program, even if the job does not stop.
         if stop_on_interrupt and not received:
             _say(f"stopping job {submission_id}")
             _begin(lambda: client.stop_job(submission_id))

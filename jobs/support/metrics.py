@@ -11,12 +11,11 @@ from pipeline.run.tally import Tally
 
 
 class Metrics:
-    """Told of a run as it goes on; every metric has the tag `run`.
+    """Exports the counts of one run while it goes on; every metric has the tag `run`.
 
     Counters: `embed_images_total`, `embed_errors_total` (by `reason`), `embed_read_bytes_total`,
     `embed_written_bytes_total`. Gauges: `embed_pending_shards`, and `embed_stage_busy_ratio` (by `stage`), the
-    share of the run in which the workers of a stage were busy: of the stage `embed`, in which the devices that
-    there were, were.
+    share of the run in which the workers of a stage were busy; for `embed`, the devices.
     """
 
     def __init__(self, run: str) -> None:
@@ -33,16 +32,16 @@ class Metrics:
         self._told_reasons: Counts[str] = Counts()
 
     def resources(self, resources: Resources) -> None:
-        """What the shares are of."""
+        """Set the workers and devices that the busy shares are computed from."""
         self._resources = resources
 
     def begin_pass(self, num_pending: int) -> None:
-        """A pass begins with so many shards to do."""
+        """Set the number of shards that the new pass has to do."""
         self._num_pending = num_pending + self._num_done
         self._pending.set(num_pending, self._run)
 
     def part(self, tally: Tally) -> None:
-        """One more part is stored."""
+        """Count one more stored part."""
         for counter, name in (
             (self._images, "num_embedded"),
             (self._read, "read_bytes"),

@@ -1,4 +1,4 @@
-"""The demo's photos, and views of each: turned, cropped, flipped and blurred."""
+"""Makes the demo's images: views of photos, which are turned, cropped, flipped and blurred."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _VIEW_SIDE = 256
 
 
 def augmented(photo: Image.Image, rng: random.Random) -> Image.Image:
-    """One view of an RGB photo: rotated, cropped, perhaps flipped and blurred, with other light and colours."""
+    """One view of an RGB photo: rotated and cropped, sometimes flipped or blurred, with other light and colours."""
     angle = rng.uniform(-20, 20)
     view = photo.rotate(angle, Image.Resampling.BICUBIC)
-    # The largest upright rectangle of the same shape that rotating left without black corners.
+    # The largest upright rectangle of the same shape without the black corners that rotation makes.
     ratio = max(photo.width / photo.height, photo.height / photo.width)
     inside = 1 / (math.cos(math.radians(angle)) + ratio * math.sin(math.radians(abs(angle))))
     view = _random_crop(view, inside, rng)
@@ -39,7 +39,7 @@ def augmented(photo: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def _random_crop(image: Image.Image, inside: float, rng: random.Random) -> Image.Image:
-    """A rectangle of 60 to 100 % of the sides of the middle `inside` of an image."""
+    """A random rectangle from the middle of an image: 60 to 100 % of the share `inside` of its sides."""
     scale = inside * rng.uniform(0.6, 1.0)
     width, height = image.width * scale, image.height * scale
     left = image.width * (1 - inside) / 2 + rng.random() * (image.width * inside - width)

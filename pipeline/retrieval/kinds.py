@@ -43,10 +43,10 @@ BUILD_AGAIN = "remove the folder of the index, and build the index again"
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def load_faiss(submodule: str = "") -> Any:
-    """The module `faiss`, or a submodule. Raises `SettingsError` that names the extra if it is not installed."""
+def load_faiss() -> Any:
+    """The module `faiss`. Raises `SettingsError` that names the extra if it is not installed."""
     try:
-        return importlib.import_module(f"faiss.{submodule}" if submodule else "faiss")
+        return importlib.import_module("faiss")
     except ImportError as error:
         raise SettingsError(f"FAISS is needed: pip install 'shard-embedder[index]' ({error})") from error
 

@@ -1,4 +1,4 @@
-"""An output proven, or its faults named.
+"""Proves that an output is right, or names its faults.
 
-It reads what is stored and the shards. It changes nothing, and does not know Ray.
+It reads what is stored, and the shards. It changes nothing, and does not know Ray.
 """

@@ -395,7 +395,7 @@ def test_an_edited_run_json_is_refused(planted: Path) -> None:
     run = json.loads((planted / "run.json").read_text())
     run["settings"]["ignore_orientation"] = True
     (planted / "run.json").write_text(json.dumps(run))
-    with pytest.raises(OutputError, match=r"run\.json was changed by hand"):
+    with pytest.raises(OutputError, match=r"run\.json cannot be used: it was changed by hand"):
         verify(str(planted))
 
 
