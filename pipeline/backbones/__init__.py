@@ -5,11 +5,13 @@ This room knows architectures and their weights. It does not know devices, preci
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from pipeline.backbones.weights_spec import Weights
+from pipeline.backbones.weights_spec import Weights, spec_of
 from pipeline.core.errors import BackboneError
+from pipeline.decoding.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from pipeline.backbones.base import Backbone
@@ -45,10 +47,13 @@ def build_backbone(
     weights: str | Weights = "DEFAULT",
     features: str = "pooled",
     image_size: tuple[int, int] | None = None,
+    preprocess: str = "DEFAULT",
 ) -> Backbone:
     """Build a backbone with its weights in fp32: a plain `nn.Module` in eval mode, [N, 3, H, W] to features.
 
-        backbone = build_backbone("resnet50", weights="IMAGENET1K_V2")   # [N, 3, H, W] -> [N, 2048]
+        backbone = build_backbone("resnet50", weights="IMAGENET1K_V2")
+        images = backbone.transform(["a.jpg", "b.png"])   # [2, 3, 224, 224], as a job makes them
+        features = backbone(images)                       # [2, 2048]
 
     The module owns its parameters, which keep their library's names: training it does not change `weights`.
     GoogLeNet and Inception transform their input as torchvision's pretrained ones do, unless the weights are random.
@@ -58,15 +63,23 @@ def build_backbone(
         weights: what `load_weights` takes, or what it returned.
         features: `pooled` for [N, C], the input of the library's own classifier; `map` for [N, C, H', W'], the
             feature map before pooling.
-        image_size: (height, width) of the images, for models of timm that are built for one size; None for the size
-            of the weights. Models of torchvision take any size, or that of their weights.
+        image_size: (height, width) that `transform` gives, and that models of timm of one size are built for; None
+            for the size of the weights.
+        preprocess: the named weights whose preprocessing `transform` uses, where `weights` are a file or random.
 
     Raises:
         BackboneError: unknown name or features, or an architecture without a feature map.
         WeightsError: weights that cannot be loaded or do not fit; missing and unexpected keys are named.
     """
     backbone: Backbone = library_of(name).build_backbone(name, weights, features, image_size)
+    spec = weights if isinstance(weights, str) else spec_of(weights.name)
+    backbone.find_preprocess = partial(_preprocess, name, spec, preprocess, image_size)
     return backbone
+
+
+def _preprocess(name: str, weights: str, preprocess: str, image_size: tuple[int, int] | None) -> Preprocess:
+    own: Preprocess = library_of(name).preprocess_for(name, weights, preprocess)
+    return own if image_size is None else own.with_size(image_size)
 
 
 def load_weights(name: str, spec: str) -> Weights:

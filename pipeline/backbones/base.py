@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.transform import Transform
+from pipeline.core.config import FEATURES
 from pipeline.core.errors import BackboneError, WeightsError
+from pipeline.decoding.preprocess import Preprocess
 
 DEFAULT = "DEFAULT"
-FEATURES = ("pooled", "map")
 
 
-class Backbone(nn.Module):
+class ImageModule(nn.Module):
+    """A module that takes images as its weights ask for them: `module(module.transform(["a.jpg", "b.png"]))`."""
+
+    # Set by `pipeline.backbones.build_backbone`, and called when a transform is asked for: some weights of timm have
+    # a preprocessing that jobs do not take, and are backbones all the same.
+    find_preprocess: Callable[[], Preprocess]
+
+    @cached_property
+    def transform(self) -> Transform:
+        """Images as a job makes them for these weights. Raises `WeightsError` where jobs do not take their kind."""
+        return Transform(self.find_preprocess())
+
+
+class Backbone(ImageModule):
     """A backbone: images [N, 3, H, W] to features [N, C], or to feature maps [N, C, H', W'].
 
     `num_features` and `out_channels` are both C.
