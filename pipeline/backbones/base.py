@@ -47,6 +47,40 @@ class Backbone(ImageModule):
         raise NotImplementedError
 
 
+class FeatureMaps(ImageModule):
+    """Several maps of one backbone, as detection needs them: images [N, 3, H, W] to {layer: [N, C, H', W']}.
+
+    `out_channels` has the C of each layer, in the order in which they were asked for.
+    """
+
+    def __init__(self, out_channels: dict[str, int]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The map of each layer, in the order of `out_channels`."""
+        raise NotImplementedError
+
+
+def channels_of(name: str, maps: dict[str, Tensor]) -> dict[str, int]:
+    """The C of each map [N, C, H, W]. Raises `BackboneError` where a layer gives something else."""
+    for layer, value in maps.items():
+        if value.dim() != 4:
+            shape = ", ".join(map(str, value.shape[1:]))
+            raise BackboneError(f"layer {layer!r} of {name} must give a feature map [N, C, H, W], got [N, {shape}]")
+    return {layer: value.shape[1] for layer, value in maps.items()}
+
+
+def unknown_layer(name: str, layers: tuple[str, ...], nodes: Iterable[str]) -> BackboneError:
+    """The error for layers of which a backbone lacks one; a layer is one of `nodes`, or the modules it is in."""
+    known = dict.fromkeys(
+        node[:end] for node in nodes for end in range(1, len(node) + 1) if end == len(node) or node[end] == "."
+    )
+    layer = next(layer for layer in layers if layer not in known)
+    near = near_names(layer, known) or list(known)[:8]
+    return BackboneError(f"unknown layer {layer!r} of {name}; the nearest known ones are {', '.join(near)}")
+
+
 def check_features(features: str) -> None:
     """Raises `BackboneError` where there are no such features."""
     if features not in FEATURES:
