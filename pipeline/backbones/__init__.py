@@ -5,14 +5,17 @@ This room knows architectures and their weights. It does not know devices, preci
 
 from __future__ import annotations
 
+from functools import partial
+from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
-from pipeline.backbones.weights_spec import Weights
+from pipeline.backbones.weights_spec import Weights, spec_of
 from pipeline.core.errors import BackboneError
+from pipeline.decoding.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from pipeline.backbones.base import Backbone
+    from pipeline.backbones.base import Backbone, FeatureMaps
 
 _TIMM = "timm/"
 
@@ -20,8 +23,9 @@ _TIMM = "timm/"
 def library_of(name: str) -> ModuleType:
     """The module of the library that has the backbone `name`: `torchvision_models` or `timm_models`.
 
-    Both have the same functions: `find`, `load_weights`, `preprocess_for`, `output_shape`, `build_backbone` and
-    `versions`. Their docstrings are in `torchvision_models`; `timm_models` says where it differs.
+    Both have the same functions: `find`, `load_weights`, `preprocess_for`, `output_shape`, `build_backbone`,
+    `build_feature_maps`, `list_names` and `versions`. Their docstrings are in `torchvision_models`; `timm_models`
+    says where it differs.
 
     Raises:
         BackboneError: the library is not installed.
@@ -40,15 +44,35 @@ def library_of(name: str) -> ModuleType:
     return timm_models
 
 
+@overload
+def build_backbone(
+    name: str,
+    weights: str | Weights = ...,
+    features: str = ...,
+    image_size: tuple[int, int] | None = ...,
+    preprocess: str = ...,
+) -> Backbone: ...
+@overload
+def build_backbone(
+    name: str,
+    weights: str | Weights = ...,
+    *,
+    features: tuple[str, ...] | list[str],
+    image_size: tuple[int, int] | None = ...,
+    preprocess: str = ...,
+) -> FeatureMaps: ...
 def build_backbone(
     name: str,
     weights: str | Weights = "DEFAULT",
-    features: str = "pooled",
+    features: str | tuple[str, ...] | list[str] = "pooled",
     image_size: tuple[int, int] | None = None,
-) -> Backbone:
+    preprocess: str = "DEFAULT",
+) -> Backbone | FeatureMaps:
     """Build a backbone with its weights in fp32: a plain `nn.Module` in eval mode, [N, 3, H, W] to features.
 
-        backbone = build_backbone("resnet50", weights="IMAGENET1K_V2")   # [N, 3, H, W] -> [N, 2048]
+        backbone = build_backbone("resnet50", weights="IMAGENET1K_V2")
+        images = backbone.transform(["a.jpg", "b.png"])   # [2, 3, 224, 224], as a job makes them
+        features = backbone(images)                       # [2, 2048]
 
     The module owns its parameters, which keep their library's names: training it does not change `weights`.
     GoogLeNet and Inception transform their input as torchvision's pretrained ones do, unless the weights are random.
@@ -57,16 +81,39 @@ def build_backbone(
         name: a classifier of `torchvision.models`, `resnet50_stride1`, an alias of these, or `timm/NAME[.TAG]`.
         weights: what `load_weights` takes, or what it returned.
         features: `pooled` for [N, C], the input of the library's own classifier; `map` for [N, C, H', W'], the
-            feature map before pooling.
-        image_size: (height, width) of the images, for models of timm that are built for one size; None for the size
-            of the weights. Models of torchvision take any size, or that of their weights.
+            feature map before pooling; or layers, for a dict of each one's map. Layers have the names of
+            `torchvision.models.feature_extraction.get_graph_node_names` ("layer2"), or of the modules in
+            `feature_info` of timm's model.
+        image_size: (height, width) that `transform` gives, and that models of timm of one size are built for; None
+            for the size of the weights.
+        preprocess: the named weights whose preprocessing `transform` uses, where `weights` are a file or random.
 
     Raises:
-        BackboneError: unknown name or features, or an architecture without a feature map.
+        BackboneError: unknown name, features or layer, or an architecture without a feature map.
         WeightsError: weights that cannot be loaded or do not fit; missing and unexpected keys are named.
     """
-    backbone: Backbone = library_of(name).build_backbone(name, weights, features, image_size)
+    library = library_of(name)
+    backbone: Backbone | FeatureMaps
+    if not features:
+        raise BackboneError(f"features must be pooled, map, or one layer or more, got {features!r}")
+    if isinstance(features, str):
+        backbone = library.build_backbone(name, weights, features, image_size)
+    else:
+        backbone = library.build_feature_maps(name, weights, tuple(features), image_size)
+    spec = weights if isinstance(weights, str) else spec_of(weights.name)
+    backbone.find_preprocess = partial(_preprocess, name, spec, preprocess, image_size)
     return backbone
+
+
+def _preprocess(name: str, weights: str, preprocess: str, image_size: tuple[int, int] | None) -> Preprocess:
+    own: Preprocess = library_of(name).preprocess_for(name, weights, preprocess)
+    return own if image_size is None else own.with_size(image_size)
+
+
+def list_backbones() -> list[str]:
+    """The names that `build_backbone` takes: torchvision's, and timm's where it is installed."""
+    prefixes = ("", _TIMM) if find_spec("timm") is not None else ("",)
+    return [name for prefix in prefixes for name in library_of(prefix).list_names()]
 
 
 def load_weights(name: str, spec: str) -> Weights:

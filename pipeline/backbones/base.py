@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.transform import Transform
+from pipeline.core.config import FEATURES
 from pipeline.core.errors import BackboneError, WeightsError
+from pipeline.decoding.preprocess import Preprocess
 
 DEFAULT = "DEFAULT"
-FEATURES = ("pooled", "map")
 
 
-class Backbone(nn.Module):
+class ImageModule(nn.Module):
+    """A module that takes images as its weights ask for them: `module(module.transform(["a.jpg", "b.png"]))`."""
+
+    # Set by `pipeline.backbones.build_backbone`, and called when a transform is asked for: some weights of timm have
+    # a preprocessing that jobs do not take, and are backbones all the same.
+    find_preprocess: Callable[[], Preprocess]
+
+    @cached_property
+    def transform(self) -> Transform:
+        """Images as a job makes them for these weights. Raises `WeightsError` where jobs do not take their kind."""
+        return Transform(self.find_preprocess())
+
+
+class Backbone(ImageModule):
     """A backbone: images [N, 3, H, W] to features [N, C], or to feature maps [N, C, H', W'].
 
     `num_features` and `out_channels` are both C.
@@ -29,6 +45,40 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features of `images`, one row an image."""
         raise NotImplementedError
+
+
+class FeatureMaps(ImageModule):
+    """Several maps of one backbone, as detection needs them: images [N, 3, H, W] to {layer: [N, C, H', W']}.
+
+    `out_channels` has the C of each layer, in the order in which they were asked for.
+    """
+
+    def __init__(self, out_channels: dict[str, int]) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The map of each layer, in the order of `out_channels`."""
+        raise NotImplementedError
+
+
+def channels_of(name: str, maps: dict[str, Tensor]) -> dict[str, int]:
+    """The C of each map [N, C, H, W]. Raises `BackboneError` where a layer gives something else."""
+    for layer, value in maps.items():
+        if value.dim() != 4:
+            shape = ", ".join(map(str, value.shape[1:]))
+            raise BackboneError(f"layer {layer!r} of {name} must give a feature map [N, C, H, W], got [N, {shape}]")
+    return {layer: value.shape[1] for layer, value in maps.items()}
+
+
+def unknown_layer(name: str, layers: tuple[str, ...], nodes: Iterable[str]) -> BackboneError:
+    """The error for layers of which a backbone lacks one; a layer is one of `nodes`, or the modules it is in."""
+    known = dict.fromkeys(
+        node[:end] for node in nodes for end in range(1, len(node) + 1) if end == len(node) or node[end] == "."
+    )
+    layer = next(layer for layer in layers if layer not in known)
+    near = near_names(layer, known) or list(known)[:8]
+    return BackboneError(f"unknown layer {layer!r} of {name}; the nearest known ones are {', '.join(near)}")
 
 
 def check_features(features: str) -> None:

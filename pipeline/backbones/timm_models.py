@@ -32,7 +32,9 @@ from torch import Tensor
 from pipeline.backbones.base import (
     DEFAULT,
     Backbone,
+    FeatureMaps,
     by,
+    channels_of,
     check_features,
     first_line,
     near_names,
@@ -40,6 +42,7 @@ from pipeline.backbones.base import (
     run_without_values,
     seeded,
     unknown_backbone,
+    unknown_layer,
     wrong_size,
 )
 from pipeline.backbones.weights import StateDict, check_fit, load_file, published, random_weights, weights_from
@@ -72,6 +75,26 @@ class TimmBackbone(Backbone):
             pooled: Tensor = self.model.forward_head(features, pre_logits=True)
             return pooled
         return features.permute(0, 3, 1, 2) if self._is_nhwc else features
+
+
+class _LayerMaps(FeatureMaps):
+    """Maps that a model of timm gives on its way, by the modules that `feature_info` names."""
+
+    def __init__(self, name: str, model: Any, out_channels: dict[str, int]) -> None:
+        super().__init__(out_channels)
+        known = [info["module"] for info in getattr(model, "feature_info", ())]
+        if not hasattr(model, "forward_intermediates") or len({*known}) != len(known):
+            raise BackboneError(f"{name} has no feature maps by layer in timm")
+        if not {*out_channels} <= {*known}:
+            raise unknown_layer(name, tuple(out_channels), known)
+        self.model = model
+        self._layers = {known.index(layer): layer for layer in out_channels}
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        indices = sorted(self._layers)
+        maps = self.model.forward_intermediates(images, indices=indices, intermediates_only=True, stop_early=True)
+        found = {self._layers[index]: value for index, value in zip(indices, maps, strict=True)}
+        return {layer: found[layer] for layer in self.out_channels}
 
 
 def find(name: str) -> str:
@@ -151,19 +174,42 @@ def build_backbone(
 ) -> Backbone:
     """Build a backbone as `pipeline.backbones.build_backbone` says."""
     check_features(features)
-    architecture, _ = _split(find(name))
     if isinstance(weights, str):
         weights = load_weights(name, weights)
-    config = _config_of(name, weights)
     if features == "map":
-        output_shape(name, features, image_size or config.input_size[1:])
-    model = _with_values(architecture, config, image_size, weights.seed or 0)
+        output_shape(name, features, image_size or _config_of(name, weights).input_size[1:])
+    return TimmBackbone(_loaded(name, weights, image_size), features).eval()
+
+
+def _loaded(name: str, weights: Weights, image_size: tuple[int, int] | None) -> Any:
+    """timm's own model without classifier, with these weights."""
+    architecture, _ = _split(find(name))
+    model = _with_values(architecture, _config_of(name, weights), image_size, weights.seed or 0)
     if weights.state is not None:
         given = _fitted(model, architecture, weights)
         expected = model.state_dict()
         for key, value in given.items():
             expected[key].copy_(value.detach())
-    return TimmBackbone(model, features).eval()
+    return model
+
+
+def build_feature_maps(
+    name: str, weights: str | Weights, layers: tuple[str, ...], image_size: tuple[int, int] | None
+) -> FeatureMaps:
+    """As `torchvision_models.build_feature_maps`, by the modules in timm's `feature_info`."""
+    architecture, _ = _split(find(name))
+    if isinstance(weights, str):
+        weights = load_weights(name, weights)
+    config = _config_of(name, weights)
+    meta = _LayerMaps(name, _without_values(architecture, config, image_size), dict.fromkeys(layers, 0))
+    with torch.no_grad():
+        maps = meta(torch.zeros(1, 3, *(image_size or config.input_size[1:]), device="meta"))
+    return _LayerMaps(name, _loaded(name, weights, image_size), channels_of(name, maps)).eval()
+
+
+def list_names() -> list[str]:
+    """The names of all backbones, without tags."""
+    return [PREFIX + name for name in list_models()]
 
 
 def versions() -> dict[str, str]:

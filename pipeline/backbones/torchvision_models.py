@@ -15,32 +15,16 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
-from torchvision.models import (
-    AlexNet,
-    ConvNeXt,
-    DenseNet,
-    EfficientNet,
-    GoogLeNet,
-    Inception3,
-    MaxVit,
-    MNASNet,
-    MobileNetV2,
-    MobileNetV3,
-    RegNet,
-    ResNet,
-    ShuffleNetV2,
-    SqueezeNet,
-    SwinTransformer,
-    VisionTransformer,
-)
-from torchvision.models.vgg import VGG
+from torchvision.models import VisionTransformer
 
 from pipeline.backbones.base import (
     DEFAULT,
     Backbone,
+    FeatureMaps,
+    channels_of,
     check_features,
     near_names,
     own_preprocessing,
@@ -49,6 +33,7 @@ from pipeline.backbones.base import (
     unknown_backbone,
     wrong_size,
 )
+from pipeline.backbones.torchvision_anatomy import ANATOMY, TRANSFORMS_INPUT, LayerMaps, without_head
 from pipeline.backbones.weights import (
     StateDict,
     check_fit,
@@ -59,7 +44,7 @@ from pipeline.backbones.weights import (
     without_values,
 )
 from pipeline.backbones.weights_spec import Weights, is_file, random_seed
-from pipeline.core.errors import BackboneError, WeightsError
+from pipeline.core.errors import WeightsError
 from pipeline.decoding.preprocess import Preprocess
 
 
@@ -96,112 +81,11 @@ ALIASES = {
 }
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """Where a torchvision architecture keeps things.
-
-    `head` is the classifier, `stages` are the children that, one after the other, make the feature map,
-    and `training_only` those that only training uses. What pools is `avgpool` where there is one, and else
-    global average pooling.
-    """
-
-    head: str
-    stages: tuple[str, ...]
-    training_only: tuple[str, ...] = ()
-
-
-_RELU = "relu()"  # a step that torchvision's `forward` does without a module
-_RESNET_STAGES = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-_INCEPTION_STAGES = (
-    "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
-    "maxpool2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d",
-    "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c",
-)  # fmt: skip
-_GOOGLENET_STAGES = (
-    "conv1", "maxpool1", "conv2", "conv3", "maxpool2", "inception3a", "inception3b", "maxpool3",
-    "inception4a", "inception4b", "inception4c", "inception4d", "inception4e", "maxpool4",
-    "inception5a", "inception5b",
-)  # fmt: skip
-
-ANATOMY: dict[type[nn.Module], Anatomy] = {
-    AlexNet: Anatomy("classifier", ("features",)),
-    ConvNeXt: Anatomy("classifier", ("features",)),
-    DenseNet: Anatomy("classifier", ("features", _RELU)),
-    EfficientNet: Anatomy("classifier", ("features",)),
-    GoogLeNet: Anatomy("fc", _GOOGLENET_STAGES, ("aux1", "aux2")),
-    Inception3: Anatomy("fc", _INCEPTION_STAGES, ("AuxLogits",)),
-    MaxVit: Anatomy("classifier", ("stem", "blocks")),
-    MNASNet: Anatomy("classifier", ("layers",)),
-    MobileNetV2: Anatomy("classifier", ("features",)),
-    MobileNetV3: Anatomy("classifier", ("features",)),
-    RegNet: Anatomy("fc", ("stem", "trunk_output")),
-    ResNet: Anatomy("fc", _RESNET_STAGES),
-    ShuffleNetV2: Anatomy("fc", ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5")),
-    SqueezeNet: Anatomy("classifier", ("features",)),
-    SwinTransformer: Anatomy("head", ("features", "norm", "permute")),
-    VGG: Anatomy("classifier", ("features",)),
-    VisionTransformer: Anatomy("heads", ()),
-}
-# With pretrained weights torchvision sets `transform_input` of these, which were ported from TensorFlow.
-_TRANSFORMS_INPUT = (GoogLeNet, Inception3)
 # torchvision asks that these be told whether to draw their initial weights.
 _ASKS_INITIALISATION = ("googlenet", "inception_v3")
 _POSITIONS = "encoder.pos_embedding"  # of a vision transformer
 # torchvision's files of DenseNet are older than its names: `norm.1` there is `norm1` in the model.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-
-
-class _Stages(Backbone):
-    """Children that run in order; their parameters carry torchvision's names."""
-
-    def __init__(self, children: dict[str, nn.Module], num_features: int) -> None:
-        super().__init__(num_features)
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, images: Tensor) -> Tensor:
-        for child in self.children():
-            images = child(images)
-        return images
-
-
-class _VitBackbone(_Stages):
-    """A vision transformer; its features are the class token after the encoder.
-
-    Source: `torchvision.models.VisionTransformer.forward`, which has no module for these steps.
-    """
-
-    def __init__(self, model: VisionTransformer) -> None:
-        super().__init__({"conv_proj": model.conv_proj, "encoder": model.encoder}, model.hidden_dim)
-        self.conv_proj: nn.Module
-        self.encoder: nn.Module
-        self.class_token: nn.Parameter = model.class_token
-        self.image_size: int = model.image_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        side = self.image_size
-        if images.shape[-2:] != (side, side):
-            raise ValueError(f"its position embedding is for images of {side}x{side}")
-        patches = self.conv_proj(images).flatten(2).transpose(1, 2)
-        class_token = self.class_token.expand(images.shape[0], -1, -1)
-        tokens: Tensor = self.encoder(torch.cat([class_token, patches], dim=1))
-        return tokens[:, 0]
-
-
-class _TransformInput(nn.Module):
-    """Input of Inception and GoogLeNet in TensorFlow's range, as torchvision's `_transform_input` makes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        scale = torch.tensor([0.229 / 0.5, 0.224 / 0.5, 0.225 / 0.5])[:, None, None]
-        shift = torch.tensor([(0.485 - 0.5) / 0.5, (0.456 - 0.5) / 0.5, (0.406 - 0.5) / 0.5])[:, None, None]
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
-        self.scale: Tensor
-        self.shift: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
 
 
 class _WithoutValues(TorchFunctionMode):
@@ -330,6 +214,29 @@ def build_backbone(
     return _backbone(name, features, load_weights(name, weights) if isinstance(weights, str) else weights)
 
 
+def build_feature_maps(
+    name: str, weights: str | Weights, layers: tuple[str, ...], image_size: tuple[int, int] | None
+) -> FeatureMaps:
+    """Several feature maps, by the names that `torchvision.models.feature_extraction` gives to layers.
+
+    Raises:
+        BackboneError: unknown name or layer, or a layer that does not give a feature map.
+        WeightsError: weights that cannot be loaded or do not fit.
+    """
+    weights = load_weights(name, weights) if isinstance(weights, str) else weights
+    shapes = without_values(weights) if weights.state is not None else None
+    meta = LayerMaps(name, _whole(name, shapes).to("meta"), dict.fromkeys(layers, 0))
+    size = image_size or preprocess_for(name, DEFAULT).crop
+    with torch.no_grad():
+        maps = meta(torch.zeros(1, 3, *size, device="meta"))
+    return LayerMaps(name, _whole(name, weights), channels_of(name, maps)).eval()
+
+
+def list_names() -> list[str]:
+    """The names of all backbones, without aliases."""
+    return list(BACKBONES)
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes the features."""
     return {"torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -337,12 +244,18 @@ def versions() -> dict[str, str]:
 
 def _backbone(name: str, features: str, weights: Weights | None) -> Backbone:
     check_features(features)
+    return without_head(_whole(name, weights), name, features).eval()
+
+
+def _whole(name: str, weights: Weights | None) -> nn.Module:
+    """The classifier that a backbone is a part of, as torchvision's own with these weights."""
     entry = BACKBONES[find(name)]
     model = _classifier(entry.architecture, weights)
     if entry.modify is not None:
         entry.modify(model)
-    pretrained = weights is not None and weights.state is not None
-    return _without_head(model, entry.architecture, features, pretrained=pretrained).eval()
+    if isinstance(model, TRANSFORMS_INPUT):
+        model.transform_input = weights is not None and weights.state is not None
+    return model.eval()
 
 
 def _classifier(architecture: str, weights: Weights | None) -> nn.Module:
@@ -387,40 +300,3 @@ def _fit_image_size(model: VisionTransformer, state: StateDict) -> None:
         model.encoder.pos_embedding = nn.Parameter(
             torch.empty(1, embedding.shape[1], model.hidden_dim, device="meta")
         )
-
-
-def _without_head(model: nn.Module, architecture: str, features: str, *, pretrained: bool) -> Backbone:
-    anatomy = ANATOMY[type(model)]
-    if isinstance(model, VisionTransformer):
-        if features == "map":
-            raise BackboneError(
-                f"{architecture} has no feature map: its features are a token, not a pooled map; use pooled features"
-            )
-        return _VitBackbone(model)
-    children: dict[str, nn.Module] = {}
-    if pretrained and isinstance(model, _TRANSFORMS_INPUT):
-        children["transform_input"] = _TransformInput()
-    for stage in anatomy.stages:
-        children["final_relu" if stage == _RELU else stage] = nn.ReLU() if stage == _RELU else _child(model, stage)
-    num_features = _num_inputs(getattr(model, anatomy.head))
-    pool = getattr(model, "avgpool", None) or nn.AdaptiveAvgPool2d(1)
-    if features == "map":
-        # AlexNet and VGG pool to a grid, and their classifier is fed all of it.
-        height, width = pool.output_size if isinstance(pool.output_size, tuple) else (1, 1)
-        return _Stages(children, num_features // (height * width))
-    return _Stages({**children, "avgpool": pool, "flatten": nn.Flatten(1)}, num_features)
-
-
-def _child(model: nn.Module, name: str) -> nn.Module:
-    child = getattr(model, name)
-    return nn.Sequential(*child) if isinstance(child, nn.ModuleList) else child
-
-
-def _num_inputs(head: nn.Module) -> int:
-    """How many features a classifier is fed."""
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            return module.in_features
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    raise AssertionError("a classifier has a linear or convolutional layer")

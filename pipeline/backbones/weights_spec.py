@@ -30,6 +30,11 @@ class Weights:
     seed: int | None = None
 
 
+def spec_of(name: str) -> str:
+    """What `load_weights` takes for weights of this name: torchvision's are `ResNet50_Weights.IMAGENET1K_V2`."""
+    return name.partition("_Weights.")[2] or name
+
+
 def random_seed(spec: str) -> int | None:
     """The seed of `random` or `random:SEED`, None for any other weights. Without a seed it is 0.
 

@@ -115,8 +115,8 @@ class DeviceDecoder:
         # and is given to it, may be read by what is still to run.
         self._finish()
         with warnings.catch_warnings():
-            # Of the function's age: what replaces it comes with a package of its own.
-            warnings.simplefilter("ignore")
+            # What replaces it comes with a package of its own, torchcodec.
+            warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
             decoded: list[Tensor] = decode_jpeg(images, mode=ImageReadMode.RGB, device=self._device)
         return decoded
 

@@ -22,7 +22,8 @@ def convert(network: NetworkModule, crop: tuple[int, int]) -> SharedGraph:
     """
     with torch.no_grad(), warnings.catch_warnings():
         # Of checks of the input's size, which is fixed here, and of the tracer's age.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
         example = torch.zeros((1, *crop, 3), dtype=torch.uint8)
         traced = torch.jit.freeze(torch.jit.trace(network, example, check_trace=False))  # type: ignore[no-untyped-call]
     # Of OpenVINO, which is loaded without its telemetry by now.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.backbones import load_weights
-from pipeline.backbones.weights_spec import Weights
+from pipeline.backbones.weights_spec import Weights, spec_of
 from pipeline.core.errors import WeightsError
 from pipeline.embedding.network import Network
 from pipeline.output.fingerprint import Fingerprint
@@ -43,9 +43,8 @@ def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
 
 
 def _weights(backbone: str, sha256: str, name: str, spec: str | None) -> Weights:
-    # torchvision's own are told as ResNet50_Weights.IMAGENET1K_V2, and asked for by the last part.
     try:
-        weights = load_weights(backbone, spec or name.partition("_Weights.")[2] or name)
+        weights = load_weights(backbone, spec or spec_of(name))
     except WeightsError as error:
         if spec is not None:
             raise

@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.backbones import build_backbone
 from pipeline.backbones.base import Backbone
+from pipeline.backbones.transform import Normalize
 from pipeline.backbones.weights_spec import Weights
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.embedding.network import Network, Placement
@@ -66,12 +67,7 @@ class NetworkModule(nn.Module):
     def __init__(self, backbone: Backbone, preprocess: Preprocess, normalize: bool) -> None:
         super().__init__()
         self.backbone = fold_batch_norms(backbone)
-        # (x / 255 - mean) / std as one multiplication and one addition.
-        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
-        self.register_buffer("scale", (1.0 / (255.0 * std))[None, :, None, None])
-        self.register_buffer("shift", (-mean / std)[None, :, None, None])
-        self.scale: Tensor
-        self.shift: Tensor
+        self.normalize_pixels = Normalize(preprocess)
         self.dtype = torch.float32
         self.normalize = normalize
 
@@ -83,7 +79,7 @@ class NetworkModule(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """float32 [N, C] or [N, C, H', W']."""
-        images = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        images = self.normalize_pixels(pixels)
         features: Tensor = self.backbone(images.to(self.dtype, memory_format=torch.channels_last)).float()
         if self.normalize:
             # A vector of length 0 has no direction: it becomes NaN, and so a row of errors.

@@ -218,6 +218,7 @@ def test_files_of_every_kind_of_architecture_load(tmp_path: Path, name: str) -> 
     assert_loads(name, write(tmp_path / "w.pth", state), state)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     evil = {**torchvision_state(), "extra": Touch(canary)}
@@ -244,6 +245,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
         (b"<html>not found</html>", "not a state dict"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
 def test_what_is_no_state_dict_says_what_it_is(tmp_path: Path, content: Any, reason: str) -> None:
     with pytest.raises(WeightsError) as caught:
         load_weights(NAME, write(tmp_path / "w.pth", content))
@@ -263,7 +265,7 @@ def damaged(data: bytes, count: int) -> Iterator[bytes]:
         yield bytes(damage[: rng.randrange(len(damage))] if rng.random() < 0.2 else damage)
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_a_damaged_file_is_refused_or_loads_but_never_anything_else(tmp_path: Path) -> None:
     content = {"features.0.weight": torch.zeros(2)}
     files = {

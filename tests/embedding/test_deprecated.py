@@ -1,0 +1,44 @@
+"""What torch and torchvision will take away, and the one module that still uses each: these tests fail first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from pipeline.backbones import load_weights
+from pipeline.backbones.torchvision_models import preprocess_for
+from pipeline.embedding.network import Network, Placement
+from pipeline.embedding.torch_runner import build_network
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_openvino_graph_still_has_its_tracer_and_its_decoder() -> None:
+    """`pipeline.embedding.openvino_graph`: without these a job falls back to eager torch, at half the speed."""
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    from pipeline.embedding.openvino_graph import convert
+
+    with pytest.warns(FutureWarning) as told:
+        torch.jit.freeze(torch.jit.trace(torch.nn.ReLU().eval(), torch.zeros(1, 3), check_trace=False))
+    texts = [str(one.message) for one in told]
+    for name in ("trace", "freeze"):
+        assert any(text.startswith(f"`torch.jit.{name}` is deprecated") for text in texts)
+
+    preprocess = preprocess_for("squeezenet1_1", "random").with_size((64, 64))
+    network = Network(backbone="squeezenet1_1", preprocess=preprocess)
+    module = build_network(network, load_weights("squeezenet1_1", "random:0"))
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    found = convert(module, (64, 64)).runner(network, Placement(num_threads=1)).embed(pixels, np.arange(5))
+    with torch.no_grad():
+        wanted = module(torch.from_numpy(pixels)).numpy()
+    assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_device_decode_still_has_torchvisions_jpeg_decoder() -> None:
+    """`pipeline.embedding.device_decode`: `decode_jpeg` moves to torchcodec."""
+    jpeg = torch.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), dtype=torch.uint8)
+    with pytest.warns(DeprecationWarning, match="The image decoding and encoding capabilities of TorchVision"):
+        (image,) = decode_jpeg([jpeg], mode=ImageReadMode.RGB, device=torch.device("cpu"))
+    assert image.shape == (3, 16, 16)
