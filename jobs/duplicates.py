@@ -202,8 +202,9 @@ def _run(flags: argparse.Namespace) -> int:
     if flags.html:
         drawn = draw_duplicates(pairs, PAGE_ROWS, PAGE_NEAR)
         tags = tags_of(flags.output)
-        text = duplicates_page(flags.output, drawn, lines, flags.input, tags.get)
-        Path(flags.html).write_text(text, encoding="utf-8")
+        page = Path(flags.html)
+        text = duplicates_page(flags.output, found, flags.threshold, drawn, lines[1:], flags.input, tags.get, page)
+        page.write_text(text, encoding="utf-8")
     return EXIT_OK
 
 

@@ -84,7 +84,8 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
     if flags.json:
         print(json.dumps([as_dict(hit) for hit in hits], indent=2, ensure_ascii=False))
     if flags.html:
-        Path(flags.html).write_text(search_page(index, hits, flags.input), encoding="utf-8")
+        page = Path(flags.html)
+        page.write_text(search_page(index, hits, flags.input, page), encoding="utf-8")
     return EXIT_SOME_FAILED if num_failed else EXIT_OK
 
 

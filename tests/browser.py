@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import subprocess
 import time
 from contextlib import suppress
@@ -85,9 +86,13 @@ class Browser:
         self.requests.clear()
         self.complaints.clear()
         self.call("Page.navigate", url=page.as_uri())
+        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(page.as_uri())}")
+
+    def wait(self, expression: str) -> None:
+        """Wait until an expression holds in the page."""
         deadline = time.monotonic() + _ANSWER_S
-        while self.value("document.readyState") != "complete" or self.value("location.href") != page.as_uri():
-            assert time.monotonic() < deadline, "the page did not load"
+        while not self.value(expression):
+            assert time.monotonic() < deadline, f"it never held that {expression}"
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
@@ -106,11 +111,24 @@ class Browser:
         """Point at a place in the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    def click(self, selector: str) -> None:
+        """Click in the middle of the first element of a selector that is visible."""
+        x, y = self.value(
+            "(e => { e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
+            "return [b.x + b.width / 2, b.y + b.height / 2] })"
+            f"([...document.querySelectorAll({json.dumps(selector)})].find(e => e.checkVisibility()))"
+        )
+        self.move_to(x, y)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
     def press(self, key: str) -> None:
         """Press a key and let it go."""
-        code = {"Tab": 9, "ArrowDown": 40, "ArrowRight": 39}[key]
+        code = {"Tab": 9, "Enter": 13, "ArrowDown": 40, "ArrowRight": 39}[key]
+        # Enter does something only with its text.
+        text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
     def close(self) -> None:
         """End it."""

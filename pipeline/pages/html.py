@@ -6,6 +6,7 @@ No template can act on a text: every value passes `show` on its way into a page,
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,11 @@ def show(value: object) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut(value))
 
 
+def breakable(text: object) -> Markup:
+    """A path or id, which may be broken into lines where a word of it ends."""
+    return Markup("<wbr>").join(re.split("(?<=[/_])", show(text)))
+
+
 def data_url(jpeg: bytes) -> Markup:
     """A picture that stands in the page itself."""
     return Markup("data:image/jpeg;base64,") + base64.b64encode(jpeg).decode()
@@ -51,6 +57,7 @@ def _environment() -> Environment:
     # No template may leave out the escaping.
     del made.filters["safe"]
     made.filters |= {
+        "breakable": breakable,
         "count": format_count,
         "cut": cut,
         "data_url": data_url,

@@ -23,6 +23,7 @@ MAX_PICTURES = 150
 MAX_SHARDS = 8
 MAX_BYTES = 64 * 2**20
 MAX_S = 10.0
+# Of a picture on the map, in pixels.
 _SIDE = 128
 # Norms that differ by less than this part of themselves are told, and not drawn.
 _SAME = 1e-3
@@ -34,16 +35,17 @@ _MARGIN = 1.12
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is shown of a sample: by its row a picture, the rows that have one, and what the gallery holds."""
+    """What is shown of a sample: pictures by their rows, small for the map and large for the gallery."""
 
-    previews: dict[int, Preview]
+    small: dict[int, Preview]
+    large: dict[int, Preview]
     gallery: list[Near]
     num_in_reach: int
     faults: list[str]
 
     def of(self, row: int) -> Preview:
-        """The picture of a row, or why there is none."""
-        return self.previews.get(row, Preview(None, "its image was not read"))
+        """The picture of a row of the gallery, or why there is none."""
+        return self.large.get(row, Preview(None, "its image was not read"))
 
 
 def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str | None) -> Pictures:
@@ -62,16 +64,21 @@ def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str
     searched = pool if len(pool) > NUM_NEAR else range(len(sample.ids))
     gallery = neighbours(sample.vectors, searched, NUM_QUERIES, NUM_NEAR)
     order = [row for near in gallery for row in (near.row, *(other for other, _ in near.others))]
+    num_gallery = len(dict.fromkeys(order))
     order += np.random.default_rng(SEED).permutation(pool).tolist()
-    found: dict[int, Preview] = {}
+    small: dict[int, Preview] = {}
+    large: dict[int, Preview] = {}
     ends = time.monotonic() + MAX_S
-    for row in dict.fromkeys(order):
+    for number, row in enumerate(dict.fromkeys(order)):
         image = fronts.images.get(sample.places[row])
-        if image is not None and len(found) < MAX_PICTURES:
-            late = time.monotonic() > ends
-            found[row] = Preview(None, f"not drawn within {MAX_S:.0f} s") if late else preview(image, _SIDE)
+        if image is None or len(small) == MAX_PICTURES:
+            continue
+        late = Preview(None, f"not drawn within {MAX_S:.0f} s") if time.monotonic() > ends else None
+        small[row] = late or preview(image, _SIDE)
+        if number < num_gallery:
+            large[row] = late or preview(image)
     faults = [f"no pictures of shard {name}: {reason}" for name, reason in fronts.reasons.items()]
-    return Pictures(found, gallery, len(searched), faults)
+    return Pictures(small, large, gallery, len(searched), faults)
 
 
 def section(output: str, shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None) -> Markup:
@@ -135,7 +142,7 @@ def _map(sample: Sample, pictures: Pictures) -> dict[str, Any]:
                 "place": shown(sample.places[row]),
                 "jpeg": preview.jpeg,
             }
-            for row, preview in pictures.previews.items()
+            for row, preview in pictures.small.items()
             if preview.jpeg is not None
         ],
     }
@@ -159,17 +166,16 @@ def _axes(found: Plane) -> tuple[Axis, Axis]:
 
 
 def _gallery(sample: Sample, pictures: Pictures, is_opened: bool) -> dict[str, Any]:
-    def row(near: Near) -> list[Tile]:
-        place = shown(sample.places[near.row])
-        head = Tile(pictures.of(near.row), cut(sample.ids[near.row], 60), cut(place, 60))
-        return [head] + [
-            Tile(pictures.of(other), f"cosine {cosine:.3f}", cut(sample.ids[other], 60))
-            for other, cosine in near.others
-        ]
+    def tile(row: int, label: str) -> Tile:
+        return Tile(pictures.of(row), label, cut(sample.ids[row], 60), cut(shown(sample.places[row]), 60))
 
     return {
         "is_opened": is_opened,
-        "rows": [row(near) for near in pictures.gallery],
+        "rows": [
+            [tile(near.row, "query"), *(tile(row, f"cosine {cosine:.3f}") for row, cosine in near.others)]
+            for near in pictures.gallery
+        ],
         "num_in_reach": pictures.num_in_reach,
-        "has_pictures": any(preview.jpeg is not None for preview in pictures.previews.values()),
+        "has_pictures": any(preview.jpeg is not None for preview in pictures.large.values()),
+        "MOST": NUM_NEAR,
     }

@@ -5,65 +5,109 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.core.formatting import format_count
+from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.names import Place
 from pipeline.output.stored import open_output
 from pipeline.pages.html import render
+from pipeline.pages.links import DUPLICATES, SEARCH, TITLES, links
 from pipeline.pages.previews import Preview, Tile, preview, previews, shown
-from pipeline.retrieval.duplicates import Duplicates
+from pipeline.retrieval.duplicates import DuplicateCounts, Duplicates
 from pipeline.retrieval.index import Index, Neighbour
 from pipeline.retrieval.search import Hit, score_name
 
 
 def duplicates_page(
-    output: str, drawn: list[Duplicates], lines: list[str], inputs: Sequence[str], tag_of: Callable[[str], str | None]
+    output: str,
+    found: DuplicateCounts,
+    threshold: float,
+    drawn: list[Duplicates],
+    notes: list[str],
+    inputs: Sequence[str],
+    tag_of: Callable[[str], str | None],
+    page: Path | None = None,
 ) -> str:
     """A page of rows with their near-duplicates, whose images are read from the shards of `inputs`.
 
-    Where it names none, they are looked for where they were embedded.
+    Where it names none, they are looked for where they were embedded. `notes` say how far the pairs can be trusted.
+    `page` is where the page will be stored: it links to the pages there.
 
     Raises:
         InputError: the inputs name no shard.
     """
     made = open_output(output).made
     places = {one.place for one in drawn} | {near.place for one in drawn for near in one.near}
-    found = previews(inputs, made.settings.image_member, places, tag_of, made.input_prefix)
+    pictures = previews(inputs, made.settings.image_member, places, tag_of, made.input_prefix)
     rows = [
-        [Tile(found[one.place], one.image_id, shown(one.place)), *_tiles(one.near, "cosine", found)] for one in drawn
+        [
+            Tile(pictures[one.place], "image", one.image_id, shown(one.place)),
+            *_tiles(one.near, "cosine", pictures),
+        ]
+        for one in drawn
     ]
-    return render("near.html.j2", {"title": "Near-duplicates", "lines": lines, "rows": rows})
+    numbers = [
+        ("pairs", f"{found.num_pairs:,}"),
+        ("least cosine of a pair", f"{threshold:g}"),
+        ("embeddings compared", f"{found.num_rows:,}"),
+        ("images shown, drawn at random", f"{len(drawn):,}"),
+    ]
+    return _page(DUPLICATES, made, output, numbers, notes, rows, page)
 
 
-def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str:
+def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str], page: Path | None = None) -> str:
     """A page of the queries with their neighbours, whose images are read from the shards of `inputs`.
 
-    Where it names none, they are looked for where they were embedded.
+    Where it names none, they are looked for where they were embedded. `page` is where the page will be stored: it
+    links to the pages there.
 
     Raises:
         InputError: the inputs name no shard.
     """
     facts = index.facts
     places = {near.place for hit in hits for near in hit.neighbours}
-    found = previews(inputs, facts.made.settings.image_member, places, index.tag, facts.made.input_prefix)
+    pictures = previews(inputs, facts.made.settings.image_member, places, index.tag, facts.made.input_prefix)
     rows = [
         [
-            Tile(_preview(hit.query.path), Path(hit.query.name).name, hit.query.reason or "query"),
-            *_tiles(hit.neighbours, score_name(facts.metric), found),
+            Tile(_preview(hit.query.path), "query", Path(hit.query.name).name, hit.query.reason),
+            *_tiles(hit.neighbours, score_name(facts.metric), pictures),
         ]
         for hit in hits
     ]
-    lines = [
-        f"{format_count(len(hits), 'query image')} in {format_count(facts.num_rows, 'embedding')} of {facts.output}",
-        f"{facts.made.settings.backbone}, weights {facts.made.versions.get('weights', '?')}; {facts.kind} index, "
-        f"recall@10 {facts.recall:.3f}",
+    numbers = [
+        ("query images", f"{len(hits):,}"),
+        ("embeddings in the index", f"{facts.num_rows:,}"),
+        ("index", facts.kind),
+        ("recall@10 of the index", f"{facts.recall:.3f}"),
     ]
-    return render("near.html.j2", {"title": "Nearest images", "lines": lines, "rows": rows})
+    return _page(SEARCH, facts.made, facts.output, numbers, [], rows, page)
 
 
-def _tiles(neighbours: Iterable[Neighbour], score: str, found: Mapping[Place, Preview]) -> list[Tile]:
+def _page(
+    kind: str,
+    made: Fingerprint,
+    output: str,
+    numbers: list[tuple[str, str]],
+    notes: list[str],
+    rows: list[list[Tile]],
+    page: Path | None,
+) -> str:
+    values = {
+        "kind": kind,
+        "title": TITLES[kind],
+        "backbone": made.settings.backbone,
+        "weights": made.versions.get("weights", "?"),
+        "output": output,
+        "numbers": numbers,
+        "notes": notes,
+        "rows": rows,
+        "links": links(page, output),
+    }
+    return render("near.html.j2", values)
+
+
+def _tiles(neighbours: Iterable[Neighbour], score: str, pictures: Mapping[Place, Preview]) -> list[Tile]:
     """Neighbours with what their score is called, and their previews."""
     return [
-        Tile(found[near.place], near.image_id, f"{score} {near.score:.4f}, {shown(near.place)}")
+        Tile(pictures[near.place], f"{score} {near.score:.4f}", near.image_id, shown(near.place))
         for near in neighbours
     ]
 

@@ -15,31 +15,37 @@ from pipeline.core.errors import InputError, SampleError, ShardError
 from pipeline.core.redact import describe
 from pipeline.core.storage import locate, stat
 from pipeline.core.threads import begin
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.decoder import FORMATS, Decoder, pillow_does_not_warn
+from pipeline.decoding.preprocess import SQUASH, Preprocess
 from pipeline.decoding.rules import DecodingRules
 from pipeline.output.names import Place, version_tag
 from pipeline.shards.find import Shard, find_shards, shards_below
 from pipeline.shards.peek import images
 
-SIDE = 160
+# Of a picture that can be enlarged, in pixels.
+SIDE = 384
 MAX_PIXELS = 178_956_970
 _QUALITY = 80
+_ORIENTATION_TAG = 0x0112
 
 
 class Preview(NamedTuple):
-    """A small JPEG, or the reason why there is none."""
+    """A small JPEG of an image and the image's own size, or the reason why there is none."""
 
     jpeg: bytes | None
     reason: str = ""
+    width: int = 0
+    height: int = 0
+    num_bytes: int = 0
 
 
 class Tile(NamedTuple):
-    """One image on a page: how it looks, what it is called, and what to say of it."""
+    """One image on a page: how it looks, what it is or how near, what it is called, and where it is."""
 
     preview: Preview
+    label: str
     name: str
-    detail: str
+    place: str
 
 
 def shown(place: Place) -> str:
@@ -48,16 +54,33 @@ def shown(place: Place) -> str:
 
 
 def preview(image: bytes, side: int = SIDE) -> Preview:
-    """The middle square of an encoded image, as the job decodes it, `side` pixels wide."""
+    """The whole of an encoded image, as the job decodes it, in at most `side` by `side` pixels."""
+    width, height = upright_size(image) or (side, side)
+    scale = min(1.0, side / max(width, height))
+    shape = max(1, round(height * scale)), max(1, round(width * scale))
     # Mean and standard deviation are for the backbone, and not used here.
-    small = Preprocess(side, (side, side), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    small = Preprocess(max(shape), shape, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), SQUASH)
     try:
         pixels = Decoder(DecodingRules(preprocess=small, max_pixels=MAX_PIXELS)).decode(image)
     except SampleError as error:
         return Preview(None, str(error))
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
-    return Preview(buffer.getvalue())
+    return Preview(buffer.getvalue(), "", width, height, len(image))
+
+
+@pillow_does_not_warn()
+def upright_size(image: bytes) -> tuple[int, int] | None:
+    """Width and height of an encoded image as it is seen; None where Pillow finds none in its header."""
+    try:
+        opened = Image.open(io.BytesIO(image), formats=FORMATS)
+        orientation = opened.getexif().get(_ORIENTATION_TAG, 1)
+    # The decoder says why, in the words of the job.
+    except Exception:
+        return None
+    # Pillow has the upright size of a TIFF itself.
+    is_turned = opened.format != "TIFF" and orientation in (5, 6, 7, 8)
+    return (opened.height, opened.width) if is_turned else opened.size
 
 
 def previews(

@@ -10,10 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pipeline.core.formatting import format_count
+from pipeline.core.schema import SHARD_FAULT
 from pipeline.core.storage import write_bytes
+from pipeline.output.ledger import MAX_WORST
 from pipeline.output.names import PAGE_FILE
 from pipeline.pages import look, speed
 from pipeline.pages.html import render, render_or_reason
+from pipeline.pages.links import RUN, links, local_path
 from pipeline.shards.find import Shard
 
 MAX_REASONS = 20
@@ -27,14 +30,6 @@ class Verdict(NamedTuple):
     kind: str
     word: str
     sentence: str
-
-
-class Listed(NamedTuple):
-    """Some of `total` texts under a title."""
-
-    title: str
-    texts: list[str]
-    total: int
 
 
 def write_page(
@@ -56,16 +51,26 @@ def draw_page(
     report: Mapping[str, Any], shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None
 ) -> str:
     """The page as HTML."""
+    output = str(report["output"])
     # Where nothing was pending, no device was asked for.
     values = {"report": report, "is_idle": report["device"] is None}
     sections = [
-        ("What ran", render_or_reason("facts.html.j2", lambda: values | {"MAX_INPUTS": MAX_INPUTS})),
+        ("Errors and broken shards", render_or_reason("errors.html.j2", lambda: values | _errors(report))),
         ("Speed", "" if values["is_idle"] else speed.section(report)),
-        ("Errors and shards", render_or_reason("errors.html.j2", lambda: values | _errors(report))),
-        ("The embeddings", look.section(str(report["output"]), shards, opened, image_member)),
+        ("What ran", render_or_reason("facts.html.j2", lambda: values | {"MAX_INPUTS": MAX_INPUTS})),
+        ("The embeddings", look.section(output, shards, opened, image_member)),
     ]
-    drawn = [(title, html) for title, html in sections if html]
-    return render("run.html.j2", values | {"verdict": verdict(report), "sections": drawn})
+    return render(
+        "run.html.j2",
+        values
+        | {
+            "kind": RUN,
+            "weights": report["weights"],
+            "links": links(local_path(output, PAGE_FILE), output),
+            "verdict": verdict(report),
+            "sections": [(title, html) for title, html in sections if html],
+        },
+    )
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
@@ -81,27 +86,21 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     balanced = f"Every sample is one stored row: {rows} for {format_count(report['samples'], 'sample')}."
     if shards["broken"]:
         broken = f"{format_count(shards['broken'], 'shard')} could not be read to the end"
-        again = f"{broken}; what could be read is stored, and the next run tries again. {balanced}"
+        again = f"{broken}. The readable samples are stored, and the next run tries these shards again. {balanced}"
         return Verdict("warn", "Broken shards", again)
     return Verdict("warn" if report["problems"] else "", "Balanced", balanced)
 
 
 def _errors(report: Mapping[str, Any]) -> dict[str, Any]:
-    shards = report["shards"]
-    broken = [f"{name}: {fault}" for name, fault in report["broken_shards"].items()]
-    own_fault = [report["report_fault"]] if report["report_fault"] else []
+    by_reason = report["errors_by_reason"]
+    total = sum(by_reason.values())
     return {
-        "reasons": sorted(report["errors_by_reason"].items(), key=lambda item: -item[1]),
-        # Parts that were there before have their reasons in errors/ alone; a broken shard's fault is a row and no
-        # sample. So this need not be the number of errors.
-        "total": sum(report["errors_by_reason"].values()),
-        "lists": [
-            Listed("Broken shards", broken, shards["broken"]),
-            Listed("Missing shards: not complete after all passes", report["missing_shards"], shards["missing"]),
-            Listed("Disagreements in what is stored", report["imbalances"], report["num_imbalances"]),
-            Listed("Problems on the way", report["problems"], len(report["problems"])),
-            Listed("The report itself", own_fault, len(own_fault)),
-        ],
+        "reasons": sorted(by_reason.items(), key=lambda item: -item[1]),
+        "total": total,
+        # A broken shard's fault is a row and no sample.
+        "num_failed": total - by_reason.get(SHARD_FAULT, 0),
+        "broken": [f"{name}: {fault}" for name, fault in report["broken_shards"].items()],
         "MAX_REASONS": MAX_REASONS,
+        "MAX_WORST": MAX_WORST,
         "OPEN_LISTED": OPEN_LISTED,
     }

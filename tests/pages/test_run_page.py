@@ -6,16 +6,11 @@ import io
 import itertools
 import json
 import re
-import shutil
 import tarfile
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from jobs.support.console import Console
 from jobs.support.console_json import JsonConsole
@@ -35,6 +30,7 @@ from pipeline.shards.find import Shard
 from tests.browser import Browser
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import embed
+from tests.pages.looking import PICTURE, check_layout, check_looks, read
 
 _SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:0", "image_size": "64", "precision": "fp32"}
 _HOSTILE = (
@@ -65,39 +61,6 @@ def done(folder: Path | str, output: Path | str, **settings: Any) -> Ran:
     """A run that finds everything done."""
     embed(folder, output, **settings)
     return ran(folder, output, **settings)
-
-
-class _Reader(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def read(page: str) -> str:
-    """The page's text, of a page in which nothing can act and which needs nothing else."""
-    found = _Reader(page)
-    assert not {"script", "iframe", "object", "embed", "base", "form", "foreignobject"} & {*found.tags}
-    for name, value in found.attributes:
-        assert not name.startswith("on"), f"{name} acts"
-        if name == "src":
-            assert (value or "").startswith("data:image/jpeg;base64,")
-        if name == "href":
-            assert value == "report.json"
-    assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in found.attributes
-    assert not re.search(r"url\(|@import|https?:|[\x00-\x08\x0b-\x1f\u202a-\u202e]", page)
-    assert "could not be drawn" not in page
-    return " ".join(" ".join(found.text).split())
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +95,26 @@ def test_the_page_says_what_ran_how_fast_and_what_went_wrong(whole: tuple[Path, 
         assert report["error_examples"][reason] in text
     page = (folder / "out" / "report.html").read_text()
     assert page.count('<div class="near">') == 6
-    assert len(re.findall(r'<figure class="other"><img', page)) == 6 * 5
+    assert page.count(f'<figure class="other">{PICTURE}') == 6 * 5
     assert len(re.findall(r"cosine \d\.\d{3}", text)) == 6 * 5
     assert "no preview" not in text
+
+
+def test_errors_come_first_by_reason_and_by_shard_then_speed_then_facts(whole: tuple[Path, Ran]) -> None:
+    report = whole[1].report
+    page = whole[1].page
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Errors and broken shards", "Speed", "What ran", "The embeddings"]
+    titles = [re.sub(r" \(.*", "", title) for title in re.findall("<h3>(.*?)</h3>", page)]
+    assert titles[:3] == ["Errors by reason", "Errors by shard", "Broken shards"]
+    assert report["errors_by_shard"]["bad"] == {"errors": 2, "samples": 3}
+    assert "bad 2 3 67 %" in read(page)
+
+
+def test_random_weights_are_marked(whole: tuple[Path, Ran]) -> None:
+    report, shards = whole[1]
+    mark = "Random weights The backbone is not trained"
+    assert mark in read(draw_page(report, shards, set(), None))
+    assert mark not in read(draw_page({**report, "weights": "DEFAULT"}, shards, set(), None))
 
 
 def test_the_timeline_of_the_report_is_that_of_the_run(whole: tuple[Path, Ran]) -> None:
@@ -309,7 +289,7 @@ def test_a_shard_that_is_gone_or_another_now_costs_its_pictures_alone(tmp_path: 
     text = read(page)
     assert "no pictures of shard photos-00000: FileNotFoundError" in text
     assert "among the 6 of this sample whose images were read" in text
-    assert page.count('<figure class="other"><img') == 6 * 5
+    assert page.count(f'<figure class="other">{PICTURE}') == 6 * 5
     write_tar(shards / "photos-00001.tar", sample_members("other", 77))
     page = found.page
     text = read(page)
@@ -338,7 +318,7 @@ def test_shards_that_the_run_did_not_open_are_not_opened_for_pictures(tmp_path: 
     page = draw_page(found.report, found.shards, {"photos-00001"}, None)
     read(page)
     assert "no pictures of shard" not in page
-    assert page.count('<figure class="head"><img') == 6
+    assert page.count(f'<figure class="head">{PICTURE}') == 6
     nothing = draw_page(found.report, found.shards, set(), None)
     assert "this one opened none" in nothing
     assert "data:image/jpeg" not in nothing
@@ -351,38 +331,9 @@ def test_pictures_are_read_from_object_storage_too(tmp_path: Path, s3_url: str, 
     write_page(found.report, found.shards.values(), set(found.shards), None)
     page = s3_server.filesystem().cat(f"{s3_url}/out/report.html").decode()
     read(page)
-    assert page.count('<figure class="other"><img') == 6 * 5
+    assert page.count(f'<figure class="other">{PICTURE}') == 6 * 5
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    executable = shutil.which("chromium")
-    if executable is None:
-        pytest.skip("no chromium on PATH (apt-get install chromium): the page is not looked at")
-    opened = Browser(executable, tmp_path_factory.mktemp("chromium"))
-    yield opened
-    opened.close()
-
-
-# The least contrast of any text with what is behind it, by WCAG 2's formula, with the text that has it.
-_CONTRAST = """
-(() => {
-  const parse = c => { const [r, g, b, a = 1] = c.match(/[\\d.]+/g).map(Number); return {rgb: [r, g, b], a}; };
-  const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-  const light = rgb => { const [r, g, b] = rgb.map(v => linear(v / 255));
-    return .2126 * r + .7152 * g + .0722 * b; };
-  let worst = [99, ''];
-  for (const node of document.querySelectorAll('body *')) {
-    if (![...node.childNodes].some(c => c.nodeType === 3 && c.data.trim()) || !node.checkVisibility()) continue;
-    let back = node, colour;
-    while (back && !(colour = parse(getComputedStyle(back).backgroundColor)).a) back = back.parentElement;
-    const a = light(parse(getComputedStyle(node).color).rgb), b = light(colour.rgb);
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    if (ratio < worst[0]) worst = [ratio, node.textContent.trim().slice(0, 60)];
-  }
-  return worst;
-})()
-"""
 # How far pictures of the map, each chosen in turn, reach out of the window.
 _REACH = """
 (() => {
@@ -405,19 +356,8 @@ _REACH = """
 def test_it_looks_right_in_light_in_dark_and_on_a_phone(
     name: str, width: int, scheme: str, whole: tuple[Path, Ran], browser: Browser, tmp_path: Path
 ) -> None:
-    page = whole[0] / "out" / "report.html"
-    browser.open(page, width=width, scheme=scheme)
-    assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
-    assert browser.complaints == [], "nothing was refused or is wrong"
-    assert browser.call("Page.getLayoutMetrics")["cssContentSize"]["width"] == width, "nothing is wider than the page"
-    assert browser.value("[...document.images].every(i => i.naturalWidth > 0)")
-    contrast, text = browser.value(_CONTRAST)
-    assert contrast >= 4.5, f"{text!r} is hard to read"
+    check_looks(browser, whole[0] / "out" / "report.html", width, scheme, tmp_path / f"{name}.png")
     assert browser.value(_REACH) <= 0
-    shot = Image.open(browser.screenshot(tmp_path / f"{name}.png")).convert("L")
-    corner = np.asarray(shot)[:8, :8].mean()
-    assert corner < 60 if scheme == "dark" else corner > 220
-    assert np.asarray(shot).std() > 10
 
 
 def test_hostile_text_makes_no_page_wider(whole: tuple[Path, Ran], browser: Browser, tmp_path: Path) -> None:
@@ -426,8 +366,9 @@ def test_hostile_text_makes_no_page_wider(whole: tuple[Path, Ran], browser: Brow
     (tmp_path / "wide.html").write_text(
         draw_page({**whole[1].report, **changes, "error_examples": {wide: wide}}, {}, set(), None)
     )
-    browser.open(tmp_path / "wide.html", width=390)
-    assert browser.call("Page.getLayoutMetrics")["cssContentSize"]["width"] == 390
+    for width in (390, 1280):
+        browser.open(tmp_path / "wide.html", width=width)
+        check_layout(browser, width)
 
 
 def test_a_point_of_the_map_shows_its_picture_when_pointed_at_and_by_keyboard(
@@ -452,3 +393,16 @@ def test_a_point_of_the_map_shows_its_picture_when_pointed_at_and_by_keyboard(
     browser.press("ArrowRight")
     assert len(first) == len(browser.value(shown)) == 1
     assert browser.value(shown) != first
+
+
+def test_a_chosen_card_of_the_map_stays_and_closes_by_its_button(whole: tuple[Path, Ran], browser: Browser) -> None:
+    browser.open(whole[0] / "out" / "report.html")
+    shown = "[...document.querySelectorAll('.pt .tip')].filter(t => t.checkVisibility()).length"
+    browser.click(".area > .pt:last-child")
+    browser.move_to(1, 1)
+    assert browser.value(shown) == 1
+    button = browser.value("[...document.querySelectorAll('.pt .close')].find(e => e.checkVisibility()).innerText")
+    assert button == "Close"
+    browser.click(".pt .close")
+    browser.move_to(1, 1)
+    assert browser.value(shown) == 0
