@@ -90,7 +90,7 @@ def test_every_make_target_and_test_that_the_docs_name_exists(doc):
 def known_options() -> frozenset[str]:
     known = set(OTHER_OPTIONS)
     texts = "\n".join(path.read_text() for path in DOCS)
-    for name in {*re.findall(r"\bjobs/\w+\.py", texts), "infra/kuberay/launch.py"}:
+    for name in {*re.findall(r"(?<!tests/)\bjobs/\w+\.py", texts), "infra/kuberay/launch.py"}:
         known |= options_of(sys.executable, ROOT / name)
     known |= options_of("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.faults.kills")
     known |= options_of("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "benchmarks.bench")
