@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def shards_and_columns(name: str, output: Path, scratch: Path) -> tuple[list[str
 
 @pytest.mark.parametrize("name", ["PyArrow", "DuckDB", "Polars", "pandas", "Hugging Face datasets"])
 def test_shards_of_any_name_are_read_under_their_true_name(name: str, oddly_named: Path, tmp_path: Path) -> None:
-    pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install 'shard-embedder[readers]'")
+    pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install -e '.[readers]'")
     shards, columns = shards_and_columns(name, oddly_named, tmp_path)
     assert sorted(shards) == sorted(ODD)
     assert sorted(columns) == ["cls", "embedding", "image_id", "sample_index", "shard"]
@@ -146,7 +147,7 @@ def test_shards_of_any_name_are_read_under_their_true_name(name: str, oddly_name
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "Ray Data"])
 def test_the_code_of_the_docs_reads_shards_of_any_name(name: str, oddly_named: Path, tmp_path: Path) -> None:
-    pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install 'shard-embedder[readers]'")
+    pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install -e '.[readers]'")
     check(name, oddly_named, tmp_path)
 
 
