@@ -26,7 +26,7 @@ from pipeline.backbones.torchvision_models import (
 from pipeline.backbones.weights import Weights
 from pipeline.core.errors import BackboneError, WeightsError
 
-# The table of the README: name, second name, C, side of the feature map at 224.
+# The table of docs/backbones.md: name, second name, C, side of the feature map at 224.
 TABLE = [
     ("resnet18", "resnet_18", 512, 7),
     ("resnet34", "resnet_34", 512, 7),

@@ -95,7 +95,7 @@ def test_what_the_output_does_not_say_is_noticed() -> None:
 @pytest.mark.slow
 def test_the_tutorial_runs_as_it_stands_and_prints_what_it_shows(tmp_path: Path) -> None:
     for module in ("duckdb", "faiss"):
-        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'shard-embedder[index,readers]'")
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install -e '.[index,readers]'")
     take_photos(tmp_path)
     # "All commands are run from the folder of this project": of that, only the commands are here.
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")

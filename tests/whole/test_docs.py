@@ -1,11 +1,13 @@
-"""The docs and `infra/` name files, options, variables, commands, tests and figures that exist."""
+"""The docs and `infra/` name files, options, variables, messages, commands, tests and figures that exist."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,15 +16,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from jobs.embed import gather, parser
+from jobs.support import exit_codes
 from pipeline.core.config import Config
-from tests.conftest import ROOT
+from pipeline.core.errors import SettingsError
+from pipeline.core.schema import ERRORS_SCHEMA
+from pipeline.output.fingerprint import read_fingerprint
+from pipeline.output.settings import FORMAT
+from tests.conftest import ROOT, write_shards
+from tests.outputs import embed
 from tests.whole.test_infra import INFRA, KUBERAY, RAY, RAY_COMMAND, UV, documents, groups, options_of
 
 DOCS = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted(INFRA.rglob("*.md")),
 ]
@@ -46,9 +58,11 @@ def readme() -> str:
 @of_each_doc
 def test_every_file_and_heading_that_the_docs_name_exists(doc):
     text = doc.read_text()
-    named = set(re.findall(r"(?<![\w/.:-])((?:docs|infra|jobs|pipeline|tests)/[\w./-]*\w)", text))
+    named = set(re.findall(r"(?<![\w/.:-])((?:benchmarks|docs|examples|infra|jobs|pipeline|tests)/[\w./-]*\w)", text))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-    for name, anchor in re.findall(r"\]\(([^)#:]*)#?([^)#:]*)\)", text):
+    for name, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if name.startswith("http"):
+            continue
         linked = doc.parent / name if name else doc
         assert linked.exists(), name
         headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
@@ -60,7 +74,9 @@ def test_every_file_and_heading_that_the_docs_name_exists(doc):
 def test_every_make_target_and_test_that_the_docs_name_exists(doc):
     text = doc.read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)\b", "\n".join(re.findall(r"`[^`]+`|^    .+$", text, re.MULTILINE))))
+    fenced = re.findall(r"^ *```sh\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    typed = "\n".join([*fenced, *re.findall(r"(?<!`)`[^`\n]+`(?!`)", text)])
+    named = set(re.findall(r"\bmake ([a-z-]+)\b", typed))
     assert named <= targets
     tests = "\n".join(
         re.findall(r"^ *def (test_\w+)", "\n".join(map(Path.read_text, (ROOT / "tests").rglob("*.py"))), re.M)
@@ -74,7 +90,7 @@ def test_every_make_target_and_test_that_the_docs_name_exists(doc):
 def known_options() -> frozenset[str]:
     known = set(OTHER_OPTIONS)
     texts = "\n".join(path.read_text() for path in DOCS)
-    for name in {*re.findall(r"\bjobs/\w+\.py", texts), "infra/kuberay/launch.py"}:
+    for name in {*re.findall(r"(?<!tests/)\bjobs/\w+\.py", texts), "infra/kuberay/launch.py"}:
         known |= options_of(sys.executable, ROOT / name)
     known |= options_of("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.faults.kills")
     known |= options_of("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "benchmarks.bench")
@@ -110,7 +126,7 @@ def test_kubectls_commands_of_the_readme_name_what_there_is(readme):
 
 def test_the_readmes_sed_names_another_image_in_every_file(readme, tmp_path):
     shutil.copytree(INFRA, tmp_path / "infra")
-    (command,) = re.findall(r"^    (sed .+)$", readme, re.MULTILINE)
+    (command,) = re.findall(r"^(sed .+)$", readme, re.MULTILINE)
     subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
     for path in INFRA.rglob("*.yaml"):
         changed = (tmp_path / path.relative_to(ROOT)).read_text()
@@ -155,7 +171,7 @@ def known_variables() -> dict[str, Callable[[str], bool]]:
     # The last stands for any of them.
     embed = {f"EMBED_{name.upper()}" for name in Config.__dataclass_fields__} | {"EMBED_CONFIG", "EMBED_NAME"}
     # What tests ask for, by the lines that read it.
-    for path in (ROOT / "tests").glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         embed |= set(re.findall(r'os\.environ\.get\("(EMBED_\w+)"', path.read_text()))
     of_aws = json.dumps([str(one) for one in botocore.configprovider.BOTOCORE_DEFAUT_SESSION_VARIABLES.values()])
     of_aws += " AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_ENDPOINT_URL"
@@ -193,7 +209,7 @@ def test_every_variable_that_a_file_names_exists_and_a_misspelt_one_is_seen(path
 
 
 def test_every_field_of_the_report_that_the_readme_names_exists(readme):
-    text = (ROOT / "pipeline" / "report.py").read_text()
+    text = (ROOT / "pipeline" / "run" / "report.py").read_text()
     named = set(re.findall(r"`report\.json`'s `(\w+)`", readme))
     assert "device_hours_per_million_images" in named
     assert [name for name in named if f'"{name}"' not in text] == []
@@ -207,3 +223,151 @@ def test_the_readme_tells_every_exit_code_and_object_by_its_name(readme):
         assert re.search(rf"^\| {code} \|", readme, re.MULTILINE), code
     for kind in groups(rayjob["spec"]):
         assert f"`{kind}`" in readme
+
+
+def default_of(name: str, text: str) -> str:
+    """The default of an option as the docs show it: that of `Config`, else what its help says."""
+    default = {field.name: field.default for field in dataclasses.fields(Config)}.get(name)
+    if default is dataclasses.MISSING:
+        return "required"
+    if isinstance(default, bool) or name == "dry_run":
+        return "on" if default else "off"
+    if default in (None, ()):
+        said = re.search(r"\(default: (?:by )?(.+)\)$", text)
+        return {"id": "key", "image_member": "by a fixed order", "batch_size": "by device"}.get(
+            name, said[1] if said else "-"
+        )
+    return str(default)
+
+
+def rows_of_options(page: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| `--([a-z-]+)` \| ([^|]*?) \|", page, re.MULTILINE))
+
+
+def test_the_page_of_options_has_each_option_with_its_default():
+    page = (ROOT / "docs" / "options.md").read_text()
+    actions = [action for action in parser()._actions if action.dest != "help"]
+    assert {action.dest for action in actions} == {*Config.__dataclass_fields__, "config", "dry_run"}
+    wanted = {action.option_strings[0][2:]: default_of(action.dest, action.help or "") for action in actions}
+    assert rows_of_options(page) == wanted
+    for action in actions:
+        (row,) = re.findall(rf"^\| `{action.option_strings[0]}` \|.*$", page, re.MULTILINE)
+        # All the values that it may have, or the default alone beside others that are described.
+        assert all(
+            f"`{choice}`" in row or choice == default_of(action.dest, "") for choice in action.choices or ()
+        ), row
+
+
+def test_options_that_the_page_marks_are_the_settings_of_an_output(tmp_path):
+    page = (ROOT / "docs" / "options.md").read_text()
+    marked = {name.replace("-", "_") for name in re.findall(r"^\| `--([a-z-]+)` \|[^|]*\| \*output\.\*", page, re.M)}
+    write_shards(tmp_path / "in", num_shards=1)
+    embed(tmp_path / "in", tmp_path / "out")
+    made = read_fingerprint(str(tmp_path / "out"))
+    assert made is not None
+    settings = set(made.to_json()["settings"])
+    assert marked - {"weights", "image_size"} == settings - {"format", "weights_sha256", "embedding_shape"}
+
+
+def test_the_page_of_the_output_names_what_is_stored(tmp_path):
+    page = (ROOT / "docs" / "output.md").read_text()
+    write_shards(tmp_path / "in", num_shards=1)
+    embed(tmp_path / "in", tmp_path / "out")
+    part = pq.read_schema(next((tmp_path / "out" / "embeddings").rglob("*.parquet")))
+    section = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.M))
+    first = {title: set(re.findall(r"^\| ([^|]+) \|", text, re.M)) for title, text in section.items()}
+    columns = {
+        title: {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} for title, cells in first.items()
+    }
+    assert columns["Embeddings"] == set(part.names)
+    assert columns["Errors"] == set(ERRORS_SCHEMA.names)
+    keys = {key.decode().removeprefix("embed.") for key in part.metadata if key.startswith(b"embed.")}
+    assert columns["Metadata"] == keys
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert columns["run.json"] == set(run)
+    assert f'"format": {FORMAT}' in section["run.json"]
+    assert run["settings"]["format"] == FORMAT
+    report = (ROOT / "pipeline" / "run" / "report.py").read_text()
+    named = set(re.findall(r"`(\w+)`", section["report.json"]))
+    assert len(named) > 8
+    assert [name for name in named if f'"{name}"' not in report] == []
+
+
+def test_the_page_of_failures_has_every_exit_code_and_quotes_messages_that_exist():
+    page = (ROOT / "docs" / "failures.md").read_text()
+    codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
+    told = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for code in cell.split(",")}
+    assert told == codes | {130}
+    said = "".join(path.read_text() for room in ("pipeline", "jobs") for path in (ROOT / room).rglob("*.py"))
+    # Values stand in braces there, and constants behind some of the texts.
+    said = re.sub(r"\{SUFFIX\}", ".tar", said)
+    quoted = [
+        text for text in re.findall(r"^(?:\||-) ?`([^`]+)`", page, re.MULTILINE) if " " in text or "..." in text
+    ]
+    assert len(quoted) >= 20
+    system = ("No space left on device",)
+    for text in quoted:
+        for piece in filter(None, (piece.strip() for piece in text.split("..."))):
+            assert piece in system or re.sub(r"^WARNING   ", "", piece) in said, (text, piece)
+
+
+def test_the_readme_prints_the_tree_and_is_two_screens():
+    text = (ROOT / "README.md").read_text()
+    tree = re.findall(r"^```text\n(pipeline/.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
+    rooms = {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)) == rooms
+    assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, re.MULTILINE))
+    assert len(text.splitlines()) <= 120
+
+
+def test_every_page_of_docs_is_reached_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f"(docs/{path.name})" not in text] == []
+
+
+@of_each_doc
+def test_no_page_has_indented_code_or_installs_a_package_that_is_not_published(doc):
+    text = doc.read_text()
+    assert "pip install 'shard-embedder" not in text
+    assert "--cache" not in text
+    outside = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"\n\n {4}\S.*", outside) == []
+
+
+def test_the_example_of_a_config_file_works_with_its_comments_removed(tmp_path):
+    text = (ROOT / "examples" / "job.toml").read_text()
+    assert gather({"config": str(ROOT / "examples" / "job.toml")}, {}).max_error_fraction == 0.05
+    # Lines that are there to be taken into use.
+    every = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    assert every.count("\nkeep =") == 1
+    (tmp_path / "job.toml").write_text(every)
+    config = gather({"config": str(tmp_path / "job.toml")}, {})
+    assert config.actors == (1, 4)
+    assert [field.column for field in config.keep] == ["cls", "caption", "width"]
+    (tmp_path / "job.toml").write_text(text.replace("part_rows", "part_row"))
+    with pytest.raises(SettingsError, match="unknown setting 'part_row'"):
+        gather({"config": str(tmp_path / "job.toml")}, {})
+
+
+def test_the_variable_of_the_page_of_stores_reaches_the_store():
+    page = (ROOT / "docs" / "stores.md").read_text()
+    told = re.findall(r"^export (FSSPEC_S3)='(.+?)'", page, re.MULTILINE)
+    assert len(told) == 3
+    code = "from pipeline.core.storage import locate; fs, _ = locate('s3://b/k'); "
+    code += "print(fs.anon, fs.req_kw, fs.s3_additional_kwargs)"
+    shown = []
+    for name, value in told:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), name: value}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+        )
+        shown.append(done.stdout.strip())
+    assert shown[0].startswith("True ")
+    assert "{'RequestPayer': 'requester'}" in shown[1]
+    assert "'SSEKMSKeyId': 'KEY'" in shown[2]
+
+
+def test_the_page_of_backbones_shows_python_that_runs():
+    page = (ROOT / "docs" / "backbones.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "backbones.md", "exec"), {})

@@ -157,8 +157,8 @@ PACKAGES = {
     "openssh-client": (RAY / "autoscaler/_private/command_runner.py", r'\["ssh"\]'),
     "rsync": (RAY / "autoscaler/_private/command_runner.py", r'\["rsync"\]'),
     "procps": (INFRA / "README.md", r"`ps` on a decode node"),
-    "gcc": (ROOT / "README.md", r"a C compiler"),
-    "libc6-dev": (ROOT / "README.md", r"a C compiler"),
+    "gcc": (ROOT / "docs" / "gpu.md", r"a C compiler"),
+    "libc6-dev": (ROOT / "docs" / "gpu.md", r"a C compiler"),
 }
 
 
