@@ -20,6 +20,7 @@ from benchmarks.runs import Settings, print_result
 from jobs.support.connection import connect
 from pipeline.core.config import Config
 from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.rules import DecodingRules
 from pipeline.flow import read_and_decode
 from pipeline.planning.job import prepare
 from pipeline.planning.plan import make_plan
@@ -102,7 +103,7 @@ def no_model(settings: Settings) -> dict[str, Any]:
     config = settings.config(settings.shards, str(settings.fresh("no_model")))
     prepared = prepare(config)
     pending = make_plan(prepared.shards, prepared.config.output).pending
-    decoder = Decoder(prepared.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
+    decoder = Decoder(DecodingRules.of(config, prepared.preprocess))
     with _ray_session():
         resources = plan_resources(config)
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}

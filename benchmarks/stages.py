@@ -28,6 +28,7 @@ from pipeline.core.errors import SettingsError
 from pipeline.core.schema import IMAGE, REASON, part_rows
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.jpeg_forwarder import JpegForwarder
+from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.device_decode import DeviceDecoder
 from pipeline.embedding.embedder import Embedder
 from pipeline.output.parts import PartWriter
@@ -105,8 +106,7 @@ def _look_up(settings: Settings, shards: str) -> tuple[Job, list[Pending]]:
 
 
 def _decoder(job: Job) -> Decoder:
-    config = job.config
-    return Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
+    return Decoder(DecodingRules.of(job.config, job.preprocess))
 
 
 def _num_samples(tables: list[pa.Table]) -> int:

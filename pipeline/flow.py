@@ -13,6 +13,7 @@ from pipeline.core.schema import SHARD_SCHEMA
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.isolated import IsolatedDecoder
 from pipeline.decoding.jpeg_forwarder import JpegForwarder
+from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Embedder, Source
 from pipeline.output.parts import PartWriter
 from pipeline.planning.job import Job
@@ -41,9 +42,7 @@ def make_flow(
     With `isolated`, an image that kills its decoder becomes an error; it is somewhat slower.
     """
     config = job.config
-    decoder = (IsolatedDecoder if isolated else Decoder)(
-        job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation
-    )
+    decoder = (IsolatedDecoder if isolated else Decoder)(DecodingRules.of(config, job.preprocess))
     on_device = config.decode == "gpu"
     decoded = read_and_decode(pending, config, JpegForwarder(decoder) if on_device else decoder, resources)
     embedded = decoded.map_batches(

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.core.config import Config, parse
 from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Embedder
 from pipeline.embedding.torch_runner import SharedWeights
 from pipeline.output.fingerprint import write_fingerprint
@@ -27,7 +28,7 @@ def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:
     job = prepare(config)
     write_fingerprint(config.output, job.fingerprint)
     reader = SampleReader(config)
-    decoder = Decoder(job.preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)
+    decoder = Decoder(DecodingRules.of(config, job.preprocess))
     embedder = Embedder(
         backbone=job.backbone,
         source=SharedWeights.of(job.weights),

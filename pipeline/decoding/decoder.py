@@ -34,8 +34,8 @@ from pipeline.core.schema import (
     pixels_field,
     with_payload,
 )
-from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop, upright
+from pipeline.decoding.rules import DecodingRules
 
 # Formats that Pillow reads by itself; never those that run another program (EPS) or fetch anything.
 FORMATS = (
@@ -71,15 +71,13 @@ def pillow_does_not_warn() -> Iterator[None]:
 
 
 class Decoder:
-    """Decodes by the rules of one job."""
+    """Decodes by one set of rules."""
 
     # Of the core, which tasks share: there may be more of them than cores.
     clock = staticmethod(time.thread_time)
 
-    def __init__(self, preprocess: Preprocess, *, max_pixels: int, ignore_orientation: bool) -> None:
-        self.preprocess = preprocess
-        self._max_pixels = max_pixels
-        self._ignore_orientation = ignore_orientation
+    def __init__(self, rules: DecodingRules) -> None:
+        self.rules = rules
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Parts with encoded images in, the same parts with pixels out: one by one, as these may be far larger."""
@@ -89,7 +87,7 @@ class Decoder:
     @pillow_does_not_warn()
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         start = self.clock()
-        height, width = self.preprocess.crop
+        height, width = self.rules.preprocess.crop
         pixels = np.zeros((len(samples), height, width, 3), np.uint8)
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
         for row, image in enumerate(samples.field(IMAGE)):
@@ -122,7 +120,7 @@ class Decoder:
         pixels, orientation = self._load(bytes(memoryview(data)))
         if orientation != 1:
             pixels = upright(pixels, orientation)
-        return resize_crop(pixels, self.preprocess)
+        return resize_crop(pixels, self.rules.preprocess)
 
     def jpeg_header(self, data: bytes) -> Header | None:
         """The header of a JPEG, RGB or grey, that is not refused by it; None for everything else."""
@@ -134,7 +132,7 @@ class Decoder:
             return None
         if not _is_jpeg(image):
             return None
-        return Header(image.height, image.width, 1 if self._ignore_orientation else _orientation(image))
+        return Header(image.height, image.width, 1 if self.rules.ignore_orientation else _orientation(image))
 
     def _load(self, data: bytes) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], int]:
         """The image as RGB [H, W, 3], and the orientation that it has yet to be turned by."""
@@ -144,8 +142,8 @@ class Decoder:
                 self._check_work(image, data)
                 pixels = _plain_jpeg(image, data)
                 if pixels is not None:
-                    return pixels, 1 if self._ignore_orientation else _orientation(image)
-                orientation = _orientation_after_load(image, self._ignore_orientation)
+                    return pixels, 1 if self.rules.ignore_orientation else _orientation(image)
+                orientation = _orientation_after_load(image, self.rules.ignore_orientation)
                 return np.asarray(to_rgb(image)), orientation
         except UnidentifiedImageError as error:
             raise SampleError("not an image of a known format") from error
@@ -157,7 +155,7 @@ class Decoder:
     @contextmanager
     def _bounded(self) -> Iterator[None]:
         """Pillow refuses by the header alone what has over twice `max_pixels`; the process keeps its own limit."""
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, self._max_pixels
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, self.rules.max_pixels
         try:
             yield
         finally:
@@ -166,9 +164,9 @@ class Decoder:
     def _check_work(self, image: Image.Image, data: bytes) -> None:
         """Refuse a bomb before a pixel is decoded."""
         num_pixels = image.width * image.height
-        if num_pixels > self._max_pixels:
-            raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {self._max_pixels}")
-        limit = MAX_SCANS * self._max_pixels
+        if num_pixels > self.rules.max_pixels:
+            raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {self.rules.max_pixels}")
+        limit = MAX_SCANS * self.rules.max_pixels
         # Most images are too small for it, whatever they hold.
         if image.format in ("JPEG", "MPO") and len(data) // _SCAN_BYTES * num_pixels > limit:
             num_scans = data.count(_START_OF_SCAN)

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import SampleError
 from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.rules import DecodingRules
 
 _PIXELS, _REASON = b"p", b"r"
 # What dies on one image may have been killed for another reason; what dies on it again was not.
@@ -38,10 +38,8 @@ class IsolatedDecoder(Decoder):
     # It is the child that computes.
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, preprocess: Preprocess, *, max_pixels: int, ignore_orientation: bool) -> None:
-        super().__init__(preprocess, max_pixels=max_pixels, ignore_orientation=ignore_orientation)
-        # What the child is told; it makes its own decoder of it.
-        self._told = preprocess, max_pixels, ignore_orientation
+    def __init__(self, rules: DecodingRules) -> None:
+        super().__init__(rules)
         self._child: tuple[subprocess.Popen[bytes], Connection] | None = None
 
     def decode(self, data: bytes | pa.Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -67,7 +65,7 @@ class IsolatedDecoder(Decoder):
                 time.sleep(_PAUSE_S)
         if reply[:1] == _REASON:
             raise SampleError(reply[1:].decode())
-        return np.frombuffer(reply, np.uint8, offset=1).reshape(*self.preprocess.crop, 3)
+        return np.frombuffer(reply, np.uint8, offset=1).reshape(*self.rules.preprocess.crop, 3)
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         pipe, end = Pipe()
@@ -79,7 +77,7 @@ class IsolatedDecoder(Decoder):
             stdin=subprocess.DEVNULL,
         )
         end.close()
-        pipe.send(self._told)
+        pipe.send(self.rules)
         self._child = child, pipe
         return self._child
 
@@ -87,8 +85,7 @@ class IsolatedDecoder(Decoder):
 def serve(descriptor: int) -> None:
     """The child: decode what comes until the parent closes the pipe, or ends."""
     pipe = Connection(descriptor)
-    preprocess, max_pixels, ignore_orientation = pipe.recv()
-    decoder = Decoder(preprocess, max_pixels=max_pixels, ignore_orientation=ignore_orientation)
+    decoder = Decoder(pipe.recv())
     warnings.filterwarnings("ignore", module="PIL")
     while True:
         try:

@@ -145,7 +145,7 @@ class JpegForwarder:
         header = self._decoder.jpeg_header(data) if is_whole(data) else None
         if header is not None and self._is_for_device(header):
             return {"data": data, **header._asdict()}
-        height, width = self._decoder.preprocess.crop
+        height, width = self._decoder.rules.preprocess.crop
         pixels = self._decoder.decode(data).tobytes()
         return {"data": pixels, "height": height, "width": width, "orientation": PIXELS_ALREADY}
 
@@ -153,7 +153,7 @@ class JpegForwarder:
         height, width = header.height, header.width
         if header.orientation > 4:  # turned by a quarter
             height, width = width, height
-        new_height, new_width = resized_size(height, width, self._decoder.preprocess)
+        new_height, new_width = resized_size(height, width, self._decoder.rules.preprocess)
         most_pixels = max(height * width, height * new_width, new_height * new_width)
         most_scale = max(height / new_height, width / new_width)
         return most_pixels <= MAX_DEVICE_PIXELS and most_scale <= MAX_DEVICE_SCALE

@@ -82,7 +82,7 @@ class DeviceDecoder:
     def _made(
         self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
     ) -> tuple[Tensor, np.ndarray[Any, Any], dict[int, str]]:
-        crop = self._decoder.preprocess.crop
+        crop = self._decoder.rules.preprocess.crop
         pixels = torch.zeros((len(rows), *crop, 3), dtype=torch.uint8, device=self._device)
         encoded = samples.field(ENCODED)
         faults: dict[int, str] = {}
@@ -124,7 +124,7 @@ class DeviceDecoder:
         """The image as the backbone is to see it, uint8 [H, W, 3]. Raises `SampleError`."""
         if image is not None and image.shape == (3, jpeg.height, jpeg.width):
             try:
-                return resize_crop(upright(image, jpeg.orientation), self._decoder.preprocess)
+                return resize_crop(upright(image, jpeg.orientation), self._decoder.rules.preprocess)
             except RuntimeError:  # too large for its memory, or for one of its kernels
                 pass
         return torch.from_numpy(np.array(self._decoder.decode(jpeg.data))).to(self._device)

@@ -78,13 +78,13 @@ class QueryEmbedder:
             device = "cuda" if has_gpu else "cpu"
         recipe = recipe_of(made, weights)
         self._decoder = recipe.decoder()
-        self._crop = recipe.preprocess.crop
+        self._crop = recipe.rules.preprocess.crop
         self._stored = np.dtype(recipe.dtype)
         self._embedder = Embedder(
             backbone=recipe.backbone,
             source=SharedWeights.of(recipe.weights),
             features=recipe.features,
-            preprocess=recipe.preprocess,
+            preprocess=recipe.rules.preprocess,
             shape=recipe.shape,
             dtype=recipe.dtype,
             precision=recipe.precision,

@@ -10,6 +10,7 @@ from pipeline.core.config import DECODES
 from pipeline.core.errors import OutputError, WeightsError
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.rules import DecodingRules
 from pipeline.output.fingerprint import Fingerprint
 
 
@@ -19,20 +20,18 @@ class Recipe:
 
     backbone: str
     weights: Weights
-    preprocess: Preprocess
+    rules: DecodingRules
     features: str
     shape: tuple[int, ...]
     dtype: str
     precision: str
     normalize: bool
-    max_pixels: int
-    ignore_orientation: bool
     # What decoded: of a device's decoder the CPU has the like, not the same.
     decode: str
 
     def decoder(self) -> Decoder:
         """The decoder of the run; of one that decoded on its devices, what those have in common with the CPU."""
-        return Decoder(self.preprocess, max_pixels=self.max_pixels, ignore_orientation=self.ignore_orientation)
+        return Decoder(self.rules)
 
 
 def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
@@ -47,14 +46,16 @@ def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
         return Recipe(
             backbone=settings["backbone"],
             weights=_weights(settings["backbone"], settings["weights_sha256"], made.versions["weights"], spec),
-            preprocess=Preprocess.from_settings(settings["preprocess"]),
+            rules=DecodingRules(
+                preprocess=Preprocess.from_settings(settings["preprocess"]),
+                max_pixels=settings["max_pixels"],
+                ignore_orientation=settings["ignore_orientation"],
+            ),
             features=settings["features"],
             shape=tuple(settings["embedding_shape"]),
             dtype=settings["dtype"],
             precision=settings["precision"],
             normalize=settings["normalize"],
-            max_pixels=settings["max_pixels"],
-            ignore_orientation=settings["ignore_orientation"],
             decode=settings.get("decode", DECODES[0]),
         )
     except (KeyError, TypeError) as error:

@@ -16,6 +16,7 @@ from pipeline.core.redact import describe
 from pipeline.core.storage import locate, stat
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.rules import DecodingRules
 from pipeline.output.names import Place, version_tag
 from pipeline.shards.find import Shard, find_shards, shards_below
 from pipeline.shards.peek import images
@@ -37,7 +38,7 @@ def preview(image: bytes, side: int = SIDE) -> Preview:
     # Mean and standard deviation are for the backbone, and not used here.
     small = Preprocess(side, (side, side), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     try:
-        pixels = Decoder(small, max_pixels=MAX_PIXELS, ignore_orientation=False).decode(image)
+        pixels = Decoder(DecodingRules(preprocess=small, max_pixels=MAX_PIXELS)).decode(image)
     except SampleError as error:
         return Preview(None, str(error))
     buffer = io.BytesIO()

@@ -67,10 +67,10 @@ class Model:
     def __init__(self, made: Fingerprint, spec: str | None) -> None:
         recipe = recipe_of(made, spec)
         self._decoder = recipe.decoder()
-        crop = recipe.preprocess.crop
+        crop = recipe.rules.preprocess.crop
         self._backbone = build_backbone(recipe.backbone, recipe.weights, recipe.features, crop).eval()
-        self._mean = torch.tensor(recipe.preprocess.mean)[:, None, None]
-        self._std = torch.tensor(recipe.preprocess.std)[:, None, None]
+        self._mean = torch.tensor(recipe.rules.preprocess.mean)[:, None, None]
+        self._std = torch.tensor(recipe.rules.preprocess.std)[:, None, None]
         self._normalize = recipe.normalize
         is_full = (recipe.precision, recipe.dtype, recipe.decode) == ("fp32", "float32", "cpu")
         self.least_cosine = _COSINE if is_full else _COSINE_REDUCED

@@ -29,6 +29,7 @@ from pipeline.core.schema import IMAGE, PIXELS, REASON, STAGE, image_field, part
 from pipeline.decoding.decoder import FORMATS, Decoder, _plain_jpeg
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop
+from pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, peak_memory_mib, photo
 
 FUZZ_INPUTS = int(os.environ.get("EMBED_FUZZ_INPUTS", "5000"))
@@ -41,7 +42,7 @@ SMALL = Preprocess(40, (32, 32), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 def make_decoder(
     preprocess: Preprocess = SMALL, max_pixels: int = 4_000_000, ignore_orientation: bool = False
 ) -> Decoder:
-    return Decoder(preprocess, max_pixels=max_pixels, ignore_orientation=ignore_orientation)
+    return Decoder(DecodingRules(preprocess=preprocess, max_pixels=max_pixels, ignore_orientation=ignore_orientation))
 
 
 def pixels(image: Image.Image, preprocess: Preprocess = SMALL) -> Any:

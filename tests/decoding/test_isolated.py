@@ -16,10 +16,11 @@ from pipeline.core.errors import SampleError
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.isolated import IsolatedDecoder
 from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.rules import DecodingRules
 from tests.conftest import ROOT, encode, photo, write_tar
 
 PREPROCESS = Preprocess(64, (56, 48), "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
-LIMITS: dict[str, Any] = {"max_pixels": 10_000, "ignore_orientation": False}
+RULES = DecodingRules(preprocess=PREPROCESS, max_pixels=10_000)
 # Stands for a fault in a C library that one image meets: no file is known that crashes Pillow.
 _FAULTY_PILLOW = """
 import os, signal
@@ -48,7 +49,7 @@ def deadly(seed: int) -> bytes:
 
 
 def test_pixels_and_reasons_are_those_of_the_plain_decoder() -> None:
-    plain, isolated = Decoder(PREPROCESS, **LIMITS), IsolatedDecoder(PREPROCESS, **LIMITS)
+    plain, isolated = Decoder(RULES), IsolatedDecoder(RULES)
     for seed in range(3):
         data = encode(photo(seed))
         np.testing.assert_array_equal(isolated.decode(data), plain.decode(data))
@@ -64,7 +65,7 @@ def test_an_image_that_kills_the_decoder_is_named_and_the_next_is_decoded(
     faulty_pillow: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
-    decoder = IsolatedDecoder(PREPROCESS, **LIMITS)
+    decoder = IsolatedDecoder(RULES)
     before = decoder.decode(encode(photo(1)))
     with pytest.raises(SampleError, match="decoder crash: it died of the image 2 times: SIGSEGV"):
         decoder.decode(deadly(2))
@@ -72,7 +73,7 @@ def test_an_image_that_kills_the_decoder_is_named_and_the_next_is_decoded(
 
 
 def test_a_decoder_that_is_killed_from_outside_is_started_again() -> None:
-    decoder = IsolatedDecoder(PREPROCESS, **LIMITS)
+    decoder = IsolatedDecoder(RULES)
     before = decoder.decode(encode(photo(1)))
     assert decoder._child is not None
     decoder._child[0].kill()

@@ -20,6 +20,7 @@ from pipeline.decoding.jpeg_forwarder import (
     require_device_resize,
 )
 from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, photo
 from tests.decoding.test_decode import SMALL, every_format, with_orientation
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Imag
 
 
 def decoder(max_pixels: int = 4_000_000, ignore_orientation: bool = False) -> Decoder:
-    return Decoder(SMALL, max_pixels=max_pixels, ignore_orientation=ignore_orientation)
+    return Decoder(DecodingRules(preprocess=SMALL, max_pixels=max_pixels, ignore_orientation=ignore_orientation))
 
 
 def jpegs() -> dict[str, bytes]:

@@ -28,6 +28,7 @@ from pipeline.decoding.isolated import IsolatedDecoder
 from pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY, JpegForwarder
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop as on_cpu
+from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.device_decode import DeviceDecoder, resize_crop
 from pipeline.embedding.embedder import Embedder
 from pipeline.embedding.queries import QueryEmbedder
@@ -50,7 +51,7 @@ SMALL = Preprocess(40, (32, 28), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def decoder(preprocess: Preprocess = SMALL, kind: type[Decoder] = Decoder) -> Decoder:
-    return kind(preprocess, max_pixels=4_000_000, ignore_orientation=False)
+    return kind(DecodingRules(preprocess=preprocess, max_pixels=4_000_000))
 
 
 def on_device(images: list[bytes], cpu: Decoder | None = None) -> tuple[Any, dict[int, str]]:
@@ -339,7 +340,7 @@ def test_the_flow_stores_what_it_stores_without_a_device_but_for_the_last_bits(o
     stored = dict(zip(table["image_id"].to_pylist(), vectors(table), strict=True))
     errors = pa.concat_tables([pq.read_table(path) for path in sorted((out / "errors").glob("*.parquet"))])
     reasons = {row["image_id"]: (row["stage"], row["reason"]) for row in errors.to_pylist()}
-    plain = embedder("squeezenet1_1", recipe.weights, recipe.preprocess, None)
+    plain = embedder("squeezenet1_1", recipe.weights, recipe.rules.preprocess, None)
     pixels: dict[str, Any] = {}
     for number, image in enumerate(images):
         expected = outcome(cpu.decode, image)

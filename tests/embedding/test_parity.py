@@ -36,6 +36,7 @@ from pipeline.core.schema import (
     sample_type,
 )
 from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Embedder, Source
 from pipeline.embedding.torch_runner import SharedWeights, make_network
 from tests.conftest import encode, photo
@@ -112,7 +113,7 @@ def source(engine: str, backbone: str, weights: Weights) -> Source:
 def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> Any:
     """The same by the stages of the flow."""
     preprocess = preprocess_for(backbone, "random")
-    decoder = Decoder(preprocess, max_pixels=10**8, ignore_orientation=False)
+    decoder = Decoder(DecodingRules(preprocess=preprocess, max_pixels=10**8))
     embedder = Embedder(
         backbone=backbone,
         source=source,

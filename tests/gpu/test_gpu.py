@@ -17,6 +17,7 @@ from pipeline.core.errors import SampleError
 from pipeline.core.schema import encoded_field
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.jpeg_forwarder import JpegForwarder
+from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.device_decode import DeviceDecoder
 from pipeline.embedding.embedder import Embedder
 from pipeline.embedding.torch_runner import SharedWeights
@@ -161,7 +162,7 @@ def jpegs() -> list[bytes]:
 
 def decoded(images: list[bytes], device: str) -> tuple[Any, dict[int, str]]:
     """Pixels on a device, and the errors of what has none."""
-    decoder = Decoder(preprocess_for("resnet18", "random"), max_pixels=10_000_000, ignore_orientation=False)
+    decoder = Decoder(DecodingRules(preprocess=preprocess_for("resnet18", "random"), max_pixels=10_000_000))
     field = encoded_field()
     encoded = pa.array([JpegForwarder(decoder).forward(image) for image in images], field.type)
     samples = pa.StructArray.from_arrays([encoded], fields=[field])
@@ -202,7 +203,7 @@ def test_a_jpeg_that_no_decoder_takes_costs_only_itself() -> None:
     images = jpegs()
     broken = bytearray(images[0])
     broken[broken.index(b"\xff\xc0") + 12] = 3
-    decoder = Decoder(preprocess_for("resnet18", "random"), max_pixels=10_000_000, ignore_orientation=False)
+    decoder = Decoder(DecodingRules(preprocess=preprocess_for("resnet18", "random"), max_pixels=10_000_000))
     with pytest.raises(SampleError) as expected:
         decoder.decode(bytes(broken))
     pixels, faults = decoded([*images, bytes(broken)], "cuda")
