@@ -11,7 +11,6 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from pipeline.core.config import Config
 from pipeline.core.schema import SHARD_SCHEMA
 from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.isolated import IsolatedDecoder
 from pipeline.decoding.jpeg_forwarder import JpegForwarder
 from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Embedder, Source
@@ -34,15 +33,10 @@ _RETRIES = 3
 _PARTS_AT_ONCE = 2
 
 
-def make_flow(
-    pending: list[Pending], job: Job, source: Source, resources: Resources, *, isolated: bool = False
-) -> Dataset:
-    """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts.
-
-    With `isolated`, an image that kills its decoder becomes an error; it is somewhat slower.
-    """
+def make_flow(pending: list[Pending], job: Job, source: Source, resources: Resources) -> Dataset:
+    """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts."""
     config = job.config
-    decoder = (IsolatedDecoder if isolated else Decoder)(DecodingRules.of(config, job.preprocess))
+    decoder = Decoder(DecodingRules.of(config, job.preprocess))
     on_device = config.decode == "gpu"
     decoded = read_and_decode(pending, config, JpegForwarder(decoder) if on_device else decoder, resources)
     embedded = decoded.map_batches(

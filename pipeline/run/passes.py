@@ -78,7 +78,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
     _begin(job)
     mark_uncounted(config.output)
     names = {shard.name for shard in plan.pending[: config.limit]}
-    failed = no_nodes = False
+    no_nodes = False
     # Passes in a row that stored nothing new, the first aside: a cluster that goes on losing machines may take many
     # passes, and one that cannot do the work few.
     num_idle = -1
@@ -90,13 +90,11 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, choose: Choose = choose_en
         num_problems = len(problems)
         _clear(job, plan, [shard.name for shard in pending])
         try:
-            # What failed may be a native decoder that an image killed, and its worker with it.
             with _watch_nodes(resources, config, watcher, devices):
-                for receipt in _receipts(make_flow(pending, job, source, resources, isolated=failed)):
+                for receipt in _receipts(make_flow(pending, job, source, resources)):
                     tally.add(receipt)
                     watcher.on_part(tally)
         except ray.exceptions.RayError as error:
-            failed = True
             problems.append(f"pass {number}: {_brief(error)}")
         except ClusterError as error:
             no_nodes = True
