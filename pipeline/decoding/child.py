@@ -23,7 +23,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from pipeline.core.errors import SampleError
 from pipeline.decoding import pillow
@@ -37,15 +37,23 @@ _TRIES = 2
 _TRIES_KILLED = 6
 _PAUSE_S = 1.0
 _START_S = 300.0
+# The child is ended by the clock of its processor time. One that has stopped, which has none, is waited for so many
+# times as long.
+_MAX_WAIT = 20.0
 # A request is the sizes of the rules, which are sent where they have changed, and of the image; then both.
 _REQUEST = struct.Struct("<QQ")
 # A reply is what follows, the processor time that it took, and its size; then that.
 _REPLY = struct.Struct("<cdQ")
 _READY, _PIXELS, _REASON = b"+", b"p", b"r"
+_MAX_REASON = 2**16
 
 
 class _DiedError(Exception):
     """The child ended before it answered."""
+
+
+class _SilentError(Exception):
+    """The child did not answer in time."""
 
 
 class _Child:
@@ -66,33 +74,36 @@ class _Child:
         self._rules: DecodingRules | None = None
         self._socket.settimeout(_START_S)
         try:
-            is_ready = _receive(self._socket, len(_READY)) == _READY
-        except TimeoutError:
-            is_ready = False
-        if not is_ready:
-            raise RuntimeError(f"the process that decodes images did not start: {_ending(self.end())}")
-        self._socket.settimeout(None)
+            _receive(self._socket, len(_READY))
+        except (OSError, EOFError) as error:
+            ending = _ending(self.end())
+            raise RuntimeError(f"the process that decodes images did not start: {ending}") from error
 
     def decode(self, data: bytes | memoryview, rules: DecodingRules) -> tuple[Pixels | str, float]:
         """The pixels [H, W, 3] of an image or the reason why it has none, and the seconds that it took.
 
         Raises:
             _DiedError: the child did.
+            _SilentError: the child has stopped.
         """
+        self._socket.settimeout(_MAX_WAIT * rules.image_timeout_s)
         told = b"" if rules == self._rules else pickle.dumps(rules)
         try:
             self._socket.sendall(_REQUEST.pack(len(told), len(data)) + told)
             self._rules = rules
             self._socket.sendall(data)
             kind, seconds, size = _REPLY.unpack(_receive(self._socket, _REPLY.size))
+            height, width = rules.preprocess.crop
+            if size > (_MAX_REASON if kind == _REASON else 3 * height * width):
+                raise _DiedError
             reply = _receive(self._socket, size)
-        except (OSError, struct.error) as error:
+        except TimeoutError as error:
+            raise _SilentError from error
+        except (OSError, EOFError) as error:
             raise _DiedError from error
-        if len(reply) < size:
-            raise _DiedError
         if kind == _REASON:
             return reply.decode(errors="replace"), seconds
-        return np.frombuffer(reply, np.uint8).reshape(*rules.preprocess.crop, 3), seconds
+        return np.frombuffer(reply, np.uint8).reshape(height, width, 3), seconds
 
     def end(self) -> int:
         """End the process, if it has not ended, and give its exit status."""
@@ -116,9 +127,20 @@ def decode(data: bytes | memoryview, rules: DecodingRules) -> tuple[Pixels, floa
             try:
                 found, seconds = child.decode(data, rules)
                 break
+            except _SilentError:
+                _own.end()
+                if attempt == _TRIES:
+                    wait_s = _MAX_WAIT * rules.image_timeout_s
+                    raise SampleError(f"decoder timeout: no answer within {wait_s:g} s, {attempt} times") from None
+                continue
             except _DiedError:
-                status = child.end()
-                _own.child = None
+                status = _own.end()
+            except BaseException:
+                # Its answer would be taken for that to the next image.
+                _own.end()
+                raise
+            if status == -signal.SIGPROF:
+                raise SampleError(f"decoder timeout: it took over {rules.image_timeout_s:g} s of processor time")
             killed = status == -signal.SIGKILL
             if attempt == (_TRIES_KILLED if killed else _TRIES):
                 raise SampleError(f"decoder crash: it died of the image {attempt} times: {_ending(status)}")
@@ -140,10 +162,10 @@ class _Own:
         self.lock = threading.Lock()
         self.child: _Child | None = None
 
-    def end(self) -> None:
-        if self.child is not None:
-            self.child.end()
-            self.child = None
+    def end(self) -> int:
+        """End the child, if there is one, and give its exit status."""
+        child, self.child = self.child, None
+        return 0 if child is None else child.end()
 
 
 _own = _Own()
@@ -164,34 +186,41 @@ def serve(descriptor: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.filterwarnings("ignore", module="PIL")
     Image.init()
+    # A task decodes on one core.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     parent.sendall(_READY)
     # What C libraries print of an image is the image's, and goes to no log.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     rules: DecodingRules | None = None
-    while request := _receive(parent, _REQUEST.size):
-        rules_size, size = _REQUEST.unpack(request)
+    while True:
+        try:
+            rules_size, size = _REQUEST.unpack(_receive(parent, _REQUEST.size))
+        except EOFError:
+            return
         if rules_size:
             rules = pickle.loads(_receive(parent, rules_size))
         assert rules is not None
-        data = _receive(parent, size)
+        data = bytes(_receive(parent, size))
         start = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, rules.image_timeout_s)
         try:
             kind, reply = _PIXELS, pillow.decode(data, rules).tobytes()
         except SampleError as error:
             kind, reply = _REASON, str(error).encode(errors="backslashreplace")
+        signal.setitimer(signal.ITIMER_PROF, 0)
         parent.sendall(_REPLY.pack(kind, time.process_time() - start, len(reply)) + reply)
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
-    """So many bytes, fewer where the other end has gone."""
-    pieces = []
-    while size > 0:
-        piece = connection.recv(size, socket.MSG_WAITALL)
-        if not piece:
-            break
-        pieces.append(piece)
-        size -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+def _receive(connection: socket.socket, size: int) -> bytearray:
+    """So many bytes. Raises `EOFError` where the other end has gone."""
+    received = bytearray(size)
+    left = memoryview(received)
+    while left:
+        count = connection.recv_into(left)
+        if count == 0:
+            raise EOFError
+        left = left[count:]
+    return received
 
 
 def _ending(status: int) -> str:

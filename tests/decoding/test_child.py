@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,9 @@ import os, signal
 from PIL import ImageFile
 load = ImageFile.ImageFile.load
 def faulty(image):
-    if image.info.get("comment") == "deadly":
-        os.kill(os.getpid(), signal.SIGSEGV)
+    deadly = {"deadly": signal.SIGSEGV, "stopping": signal.SIGSTOP}
+    if image.info.get("comment") in deadly:
+        os.kill(os.getpid(), deadly[image.info["comment"]])
     return load(image)
 ImageFile.ImageFile.load = faulty
 """
@@ -48,9 +51,9 @@ def faulty_pillow(tmp_path: Path) -> str:
     return f"{tmp_path / 'faulty'}{os.pathsep}{ROOT}"
 
 
-def deadly(seed: int) -> bytes:
+def deadly(seed: int, comment: str = "deadly") -> bytes:
     text = PngInfo()
-    text.add_text("comment", "deadly")
+    text.add_text("comment", comment)
     return encode(photo(seed), "PNG", pnginfo=text)
 
 
@@ -184,6 +187,30 @@ def test_the_time_of_the_child_counts() -> None:
     decoder.decode(data)
     spent, here = decoder.clock() - before, time.thread_time() - here
     assert spent > 3 * here
+
+
+def test_a_child_that_has_stopped_is_given_up(faulty_pillow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+    decoder = Decoder(replace(RULES, image_timeout_s=0.1))
+    expected = decoder.decode(png(1))
+    with pytest.raises(SampleError, match="decoder timeout: no answer within 2 s, 2 times"):
+        decoder.decode(deadly(2, "stopping"))
+    np.testing.assert_array_equal(decoder.decode(png(1)), expected)
+
+
+def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next() -> None:
+    decoder = Decoder(replace(RULES, max_pixels=10**8))
+    large, small = png(1, (4000, 3000)), png(2)
+    main = threading.main_thread().ident
+    assert main is not None
+    decoder.decode(small)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    timer = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGUSR1))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(large)
+    signal.signal(signal.SIGUSR1, before)
+    np.testing.assert_array_equal(decoder.decode(small), pillow.decode(small, RULES))
 
 
 def test_a_child_that_cannot_start_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
