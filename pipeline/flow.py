@@ -12,7 +12,6 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from pipeline.core.schema import SHARD_SCHEMA
 from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.isolated import IsolatedDecoder
 from pipeline.decoding.jpeg_forwarder import JpegForwarder
 from pipeline.embedding.embedder import Embedder, Source
 from pipeline.output.parts import PartWriter
@@ -45,10 +44,10 @@ class Stages:
     writer: PartWriter
 
     @classmethod
-    def of(cls, job: Job, source: Source, resources: Resources, *, isolated: bool = False) -> Stages:
-        """The stages of a job. With `isolated`, an image that kills its decoder becomes an error."""
+    def of(cls, job: Job, source: Source, resources: Resources) -> Stages:
+        """The stages of a job."""
         config = job.config
-        decoder = (IsolatedDecoder if isolated else Decoder)(job.rules)
+        decoder = Decoder(job.rules)
         on_device = config.decode == "gpu"
         embedder = functools.partial(
             Embedder,
@@ -67,14 +66,9 @@ class Stages:
         )
 
 
-def make_flow(
-    pending: list[Pending], job: Job, source: Source, resources: Resources, *, isolated: bool = False
-) -> Dataset:
-    """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts.
-
-    With `isolated`, an image that kills its decoder becomes an error; it is somewhat slower.
-    """
-    stages = Stages.of(job, source, resources, isolated=isolated)
+def make_flow(pending: list[Pending], job: Job, source: Source, resources: Resources) -> Dataset:
+    """The flow as a lazy dataset, whose rows are the receipts (`RECEIPT_SCHEMA`) of stored parts."""
+    stages = Stages.of(job, source, resources)
     decoded = read_and_decode(pending, stages.reader, stages.decoder, resources)
     embedded = decoded.map_batches(
         Embedder,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pipeline.core.config import Config
 from pipeline.core.errors import InputError, SampleError
 from pipeline.core.storage import read_bytes
-from pipeline.decoding.decoder import Decoder, to_rgb
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.pillow import to_rgb
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop
 from pipeline.decoding.rules import DecodingRules

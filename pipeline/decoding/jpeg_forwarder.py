@@ -26,7 +26,8 @@ from pipeline.core.schema import (
     part_rows,
     with_payload,
 )
-from pipeline.decoding.decoder import Decoder, Header, pillow_does_not_warn
+from pipeline.decoding import jpeg
+from pipeline.decoding.decoder import Decoder, pillow_does_not_warn
 from pipeline.decoding.preprocess import Preprocess, resized_size
 
 # `orientation` of what is pixels already.
@@ -38,13 +39,10 @@ MAX_DEVICE_PIXELS = 2**25
 MAX_DEVICE_SCALE = 64
 DEVICE_INTERPOLATIONS = ("bilinear", "bicubic")
 
-_FIRST_RESTART, _SOI, _EOI, _SOS = 0xD0, 0xD8, 0xD9, 0xDA
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Baseline, extended sequential and progressive, all with Huffman codes.
-_KNOWN_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+_FIRST_RESTART = 0xD0
 # Grey, and YCbCr as JFIF and as some older encoders number it; others may be RGB, which not every decoder looks for.
 _COMPONENTS = ((1,), (0,), (1, 2, 3), (0, 1, 2))
-_ADOBE, _ADOBE_RGB = 0xEE, 0
+_ADOBE_RGB = 0
 # Within compressed data 0xFF stands before 0 and the numbers of restarts only.
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
 
@@ -67,30 +65,30 @@ def is_whole(data: bytes) -> bool:
 
     Source: ITU-T T.81, annex B, and for the colours Adobe Technical Note 5116, section 18.
     """
-    if data[:2] != bytes((0xFF, _SOI)):
+    if data[:2] != bytes((0xFF, jpeg.SOI)):
         return False
     position, num_frames, num_scans = 2, 0, 0
     while position + 4 <= len(data):
         mark, kind = data[position], data[position + 1]
         length = int.from_bytes(data[position + 2 : position + 4], "big")
         # Of the markers without a length only the last one may stand here.
-        if mark != 0xFF or kind < 0xC0 or _FIRST_RESTART <= kind <= _EOI or length < 2:
+        if mark != 0xFF or kind < 0xC0 or _FIRST_RESTART <= kind <= jpeg.EOI or length < 2:
             return False
         body = data[position + 4 : position + 2 + length]
         position += 2 + length
-        if kind in _FRAMES:
+        if kind in jpeg.FRAMES:
             num_frames += 1
-            if kind not in _KNOWN_FRAMES or not _is_known_frame(body):
+            if kind not in jpeg.HUFFMAN_FRAMES or not _is_known_frame(body):
                 return False
-        elif kind == _ADOBE and body[:5] == b"Adobe" and len(body) >= 12 and body[11] == _ADOBE_RGB:
+        elif kind == jpeg.ADOBE and body[:5] == b"Adobe" and len(body) >= 12 and body[11] == _ADOBE_RGB:
             return False
-        elif kind == _SOS:
+        elif kind == jpeg.SOS:
             num_scans += 1
             found = _MARKER.search(data, position)
             if found is None:
                 return False
             position = found.start()
-            if data[position + 1] == _EOI:
+            if data[position + 1] == jpeg.EOI:
                 return position + 2 == len(data) and num_frames == 1
     return False
 
@@ -142,14 +140,15 @@ class JpegForwarder:
             SampleError: as `Decoder.decode` does.
         """
         # The markers first: no other parser sees what they do not lead through, in this process.
-        header = self._decoder.jpeg_header(data) if is_whole(data) else None
+        header = self._decoder.plain_jpeg(data) if is_whole(data) else None
         if header is not None and self._is_for_device(header):
-            return {"data": data, **header._asdict()}
+            turned = 1 if self._decoder.rules.ignore_orientation else header.orientation
+            return {"data": data, "height": header.height, "width": header.width, "orientation": turned}
         height, width = self._decoder.rules.preprocess.crop
         pixels = self._decoder.decode(data).tobytes()
         return {"data": pixels, "height": height, "width": width, "orientation": PIXELS_ALREADY}
 
-    def _is_for_device(self, header: Header) -> bool:
+    def _is_for_device(self, header: jpeg.JpegHeader) -> bool:
         height, width = header.height, header.width
         if header.orientation > 4:  # turned by a quarter
             height, width = width, height

@@ -15,6 +15,8 @@ class DecodingRules:
     preprocess: Preprocess
     max_pixels: int
     ignore_orientation: bool = False
+    # Processor time: how busy a machine is decides nothing.
+    image_timeout_s: float = 30.0
 
     @classmethod
     def of(cls, config: Config, preprocess: Preprocess) -> DecodingRules:

@@ -15,7 +15,8 @@ from pipeline.core.errors import InputError, SampleError, ShardError
 from pipeline.core.redact import describe
 from pipeline.core.storage import locate, stat
 from pipeline.core.threads import begin
-from pipeline.decoding.decoder import FORMATS, Decoder, pillow_does_not_warn
+from pipeline.decoding.decoder import Decoder, pillow_does_not_warn
+from pipeline.decoding.pillow import FORMATS
 from pipeline.decoding.preprocess import SQUASH, Preprocess
 from pipeline.decoding.rules import DecodingRules
 from pipeline.output.names import Place, version_tag

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import PrecisionError
 from pipeline.core.schema import PIXELS, REASON, part_rows
-from pipeline.decoding.isolated import IsolatedDecoder
+from pipeline.decoding.decoder import Decoder
 from pipeline.embedding.embedder import Runner, Source
 from pipeline.embedding.network import Placement
 from pipeline.planning.cpu import cpu_has_bf16
@@ -147,8 +147,7 @@ class _Trial:
     def _images(self) -> Pixels:
         config = self._job.config
         reader = SampleReader(replace(config, part_rows=-(-NUM_IMAGES // len(self._shards))))
-        # No image shall kill the driver.
-        decoder = IsolatedDecoder(self._job.rules)
+        decoder = Decoder(self._job.rules)
         with ThreadPoolExecutor(len(self._shards)) as pool:
             fronts = pool.map(lambda shard: next(reader.parts(shard._replace(stored_parts=()))), self._shards)
             return _pixels(pa.concat_tables(decoder(pa.concat_tables(fronts))), self._job.network.preprocess.crop)

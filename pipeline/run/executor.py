@@ -42,7 +42,7 @@ class Executor(Protocol):
         """
         ...
 
-    def receipts(self, prepared: Prepared, pending: list[Pending], *, isolated: bool, on_wait: Say) -> Iterator[Any]:
+    def receipts(self, prepared: Prepared, pending: list[Pending], on_wait: Say) -> Iterator[Any]:
         """One pass: a receipt (`RECEIPT_SCHEMA`) for each part, once it is stored.
 
         Raises:

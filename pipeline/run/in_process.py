@@ -57,9 +57,9 @@ class InProcess:
         devices = DeviceTime(Request(STAGE_EMBED, 1.0), 1, since, [{"CPU": 1.0}])
         return Prepared(job, engine.source, resources, devices, problems)
 
-    def receipts(self, prepared: Prepared, pending: list[Pending], *, isolated: bool, on_wait: Say) -> Iterator[Any]:
+    def receipts(self, prepared: Prepared, pending: list[Pending], on_wait: Say) -> Iterator[Any]:
         """As `Executor.receipts`."""
-        stages = Stages.of(prepared.job, prepared.source, prepared.resources, isolated=isolated)
+        stages = Stages.of(prepared.job, prepared.source, prepared.resources)
         embedder = stages.embedder()
         try:
             for shard in pending:

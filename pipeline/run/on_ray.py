@@ -53,7 +53,7 @@ class OnRay:
         job, resources, note = choose_batch_size(job, source, resources, on_wait)
         return Prepared(job, source, resources, devices, problems + ([] if note is None else [note]))
 
-    def receipts(self, prepared: Prepared, pending: list[Pending], *, isolated: bool, on_wait: Say) -> Iterator[Any]:
+    def receipts(self, prepared: Prepared, pending: list[Pending], on_wait: Say) -> Iterator[Any]:
         """As `Executor.receipts`."""
         resources, wait_s = prepared.resources, prepared.job.config.node_wait_s
         watch = NodeWatch(resources.requests, _NODE_WAIT_S if wait_s is None else wait_s, on_wait, prepared.devices)
@@ -63,7 +63,7 @@ class OnRay:
             watch.check()
             stall.check()
 
-        flow = make_flow(pending, prepared.job, prepared.source, resources, isolated=isolated)
+        flow = make_flow(pending, prepared.job, prepared.source, resources)
         try:
             for receipt in watched(flow, check):
                 stall.stored()

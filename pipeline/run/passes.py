@@ -64,7 +64,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
     _begin(job)
     mark_uncounted(config.output)
     names = {shard.name for shard in plan.pending[: config.limit]}
-    failed = no_nodes = False
+    no_nodes = False
     # Passes in a row that stored nothing new, the first aside: a cluster that goes on losing machines may take many
     # passes, and one that cannot do the work few.
     num_idle = -1
@@ -76,12 +76,10 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
         num_problems = len(problems)
         _clear(job, plan, [shard.name for shard in pending])
         try:
-            # What failed may be a native decoder that an image killed, and its worker with it.
-            for receipt in executor.receipts(prepared, pending, isolated=failed, on_wait=watcher.on_wait):
+            for receipt in executor.receipts(prepared, pending, watcher.on_wait):
                 tally.add(receipt)
                 watcher.on_part(tally)
         except PassError as error:
-            failed = True
             problems.append(f"pass {number}: {error}")
         except ClusterError as error:
             no_nodes = True

@@ -26,7 +26,10 @@ from PIL import Image, ImageOps
 
 from pipeline.core.errors import SampleError
 from pipeline.core.schema import IMAGE, PIXELS, REASON, STAGE, image_field, part_row, part_rows, sample_type
-from pipeline.decoding.decoder import FORMATS, Decoder, _plain_jpeg
+from pipeline.decoding import jpeg
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.orientation import orientation_of
+from pipeline.decoding.pillow import FORMATS
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop
 from pipeline.decoding.rules import DecodingRules
@@ -507,9 +510,11 @@ def test_what_is_decoded_without_pillow_has_pillows_pixels() -> None:
     for file in files:
         try:
             with Image.open(io.BytesIO(file), formats=FORMATS) as image:
-                plain = _plain_jpeg(image, file)
-                if plain is not None:
+                header = make_decoder().plain_jpeg(file)
+                plain = None if header is None else jpeg.decode(file, header)
+                if header is not None and plain is not None:
                     assert np.array_equal(plain, np.asarray(image.convert("RGB")))
+                    assert header.orientation == orientation_of(image)
                     num_plain += 1
         except (OSError, ValueError, SyntaxError):
             continue

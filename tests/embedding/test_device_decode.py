@@ -25,7 +25,6 @@ from pipeline.core.config import parse
 from pipeline.core.errors import SampleError
 from pipeline.core.schema import encoded_field
 from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.isolated import IsolatedDecoder
 from pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY, JpegForwarder
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.resize import resize_crop as on_cpu
@@ -112,9 +111,8 @@ def refused() -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", [Decoder, IsolatedDecoder])
-def test_what_the_device_refuses_has_the_decoders_reason_and_costs_only_itself(kind: type[Decoder]) -> None:
-    cpu = decoder(kind=kind)
+def test_what_the_device_refuses_has_the_decoders_reason_and_costs_only_itself() -> None:
+    cpu = decoder()
     assert JpegForwarder(cpu).forward(refused())["orientation"] == 1
     images = [encode(photo(seed)) for seed in range(5)]
     found, faults = on_device([*images[:3], refused(), *images[3:]], cpu)
@@ -218,7 +216,7 @@ def test_threads_that_decode_at_once_leave_the_process_its_warnings() -> None:
 
 
 def test_what_the_device_refuses_keeps_its_place_when_threads_share_a_child_process() -> None:
-    cpu, field = decoder(kind=IsolatedDecoder), encoded_field()
+    cpu, field = decoder(), encoded_field()
     images = [[encode(photo(seed)) for seed in range(first, first + 20)] * 10 for first in (0, 20, 40, 60)]
     encoded = [pa.array([JpegForwarder(decoder()).forward(one) for one in part], field.type) for part in images]
     device = DeviceDecoder(cpu, "cpu")

@@ -1,0 +1,227 @@
+"""The child process in which images are decoded that may kill their decoder.
+
+Pillow's decoders are C libraries: 100,000 broken files did not crash one, which proves nothing of the next. So
+whatever is no plain JPEG is decoded in a child of the worker. A process has one, which it starts when it first needs
+it, keeps, and starts again when an image has killed it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import AvifImagePlugin, Image
+
+from pipeline.core.errors import SampleError
+from pipeline.decoding import pillow
+from pipeline.decoding.rules import DecodingRules
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+# What dies of one image may have been killed for another reason; what dies of it again was not.
+_TRIES = 2
+# But for what kills without a look at the image: whoever is short of memory. That passes.
+_TRIES_KILLED = 6
+_PAUSE_S = 1.0
+_START_S = 300.0
+# The child is ended by the clock of its processor time. One that has stopped, which has none, is waited for so many
+# times as long.
+_MAX_WAIT = 20.0
+# A request is the sizes of the rules, which are sent where they have changed, and of the image; then both.
+_REQUEST = struct.Struct("<QQ")
+# A reply is what follows, the processor time that it took, and its size; then that.
+_REPLY = struct.Struct("<cdQ")
+_READY, _PIXELS, _REASON = b"+", b"p", b"r"
+_MAX_REASON = 2**16
+
+
+class _DiedError(Exception):
+    """The child ended before it answered."""
+
+
+class _SilentError(Exception):
+    """The child did not answer in time."""
+
+
+class _Child:
+    """A process that decodes one image after the other."""
+
+    def __init__(self) -> None:
+        self._socket, end = socket.socketpair()
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+        environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            # -P: no module of whatever folder this is run in.
+            [sys.executable, "-P", "-c", f"from pipeline.decoding.child import serve; serve({end.fileno()})"],
+            pass_fds=[end.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        end.close()
+        self._rules: DecodingRules | None = None
+        self._socket.settimeout(_START_S)
+        try:
+            _receive(self._socket, len(_READY))
+        except (OSError, EOFError) as error:
+            ending = _ending(self.end())
+            raise RuntimeError(f"the process that decodes images did not start: {ending}") from error
+
+    def decode(self, data: bytes | memoryview, rules: DecodingRules) -> tuple[Pixels | str, float]:
+        """The pixels [H, W, 3] of an image or the reason why it has none, and the seconds that it took.
+
+        Raises:
+            _DiedError: the child did.
+            _SilentError: the child has stopped.
+        """
+        self._socket.settimeout(_MAX_WAIT * rules.image_timeout_s)
+        told = b"" if rules == self._rules else pickle.dumps(rules)
+        try:
+            self._socket.sendall(_REQUEST.pack(len(told), len(data)) + told)
+            self._rules = rules
+            self._socket.sendall(data)
+            kind, seconds, size = _REPLY.unpack(_receive(self._socket, _REPLY.size))
+            height, width = rules.preprocess.crop
+            if size > (_MAX_REASON if kind == _REASON else 3 * height * width):
+                raise _DiedError
+            reply = _receive(self._socket, size)
+        except TimeoutError as error:
+            raise _SilentError from error
+        except (OSError, EOFError) as error:
+            raise _DiedError from error
+        if kind == _REASON:
+            return reply.decode(errors="replace"), seconds
+        return np.frombuffer(reply, np.uint8).reshape(height, width, 3), seconds
+
+    def end(self) -> int:
+        """End the process, if it has not ended, and give its exit status."""
+        self._socket.close()
+        try:
+            return self._process.wait(_PAUSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def decode(data: bytes | memoryview, rules: DecodingRules) -> tuple[Pixels, float]:
+    """The pixels of one image as `pillow.decode` makes them, in this process's child, and the seconds that it took.
+
+    Raises:
+        SampleError: as `pillow.decode` does, and where the image kills the child.
+    """
+    with _own.lock:
+        for attempt in itertools.count(1):
+            child = _own.child = _own.child or _Child()
+            try:
+                found, seconds = child.decode(data, rules)
+                break
+            except _SilentError:
+                _own.end()
+                if attempt == _TRIES:
+                    wait_s = _MAX_WAIT * rules.image_timeout_s
+                    raise SampleError(f"decoder timeout: no answer within {wait_s:g} s, {attempt} times") from None
+                continue
+            except _DiedError:
+                status = _own.end()
+            except BaseException:
+                # Its answer would be taken for that to the next image.
+                _own.end()
+                raise
+            if status == -signal.SIGPROF:
+                raise SampleError(f"decoder timeout: it took over {rules.image_timeout_s:g} s of processor time")
+            killed = status == -signal.SIGKILL
+            if attempt == (_TRIES_KILLED if killed else _TRIES):
+                raise SampleError(f"decoder crash: it died of the image {attempt} times: {_ending(status)}")
+            if killed:
+                time.sleep(_PAUSE_S)
+    if isinstance(found, str):
+        raise SampleError(found)
+    return found, seconds
+
+
+class _Own:
+    """This process's child, if it has one, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Also in a process that was forked: the child is its parent's."""
+        self.lock = threading.Lock()
+        self.child: _Child | None = None
+
+    def end(self) -> int:
+        """End the child, if there is one, and give its exit status."""
+        child, self.child = self.child, None
+        return 0 if child is None else child.end()
+
+
+_own = _Own()
+os.register_at_fork(after_in_child=_own.renew)
+
+
+@atexit.register
+def end() -> None:
+    """End this process's child. The next image starts another."""
+    with _own.lock:
+        _own.end()
+
+
+def serve(descriptor: int) -> None:
+    """The child: decode what comes until the parent ends."""
+    parent = socket.socket(fileno=descriptor)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.filterwarnings("ignore", module="PIL")
+    Image.init()
+    # A task decodes on one core.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    parent.sendall(_READY)
+    # What C libraries print of an image is the image's, and goes to no log.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    rules: DecodingRules | None = None
+    while True:
+        try:
+            rules_size, size = _REQUEST.unpack(_receive(parent, _REQUEST.size))
+        except EOFError:
+            return
+        if rules_size:
+            rules = pickle.loads(_receive(parent, rules_size))
+        assert rules is not None
+        data = bytes(_receive(parent, size))
+        start = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, rules.image_timeout_s)
+        try:
+            kind, reply = _PIXELS, pillow.decode(data, rules).tobytes()
+        except SampleError as error:
+            kind, reply = _REASON, str(error).encode(errors="backslashreplace")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        parent.sendall(_REPLY.pack(kind, time.process_time() - start, len(reply)) + reply)
+
+
+def _receive(connection: socket.socket, size: int) -> bytearray:
+    """So many bytes. Raises `EOFError` where the other end has gone."""
+    received = bytearray(size)
+    left = memoryview(received)
+    while left:
+        count = connection.recv_into(left)
+        if count == 0:
+            raise EOFError
+        left = left[count:]
+    return received
+
+
+def _ending(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"

@@ -1,0 +1,245 @@
+"""The child process that decodes: the same pixels, and an image that kills it is found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL.PngImagePlugin import PngInfo
+
+from pipeline.core.errors import SampleError
+from pipeline.decoding import child, pillow
+from pipeline.decoding.decoder import Decoder
+from pipeline.decoding.preprocess import Preprocess
+from pipeline.decoding.rules import DecodingRules
+from tests.conftest import ROOT, encode, photo, write_tar
+from tests.decoding.test_decode import every_format
+
+PREPROCESS = Preprocess(64, (56, 48), "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+RULES = DecodingRules(preprocess=PREPROCESS, max_pixels=10_000)
+# Stands for a fault in a C library that one image meets: no file is known that crashes Pillow.
+_FAULTY_PILLOW = """
+import os, signal
+from PIL import ImageFile
+load = ImageFile.ImageFile.load
+def faulty(image):
+    deadly = {"deadly": signal.SIGSEGV, "stopping": signal.SIGSTOP}
+    if image.info.get("comment") in deadly:
+        os.kill(os.getpid(), deadly[image.info["comment"]])
+    return load(image)
+ImageFile.ImageFile.load = faulty
+"""
+
+
+@pytest.fixture
+def faulty_pillow(tmp_path: Path) -> str:
+    """Value of PYTHONPATH with which Python processes have a Pillow that one image kills."""
+    (tmp_path / "faulty").mkdir()
+    (tmp_path / "faulty" / "sitecustomize.py").write_text(_FAULTY_PILLOW)
+    return f"{tmp_path / 'faulty'}{os.pathsep}{ROOT}"
+
+
+def deadly(seed: int, comment: str = "deadly") -> bytes:
+    text = PngInfo()
+    text.add_text("comment", comment)
+    return encode(photo(seed), "PNG", pnginfo=text)
+
+
+@pytest.fixture(autouse=True)
+def _no_child() -> Iterator[None]:
+    child.end()
+    yield
+    child.end()
+
+
+def png(seed: int, size: tuple[int, int] = (96, 80)) -> bytes:
+    return encode(photo(seed, size), "PNG")
+
+
+def pid() -> int:
+    """That of this process's child."""
+    (found,) = (
+        int(name)
+        for name in os.listdir("/proc")
+        if name.isdigit() and b"pipeline.decoding.child" in cmdline(name) and parent(name) == os.getpid()
+    )
+    return found
+
+
+def cmdline(name: str) -> bytes:
+    try:
+        return Path("/proc", name, "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def parent(name: str) -> int:
+    return int(Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_pixels_and_reasons_are_those_of_pillow_in_this_process() -> None:
+    for data in (encode(photo(0)), png(1), encode(photo(2), "WEBP"), encode(photo(3, mode="CMYK"))):
+        np.testing.assert_array_equal(Decoder(RULES).decode(data), pillow.decode(data, RULES))
+    for broken in (b"no image", encode(photo(0))[:300], encode(photo(0, (200, 200))), png(0)[:3000]):
+        with pytest.raises(SampleError) as expected:
+            pillow.decode(broken, RULES)
+        with pytest.raises(SampleError) as found:
+            Decoder(RULES).decode(broken)
+        assert str(found.value) == str(expected.value)
+
+
+def test_only_what_is_no_plain_jpeg_meets_the_child() -> None:
+    decoder = Decoder(RULES)
+    for data in (encode(photo(0)), encode(photo(1), progressive=True), encode(photo(2, mode="L"))):
+        assert decoder.plain_jpeg(data) is not None
+        decoder.decode(data)
+    with pytest.raises(ValueError, match="not enough values"):
+        pid()
+    decoder.decode(png(1))
+    first = pid()
+    for name, data in every_format().items():
+        if name not in ("jpeg", "jpeg progressive", "jpeg grey", "jpeg exif", "mpo"):
+            assert decoder.plain_jpeg(data) is None, name
+        decoder.decode(data)
+    assert pid() == first
+
+
+def test_an_image_that_kills_the_child_is_named_and_the_next_is_decoded(
+    faulty_pillow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+    decoder = Decoder(RULES)
+    before = decoder.decode(png(1))
+    with pytest.raises(SampleError, match="decoder crash: it died of the image 2 times: SIGSEGV"):
+        decoder.decode(deadly(2))
+    np.testing.assert_array_equal(decoder.decode(png(1)), before)
+
+
+def test_a_child_that_is_killed_from_outside_is_started_again() -> None:
+    decoder = Decoder(RULES)
+    before = decoder.decode(png(1))
+    os.kill(pid(), signal.SIGKILL)
+    np.testing.assert_array_equal(decoder.decode(png(1)), before)
+
+
+def test_decoders_of_other_rules_share_the_child() -> None:
+    other = DecodingRules(preprocess=Preprocess(32, (24, 30), "bicubic", (0.5,) * 3, (0.2,) * 3), max_pixels=10_000)
+    one, two = Decoder(RULES), Decoder(other)
+    for seed in range(3):
+        np.testing.assert_array_equal(one.decode(png(seed)), pillow.decode(png(seed), RULES))
+        np.testing.assert_array_equal(two.decode(png(seed)), pillow.decode(png(seed), other))
+    assert pid()
+
+
+def test_threads_share_the_child() -> None:
+    files = [png(seed) for seed in range(20)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(Decoder(RULES).decode, files * 3))
+    for pixels, data in zip(found, files * 3, strict=True):
+        np.testing.assert_array_equal(pixels, pillow.decode(data, RULES))
+
+
+def test_a_process_that_was_forked_has_a_child_of_its_own() -> None:
+    decoder, data = Decoder(RULES), png(1)
+    expected, first = decoder.decode(data), pid()
+    forked = os.fork()
+    if forked == 0:
+        os._exit(0 if np.array_equal(decoder.decode(data), expected) and pid() != first else 1)
+    assert os.waitpid(forked, 0)[1] == 0
+    np.testing.assert_array_equal(decoder.decode(data), expected)
+    assert pid() == first
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    script = """
+import os, signal
+from pipeline.decoding.decoder import Decoder
+from tests.decoding.test_child import RULES, pid, png
+Decoder(RULES).decode(png(1))
+print(pid(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    orphan = Path("/proc", done.stdout.strip())
+    assert done.stdout.strip()
+    deadline = time.monotonic() + 30
+    while orphan.exists() and b"pipeline" in cmdline(orphan.name) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert b"pipeline" not in cmdline(orphan.name)
+
+
+def test_the_time_of_the_child_counts() -> None:
+    decoder = Decoder(DecodingRules(preprocess=PREPROCESS, max_pixels=10**8))
+    data = png(1, (2000, 2000))
+    before, here = decoder.clock(), time.thread_time()
+    decoder.decode(data)
+    spent, here = decoder.clock() - before, time.thread_time() - here
+    assert spent > 3 * here
+
+
+def test_a_child_that_has_stopped_is_given_up(faulty_pillow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+    decoder = Decoder(replace(RULES, image_timeout_s=0.1))
+    expected = decoder.decode(png(1))
+    with pytest.raises(SampleError, match="decoder timeout: no answer within 2 s, 2 times"):
+        decoder.decode(deadly(2, "stopping"))
+    np.testing.assert_array_equal(decoder.decode(png(1)), expected)
+
+
+def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next() -> None:
+    decoder = Decoder(replace(RULES, max_pixels=10**8))
+    large, small = png(1, (4000, 3000)), png(2)
+    main = threading.main_thread().ident
+    assert main is not None
+    decoder.decode(small)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    timer = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGUSR1))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(large)
+    signal.signal(signal.SIGUSR1, before)
+    np.testing.assert_array_equal(decoder.decode(small), pillow.decode(small, RULES))
+
+
+def test_a_child_that_cannot_start_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="the process that decodes images did not start: exit status 1"):
+        Decoder(RULES).decode(png(1))
+
+
+@pytest.mark.slow
+def test_an_image_that_kills_its_worker_costs_a_job_one_row(
+    run_job: Callable[..., Any], tmp_path: Path, faulty_pillow: str
+) -> None:
+    images = {f"k{i}": encode(photo(i)) for i in range(6)}
+    for shard in ("a", "b"):
+        write_tar(tmp_path / "in" / f"{shard}.tar", [(f"{key}.jpg", data) for key, data in images.items()])
+    with_deadly = {**images, "k3": deadly(3)}
+    write_tar(tmp_path / "in" / "c.tar", [(f"{key}.jpg", data) for key, data in with_deadly.items()])
+    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+    job = ("embed.py", "--input", "in", "--output", "out", *small, "--precision", "fp32", "--part-rows", "2")
+    done = run_job(*job, PYTHONPATH=faulty_pillow)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "balanced: every sample is one stored row" in done.stdout
+    errors = [row for path in (tmp_path / "out" / "errors").iterdir() for row in pq.read_table(path).to_pylist()]
+    (row,) = errors
+    assert (row["shard"], row["image_id"], row["stage"]) == ("c", "k3", "decode")
+    assert row["reason"] == "decoder crash: it died of the image 2 times: SIGSEGV"
+    vectors: dict[str, dict[str, list[float]]] = {"a": {}, "b": {}, "c": {}}
+    for path in (tmp_path / "out" / "embeddings").iterdir():
+        for row in pq.read_table(path).to_pylist():
+            vectors[row["shard"]][row["image_id"]] = row["embedding"]
+    assert vectors["a"] == vectors["b"]
+    assert vectors["c"] == {key: value for key, value in vectors["a"].items() if key != "k3"}
