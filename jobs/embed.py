@@ -89,6 +89,13 @@ def parser() -> Parser:
     )
     add(
         samples,
+        "key",
+        "where the key of a sample ends in a member's name: first-dot is WebDataset's rule; "
+        "last-dot makes two samples of 1.2.840.jpg and 1.2.841.jpg",
+        choices=settings.KEYS,
+    )
+    add(
+        samples,
         "image_member",
         "extension of the member that is the image (default: by a fixed order)",
         metavar="EXT",

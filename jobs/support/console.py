@@ -230,6 +230,7 @@ class Console:
             ("errors", str(report["errors"])),
             # A shard's fault is no sample's error, and is told below.
             *((f"  {reason}", str(n)) for reason, n in report["errors_by_reason"].items() if reason != SHARD_FAULT),
+            *([("images without a row", str(report["unused_images"]))] if report["unused_images"] else []),
             ("images/s", f"{report['images_per_s']:.1f}"),
             ("slowest stage", self._stages(report)),
             ("wall time", human_s(report["wall_s"])),
@@ -250,6 +251,8 @@ class Console:
             self._out.print(f"IMBALANCE and {unlisted} more, which are not listed", style="bold red")
         for text in report["problems"]:
             self._out.print(f"PROBLEM   {text}", style="yellow")
+        for text in report["warnings"]:
+            self.warning(text)
         verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
         self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.html")
         self.report_fault(report)

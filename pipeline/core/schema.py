@@ -73,6 +73,9 @@ PART_FIELDS: tuple[pa.Field, ...] = (
     pa.field("fault", pa.string()),
     pa.field("fault_transient", pa.bool_(), nullable=False),
     pa.field("ignored_members", pa.int64(), nullable=False),
+    # Image members that no row stands for, and one of them.
+    pa.field("unused_images", pa.int64(), nullable=False),
+    pa.field("unused_example", pa.string()),
     pa.field("kept_nulls", pa.int64(), nullable=False),
     pa.field("read_bytes", pa.int64(), nullable=False),
     pa.field("batch_size", pa.int32(), nullable=False),  # images a batch, of the runner; 0 before it is embedded

@@ -44,6 +44,9 @@ class Counts:
     num_samples: int = 0
     num_embedded: int = 0
     num_errors: int = 0
+    # Image members that no row stands for, and one of them.
+    unused_images: int = 0
+    unused_example: str | None = None
     # Taken on by the run, and gone from the input before its end.
     vanished: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -85,6 +88,8 @@ def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts
             counts.num_samples += result.num_samples
             counts.num_embedded += result.num_embedded
             counts.num_errors += result.num_errors
+            counts.unused_images += result.unused_images
+            counts.unused_example = counts.unused_example or result.unused_example
             counts.faults.extend(f"{shard}: {fault}" for fault in result.faults)
     for parts in stored.values():
         for part, _ in parts:
@@ -131,6 +136,10 @@ def _count_shard(
             counts.num_samples += num_samples
             counts.num_embedded += facts.num_rows
             counts.num_errors += num_errors - num_faults
+            counts.unused_images += facts.number("unused_images")
+            example = facts.metadata.get("unused_example")
+            if example is not None and counts.unused_example is None:
+                counts.unused_example = f"{name.shard}: {example}"
     except (StoredDataError, StoreError) as error:
         counts.faults.append(str(error))
     return counts

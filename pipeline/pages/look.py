@@ -14,6 +14,7 @@ from pipeline.pages.html import Tile, figure, safe, shown
 from pipeline.pages.previews import Preview, preview, read_fronts
 from pipeline.pages.sample import SEED, Near, Numbers, Plane, Sample, evenly, neighbours, norms, plane
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 
 NUM_QUERIES = 6
 NUM_NEAR = 5
@@ -72,7 +73,7 @@ class Pictures:
         return self.previews.get(row, Preview(None, "its image was not read"))
 
 
-def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str | None) -> Pictures:
+def take_pictures(sample: Sample, shards: Mapping[str, Shard], naming: Naming) -> Pictures:
     """At most `MAX_PICTURES` pictures from the fronts of at most `MAX_SHARDS` shards, and neighbours among these.
 
     `MAX_BYTES` are read and `MAX_S` seconds waited for, and as long again drawn. Neighbours are looked for among the
@@ -83,7 +84,7 @@ def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str
     for name, index in sample.places:
         if name in wanted:
             wanted[name].add(index)
-    fronts = read_fronts(shards, image_member, wanted, MAX_BYTES, MAX_S)
+    fronts = read_fronts(shards, naming, wanted, MAX_BYTES, MAX_S)
     pool = [row for row, place in enumerate(sample.places) if place in fronts.images]
     searched = pool if len(pool) > NUM_NEAR else range(len(sample.ids))
     gallery = neighbours(sample.vectors, searched, NUM_QUERIES, NUM_NEAR)

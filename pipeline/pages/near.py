@@ -28,7 +28,7 @@ def duplicates_page(
     """
     made = open_output(output).made
     places = {one.place for one in drawn} | {near.place for one in drawn for near in one.near}
-    found = previews(inputs, made.settings.image_member, places, tag_of, made.input_prefix)
+    found = previews(inputs, made.settings.naming, places, tag_of, made.input_prefix)
     rows = [
         Row(Tile(one.image_id, shown(one.place), found[one.place]), near_tiles(one.near, "cosine", found))
         for one in drawn
@@ -91,7 +91,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str]) -> str
     """
     facts = index.facts
     places = {near.place for hit in hits for near in hit.neighbours}
-    found = previews(inputs, facts.made.settings.image_member, places, index.tag, facts.made.input_prefix)
+    found = previews(inputs, facts.made.settings.naming, places, index.tag, facts.made.input_prefix)
     rows = [
         Row(
             Tile(Path(hit.query.name).name, hit.query.reason or "query", _preview(hit.query.path)),

@@ -19,6 +19,7 @@ from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.rules import DecodingRules
 from pipeline.output.names import Place, version_tag
 from pipeline.shards.find import Shard, find_shards, shards_below
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import images
 
 SIDE = 160
@@ -48,7 +49,7 @@ def preview(image: bytes, side: int = SIDE) -> Preview:
 
 def previews(
     inputs: Sequence[str],
-    image_member: str | None,
+    naming: Naming,
     places: Iterable[Place],
     tag_of: Callable[[str], str | None],
     prefix: str,
@@ -80,7 +81,7 @@ def previews(
             reason = "its shard has changed since it was embedded"
         elif shard is not None:
             try:
-                read, reason = images(shard, image_member, indices), "its sample has no image in the shard"
+                read, reason = images(shard, naming, indices), "its sample has no image in the shard"
             except (OSError, ShardError) as error:
                 reason = f"its shard cannot be read: {describe(error)}"
         for index in indices:
@@ -97,7 +98,7 @@ class Fronts(NamedTuple):
 
 def read_fronts(
     shards: Mapping[str, Shard],
-    image_member: str | None,
+    naming: Naming,
     wanted: Mapping[str, set[int]],
     max_bytes: int,
     max_s: float,
@@ -111,9 +112,7 @@ def read_fronts(
         return fronts
     share = max_bytes // len(wanted)
     pool = ThreadPoolExecutor(len(wanted), thread_name_prefix="read-fronts")
-    reading = {
-        pool.submit(_front, shards[name], image_member, indices, share): name for name, indices in wanted.items()
-    }
+    reading = {pool.submit(_front, shards[name], naming, indices, share): name for name, indices in wanted.items()}
     done, late = wait(reading, timeout=max_s)
     # A store that hangs is waited for no longer; its calls end by themselves.
     pool.shutdown(wait=False, cancel_futures=True)
@@ -131,8 +130,8 @@ def read_fronts(
     return fronts
 
 
-def _front(shard: Shard, image_member: str | None, indices: set[int], max_bytes: int) -> dict[int, bytes]:
-    found = images(shard, image_member, indices, max_bytes)
+def _front(shard: Shard, naming: Naming, indices: set[int], max_bytes: int) -> dict[int, bytes]:
+    found = images(shard, naming, indices, max_bytes)
     now = stat(*locate(shard.url))
     if (now.num_bytes, now.version) != (shard.num_bytes, shard.version):
         raise ShardError("it has changed since it was embedded")

@@ -20,6 +20,7 @@ from pipeline.pages.charts import number
 from pipeline.pages.html import document, safe
 from pipeline.pages.sample import take_sample
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 
 MAX_REASONS = 20
 _OPEN_LISTED = 10
@@ -64,9 +65,7 @@ footer { color: var(--soft); font-size: 13px; margin-top: 1.4rem; } a { color: v
 """
 
 
-def write_page(
-    report: Mapping[str, Any], shards: Iterable[Shard], opened: Collection[str], image_member: str | None
-) -> None:
+def write_page(report: Mapping[str, Any], shards: Iterable[Shard], opened: Collection[str], naming: Naming) -> None:
     """Draw the page of a run and store it beside its report.
 
     `shards` are those of its input, as it found them. Pictures are read from those that it `opened`, by their names:
@@ -75,13 +74,11 @@ def write_page(
     Raises:
         OSError, ShardError: it cannot be stored.
     """
-    html = draw_page(report, {shard.name: shard for shard in shards}, opened, image_member)
+    html = draw_page(report, {shard.name: shard for shard in shards}, opened, naming)
     write_bytes(str(report["output"]), PAGE_FILE, html.encode())
 
 
-def draw_page(
-    report: Mapping[str, Any], shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None
-) -> str:
+def draw_page(report: Mapping[str, Any], shards: Mapping[str, Shard], opened: Collection[str], naming: Naming) -> str:
     """The page as HTML."""
     body = "".join(
         (
@@ -89,7 +86,7 @@ def draw_page(
             _section("What ran", lambda: _facts(report)),
             "" if _was_idle(report) else _section("Speed", lambda: report_time.section(report)),
             _section("Errors and shards", lambda: _errors(report) + _lists(report)),
-            _embeddings(str(report["output"]), shards, opened, image_member),
+            _embeddings(str(report["output"]), shards, opened, naming),
             '<footer>Every number of this page that is of the run itself stands in <a href="report.json">report.json'
             "</a>, beside it.</footer>",
         )
@@ -133,7 +130,7 @@ def _verdict(report: Mapping[str, Any]) -> tuple[str, str, str]:
             "Broken shards",
             f"{broken}; what could be read is stored, and the next run tries again. {balanced}",
         )
-    return ("warn" if report["problems"] else ""), "Balanced", balanced
+    return ("warn" if report["problems"] or report["warnings"] else ""), "Balanced", balanced
 
 
 def _header(report: Mapping[str, Any]) -> str:
@@ -201,6 +198,7 @@ def _facts(report: Mapping[str, Any]) -> str:
         ("input", ", ".join(inputs[:5]) + (f" and {len(inputs) - 5:,} more" if len(inputs) > 5 else "")),
         ("output", report["output"]),
         ("shards", ", ".join(parts)),
+        ("image members without a row", f"{report['unused_images']:,}"),
         ("read, written", f"{format_size(report['read_bytes'])}, {format_size(report['written_bytes'])}"),
         ("fingerprint", report["fingerprint"]),
     ]
@@ -248,6 +246,7 @@ def _lists(report: Mapping[str, Any]) -> str:
             _list("Broken shards", broken, shards["broken"]),
             _list("Missing shards: not complete after all passes", report["missing_shards"], shards["missing"]),
             _list("Disagreements in what is stored", report["imbalances"], report["num_imbalances"]),
+            _list("Warnings", report["warnings"], len(report["warnings"])),
             _list("Problems on the way", report["problems"], len(report["problems"])),
             _list("The report itself", [report["report_fault"]] if report["report_fault"] else [], 1),
         )
@@ -264,7 +263,7 @@ def _list(title: str, texts: list[str], total: int) -> str:
     return f"<h3>{title} ({total:,})</h3><ul>{''.join(shown)}</ul>{more}{cut}"
 
 
-def _embeddings(output: str, shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None) -> str:
+def _embeddings(output: str, shards: Mapping[str, Shard], opened: Collection[str], naming: Naming) -> str:
     """What is stored, whether or not this run stored it."""
 
     def make() -> str:
@@ -273,7 +272,7 @@ def _embeddings(output: str, shards: Mapping[str, Shard], opened: Collection[str
         if not sample.ids:
             return said
         shown = {name: shard for name, shard in shards.items() if name in opened}
-        pictures = look.take_pictures(sample, shown, image_member)
+        pictures = look.take_pictures(sample, shown, naming)
         near = (
             _or_reason(lambda: look.gallery(sample, pictures))
             if opened

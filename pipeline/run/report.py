@@ -13,8 +13,10 @@ from pipeline.output.names import REPORT_FILE, UNCOUNTED_FILE
 from pipeline.planning.job import Job
 from pipeline.planning.plan import Plan
 from pipeline.planning.resources import Resources
+from pipeline.run.advice import make_warnings
 from pipeline.run.tally import Tally, slowest_stage
 from pipeline.shards.find import Pending, Shard
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import mean_sample_bytes
 
 MAX_LISTED = 100
@@ -29,9 +31,10 @@ def make_report(
     earlier run has not counted them or found that they do not balance; `errors_by_reason` is of what this run stored
     itself. `batch_size` is what was asked for or measured, None for the engine's own, and `batch_size_used` the
     smallest that was used: where a device's memory does not hold a batch, its runner halves them. Lists are cut, and
-    have their number beside them. `problems` is what went wrong with the engine on the way. `timeline` has for each
-    `step_s` seconds since the begin (`started_at`) the images of the parts stored in it, and the seconds that each
-    stage worked on them; `stage_workers` is how many workers of a stage can be busy at once, on average.
+    have their number beside them. `problems` is what went wrong with the engine on the way, `warnings` what may
+    not be meant. `unused_images` are image members that no row stands for. `timeline` has for each `step_s` seconds
+    since the begin (`started_at`) the images of the parts stored in it, and the seconds that each stage worked on
+    them; `stage_workers` is how many workers of a stage can be busy at once, on average.
     `num_devices` is the most that there were at once; `device_hours` counts each for as long as it was there.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
@@ -82,9 +85,12 @@ def make_report(
         "imbalances": counts.faults[:MAX_LISTED],
         "num_imbalances": len(counts.faults),
         "problems": problems,
+        "warnings": make_warnings(job.config, counts),
         "report_fault": None,
         "kept_nulls": tally.kept_nulls,
         "ignored_members": tally.ignored_members,
+        "unused_images": counts.unused_images,
+        "unused_example": counts.unused_example,
         "read_bytes": tally.read_bytes,
         "written_bytes": tally.written_bytes,
         "wall_s": round(wall_s, 3),
@@ -128,6 +134,11 @@ def last_counts(output: str) -> Counts | None:
     try:
         report = json.loads(read_bytes(join(output, REPORT_FILE)))
         counts = Counts(int(report["samples"]), int(report["embedded"]), int(report["errors"]))
+        # Which a report of an older release does not have.
+        counts.unused_images, counts.unused_example = (
+            int(report.get("unused_images", 0)),
+            report.get("unused_example"),
+        )
         return counts if report["balanced"] is True else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -174,7 +185,7 @@ class Estimate(NamedTuple):
     seconds: float | None
 
 
-def estimate(output: str, pending: Sequence[Pending]) -> Estimate | None:
+def estimate(output: str, pending: Sequence[Pending], naming: Naming) -> Estimate | None:
     """Expect the bytes of `pending` to go as those of the last run did.
 
     Where no run of this output tells, the samples are as many as the front of the first shard has for its bytes, and
@@ -186,7 +197,7 @@ def estimate(output: str, pending: Sequence[Pending]) -> Estimate | None:
     pending_bytes = sum(shard.num_bytes for shard in pending)
     work = _last_work(output)
     if work is None:
-        mean = mean_sample_bytes(Shard(*pending[0][:-1])) if pending else None
+        mean = mean_sample_bytes(Shard(*pending[0][:-1]), naming) if pending else None
         return None if mean is None else Estimate(round(pending_bytes / mean), None)
     work_s = min(max(work.wall_s - work.first_part_s, work.stage_s), work.wall_s)
     share = pending_bytes / work.read_bytes

@@ -1,7 +1,12 @@
-"""WebDataset's key rule, and which member is the image."""
+"""What the name of a member says: the key of its sample, and whether it is an image."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from pipeline.core.config import KEYS
+
+FIRST_DOT, LAST_DOT = KEYS
 # Which member is the image where a sample has several: the first in this order, then the first in the
 # shard. `x.png` goes before `x.mask.png`, whatever their order.
 IMAGE_EXTENSIONS = (
@@ -11,16 +16,38 @@ IMAGE_EXTENSIONS = (
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 
 
-def split_key(name: str) -> tuple[str, str] | None:
+@dataclass(frozen=True)
+class Naming:
+    """How the names of members make samples: where a key ends, and which member is the image."""
+
+    key: str = FIRST_DOT
+    image_member: str | None = None
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """`split_key` by this rule."""
+        return split_key(name, self.key)
+
+    def image_rank(self, extension: str) -> int | None:
+        """`image_rank` by this rule."""
+        return image_rank(extension, self.image_member)
+
+    def is_hidden_image(self, name: str) -> bool:
+        """Whether a member without a key is an image that somebody hid, and no macOS `._x.jpg`, which holds none."""
+        base = name.rpartition("/")[2]
+        return not base.startswith("._") and self.image_rank(base.rpartition(".")[2]) is not None
+
+
+def split_key(name: str, key: str = FIRST_DOT) -> tuple[str, str] | None:
     """(key, extension) of a member; None for hidden files such as `.DS_Store` and macOS `._x.jpg`.
 
-    A name without a dot is its own key, with the extension "".
+    The key is the path up to the first dot of the basename, or up to the last. A name without a dot is its own
+    key, with the extension "".
     """
     folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not stem:
+    if not base or base[0] == ".":
         return None
-    return folder + slash + stem, extension
+    stem, dot, extension = base.partition(".") if key == FIRST_DOT else base.rpartition(".")
+    return (folder + slash + stem, extension) if dot else (name, "")
 
 
 def image_rank(extension: str, image_member: str | None) -> int | None:

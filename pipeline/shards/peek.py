@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import IO, cast
 
 from fsspec.implementations.local import LocalFileSystem
@@ -15,7 +15,8 @@ from pipeline.core.errors import ShardError
 from pipeline.core.redact import describe
 from pipeline.core.storage import locate
 from pipeline.shards.find import Shard
-from pipeline.shards.keys import image_rank
+from pipeline.shards.grouping import Sample, iter_samples
+from pipeline.shards.keys import Naming
 from pipeline.shards.stream import ShardStream
 
 # What tarfile raises on damage.
@@ -23,14 +24,19 @@ _TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFE
 _VOLUME_LABEL = b"V"
 # What tells how large the samples of a shard are.
 _FRONT_SAMPLES, _FRONT_BYTES = 256, 4 * 2**20
-_NAME = re.compile(r"((?:.*/)?[^/.]+)(?:\.([^/]*))?", re.DOTALL)
-
-Members = list[tuple[str, tarfile.TarInfo]]  # (extension, member)
 
 
-def images(
-    shard: Shard, image_member: str | None, wanted: set[int], max_bytes: int | None = None
-) -> dict[int, bytes]:
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A member of a shard, and where its data lies."""
+
+    name: str
+    offset: int
+    num_bytes: int
+    info: tarfile.TarInfo
+
+
+def images(shard: Shard, naming: Naming, wanted: set[int], max_bytes: int | None = None) -> dict[int, bytes]:
     """The encoded images of the `wanted` samples of a shard. Raises `OSError` and `ShardError`.
 
     With `max_bytes`, no more than the first so many bytes of the shard are read, and images beyond are not found.
@@ -38,35 +44,36 @@ def images(
     found: dict[int, bytes] = {}
     num_bytes = shard.num_bytes if max_bytes is None else min(shard.num_bytes, max_bytes)
     with open_tar(shard._replace(num_bytes=num_bytes)) as tar:
-        for index, (_, members) in enumerate(itertools.islice(tar.samples(), max(wanted) + 1)):
+        for index, sample in enumerate(itertools.islice(tar.samples(naming), max(wanted) + 1)):
+            image = sample.image
             # A local file is not cut by its number of bytes.
-            if max_bytes is not None and any(m.offset_data + m.size > max_bytes for _, m in members):
+            if max_bytes is not None and image is not None and image.offset + image.num_bytes > max_bytes:
                 break
-            data = _image(tar, members, image_member) if index in wanted else None
+            data = tar.read(image) if image is not None and index in wanted else None
             if data is not None:
                 found[index] = data
     return found
 
 
-def is_one_image(shard: Shard, image_member: str | None, wanted: set[int]) -> bool:
+def is_one_image(shard: Shard, naming: Naming, wanted: set[int]) -> bool:
     """Whether the `wanted` samples of a shard have the same image, byte for byte. Raises as `images` does."""
     first: bytes | None = None
     with open_tar(shard) as tar:
-        for _, members in (sample for index, sample in enumerate(tar.samples()) if index in wanted):
-            data = _image(tar, members, image_member)
+        for sample in (sample for index, sample in enumerate(tar.samples(naming)) if index in wanted):
+            data = None if sample.image is None else tar.read(sample.image)
             if data is None or (first is not None and data != first):
                 return False
             first = data
     return first is not None
 
 
-def mean_sample_bytes(shard: Shard) -> float | None:
+def mean_sample_bytes(shard: Shard, naming: Naming) -> float | None:
     """Bytes of the shard for each sample at its front; None where it cannot be read, or has none."""
     count = end = 0
     try:
         with open_tar(shard) as tar:
-            for _, members in itertools.islice(tar.samples(), _FRONT_SAMPLES):
-                count, end = count + 1, max(member.offset_data + member.size for _, member in members)
+            for _ in itertools.islice(tar.samples(naming), _FRONT_SAMPLES):
+                count, end = count + 1, tar.reached
                 if end > _FRONT_BYTES:
                     break
     except (OSError, ShardError):
@@ -109,16 +116,26 @@ class TarReader:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.fault: str | None = None
+        # The byte after the last member.
+        self.reached = 0
+        # Image members among those that are of no sample.
+        self.hidden_images = 0
         self._file = file
         self._tar: tarfile.TarFile | None = None
 
-    def samples(self) -> Iterator[tuple[str, Members]]:
-        """Each run of members of one key, by WebDataset's rule."""
-        files = (member for member in self._members() if not member.isdir() and member.type != _VOLUME_LABEL)
-        named = ((_NAME.fullmatch(member.name), member) for member in files)
-        keyed = ((match[1], match[2] or "", member) for match, member in named if match is not None)
-        for key, members in itertools.groupby(keyed, key=lambda item: item[0]):
-            yield key, [(extension, member) for _, extension, member in members]
+    def samples(self, naming: Naming, metadata: Collection[str] = frozenset()) -> Iterator[Sample[Entry]]:
+        """Each sample, grouped as the job does it."""
+        for found in iter_samples(self._entries(), naming, metadata):
+            if isinstance(found, Sample):
+                yield found
+            else:
+                self.hidden_images += naming.is_hidden_image(found.name)
+
+    def _entries(self) -> Iterator[Entry]:
+        for member in self._members():
+            self.reached = member.offset_data + member.size
+            if not member.isdir() and member.type != _VOLUME_LABEL:
+                yield Entry(member.name, member.offset_data, member.size, member)
 
     def _members(self) -> Iterator[tarfile.TarInfo]:
         reached = -1
@@ -137,17 +154,10 @@ class TarReader:
         except _TAR_ERRORS as error:
             self.fault = describe(error)
 
-    def read(self, member: tarfile.TarInfo) -> bytes | None:
+    def read(self, entry: Entry) -> bytes | None:
         """The data of a member; None for links and other members without data, and for one that is cut."""
         try:
-            file = self._tar.extractfile(member) if self._tar is not None and member.isreg() else None
+            file = self._tar.extractfile(entry.info) if self._tar is not None and entry.info.isreg() else None
             return None if file is None else file.read()
         except _TAR_ERRORS:
             return None
-
-
-def _image(tar: TarReader, members: Members, image_member: str | None) -> bytes | None:
-    """The sample's image: of the member whose extension comes first in the documented order."""
-    ranked = [(image_rank(extension, image_member), member) for extension, member in members]
-    known = [(rank, member) for rank, member in ranked if rank is not None]
-    return tar.read(min(known, key=lambda item: item[0])[1]) if known else None

@@ -1,8 +1,9 @@
 """A shard's tar stream as samples, and the samples as parts.
 
-The key rule is WebDataset's: the member's path up to the first dot of its basename. A sample is a run
-of consecutive members of one key. What `webdataset` drops or refuses becomes a row with a reason: a
-repeated key, a repeated member, a member without an extension, a sample cut short, one without an image.
+The key rule is WebDataset's: the member's path up to the first dot of its basename; with `--key last-dot`
+up to the last. A sample is a run of consecutive members of one key. What `webdataset` drops or refuses
+becomes a row with a reason: a repeated key, a repeated member, a member without an extension, a sample cut
+short, one without an image. An image beside the one that its sample's row stands for is counted.
 """
 
 from __future__ import annotations
@@ -26,14 +27,13 @@ from pipeline.core.schema import (
     part_row,
     sample_type,
 )
-from pipeline.shards.fields import Sample, find_user_id, kept_field
+from pipeline.shards.fields import find_user_id, kept_field
 from pipeline.shards.find import Pending
-from pipeline.shards.keys import image_rank, printable, split_key
+from pipeline.shards.grouping import Sample, brief, iter_samples
+from pipeline.shards.keys import Naming, printable
 from pipeline.shards.stream import ShardStream
 from pipeline.shards.tars import Member, iter_members
 
-# Members of one sample; what it may keep in memory has a bound, whatever a shard says.
-MAX_SAMPLE_MEMBERS = 10_000
 # A part ends early, by content alone, where its images and texts would take more memory than this.
 MAX_PART_BYTES = 512 * 2**20
 
@@ -43,15 +43,16 @@ class SampleReader:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._naming = Naming(config.key, config.image_member)
         fields = [*config.keep, *([config.id] if config.id else [])]
         self._metadata = {item.member.lower() for item in fields}
         self._type = sample_type(image_field(), config.kept_columns)
 
     def _wanted(self, name: str) -> bool:
-        split = split_key(name)
+        split = self._naming.split(name)
         if split is None:
             return False
-        return split[1].lower() in self._metadata or image_rank(split[1], self._config.image_member) is not None
+        return split[1].lower() in self._metadata or self._naming.image_rank(split[1]) is not None
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Shards (`SHARD_SCHEMA`) in, their parts out, as soon as each is read."""
@@ -69,13 +70,20 @@ class SampleReader:
         ignored = 0
         with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
             try:
-                for sample in self._samples(stream):
-                    if sample is None:
+                members = iter_members(stream, self._wanted, self._config.max_image_bytes)
+                for sample in iter_samples(members, self._naming, self._metadata):
+                    if isinstance(sample, Member):
                         ignored += 1
+                        if self._naming.is_hidden_image(sample.name):
+                            builder.add_unused(1, f"{brief(sample.name)}, which is hidden")
                         continue
                     if builder.is_full(self._config.part_rows):
                         stream.check_unchanged()
                         yield from builder.finish(END_NONE, stream.position)
+                    if sample.num_unused:
+                        image = sample.image
+                        beside = "" if image is None else f", beside {brief(image.name)}"
+                        builder.add_unused(sample.num_unused, brief(sample.other_image) + beside)
                     builder.add(*self._row(sample))
                 stream.check_unchanged()
             except ShardError as error:
@@ -86,49 +94,7 @@ class SampleReader:
                 builder.go_after_stored()
             yield from builder.finish(END_LAST if fault is None else END_BROKEN, stream.position, fault, ignored)
 
-    def _samples(self, stream: ShardStream) -> Iterator[Sample | None]:
-        """Yield each sample when it is complete, and None for each ignored member."""
-        current: Sample | None = None
-        fault: ShardError | None = None
-        members = iter_members(stream, self._wanted, self._config.max_image_bytes)
-        while True:
-            try:
-                member = next(members, None)
-            except ShardError as error:
-                fault = error
-                break
-            if member is None:
-                break
-            split = split_key(member.name)
-            if split is None:
-                yield None
-                continue
-            key, extension = split
-            if current is None or current.key != key:
-                if current is not None:
-                    yield current
-                current = Sample(key, first_name=member.name)
-            self._add(current, member, extension)
-        if current is not None:
-            yield current
-        if fault is not None:
-            raise fault
-
-    def _add(self, sample: Sample, member: Member, extension: str) -> None:
-        if member.name in sample.names:
-            sample.problem = f"duplicate member: {_shown(member.name)}"
-            return
-        if len(sample.names) >= MAX_SAMPLE_MEMBERS:
-            sample.problem = f"too many members: more than {MAX_SAMPLE_MEMBERS}"
-            return
-        sample.names.add(member.name)
-        if extension.lower() in self._metadata:
-            sample.metadata.setdefault(extension.lower(), member)
-        rank = image_rank(extension, self._config.image_member)
-        if rank is not None and rank < sample.rank:
-            sample.image, sample.rank = member, rank
-
-    def _row(self, sample: Sample) -> tuple[dict[str, Any], str, str | None]:
+    def _row(self, sample: Sample[Member]) -> tuple[dict[str, Any], str, str | None]:
         """The sample's row, its key, and its id where that is of its own. Its image is None where it has a reason."""
         key, own_id = sample.key, None
         row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "nulls": 0}
@@ -143,7 +109,7 @@ class SampleReader:
             if self._config.id is not None:
                 row["image_id"] = own_id = find_user_id(sample, self._config.id)
             if image is None:
-                extensions = sorted(_shown(name[len(key) + 1 :]) or "none" for name in sample.names)
+                extensions = sorted(brief(name[len(key) + 1 :]) or "none" for name in sample.names)
                 raise SampleError(f"no image: its members have the extensions {', '.join(extensions[:8])}")
             if image.problem is not None:
                 raise SampleError(f"unreadable member: {image.problem}")
@@ -175,6 +141,8 @@ class _PartBuilder:
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
         self._nulls = 0
+        self._unused = 0
+        self._unused_example: str | None = None
 
     def discard(self) -> None:
         """Drop the part collected so far."""
@@ -210,6 +178,12 @@ class _PartBuilder:
         self._nulls += row["nulls"]
         self._rows.append(row)
 
+    def add_unused(self, count: int, example: str) -> None:
+        """Count image members that no row stands for, of which `example` is one."""
+        self._unused += count
+        if self._unused_example is None:
+            self._unused_example = example
+
     def finish(
         self, end: str, position: int, fault: ShardError | None = None, ignored: int = 0
     ) -> Iterator[pa.Table]:
@@ -227,6 +201,8 @@ class _PartBuilder:
             "fault": None if fault is None else str(fault),
             "fault_transient": fault is not None and fault.transient,
             "ignored_members": ignored,
+            "unused_images": self._unused,
+            "unused_example": self._unused_example,
             "kept_nulls": self._nulls,
             "read_bytes": position - self._read_to,
             "batch_size": 0,
@@ -272,9 +248,3 @@ def _confirmed(error: ShardError, stream: ShardStream) -> ShardError:
     except ShardChangedError as changed:
         return changed
     return error
-
-
-def _shown(name: str) -> str:
-    """A member's name, or a piece of it, as a reason shows it: short, and without control characters."""
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:100])
-    return shown + ("..." if len(name) > 100 else "")

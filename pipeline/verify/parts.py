@@ -29,6 +29,7 @@ from pipeline.core.storage import join, read_bytes
 from pipeline.output.fingerprint import Fingerprint, read_fingerprint
 from pipeline.output.names import EMBEDDINGS, ERRORS, RUN_FILE, PartName, version_tag
 from pipeline.output.parts import content_sha256, fingerprint_of, vectors
+from pipeline.shards.keys import Naming
 from pipeline.verify.findings import Finding, few
 
 PIECE_BYTES = 32 * 2**20
@@ -46,7 +47,7 @@ class Expected:
     length_tolerance: float | None
     part_rows: int
     id: Field | None
-    image_member: str | None
+    naming: Naming
 
 
 def expectation(output: str) -> Expected:
@@ -65,7 +66,7 @@ def expectation(output: str) -> Expected:
         length_tolerance=_LENGTH_TOLERANCE[settings.dtype] if settings.normalize else None,
         part_rows=settings.part_rows,
         id=settings.id,
-        image_member=settings.image_member,
+        naming=settings.naming,
     )
 
 
@@ -97,6 +98,9 @@ class Part:
     whole: bool = False
     first_index: int = 0
     num_samples: int = 0
+    # Image members that no row stands for, and one of them.
+    unused_images: int = 0
+    unused_example: str | None = None
     embedded: Rows = _NO_ROWS
     errors: Rows = _NO_ROWS
     fault: str | None = None
@@ -267,7 +271,7 @@ def _check_metadata(expected: Expected, part: Part, metadata: dict[str, str]) ->
     """The part's metadata against its name and rows. Sets its samples; false where they cannot be known."""
     name, num_rows = part.name, len(part.embedded.ids)
     numbers: dict[str, int] = {}
-    for key in ("part", "first_index", "num_samples", "num_embedded", "num_errors", "shard_bytes"):
+    for key in ("part", "first_index", "num_samples", "num_embedded", "num_errors", "unused_images", "shard_bytes"):
         text = metadata.get(key, "")
         if not re.fullmatch(r"\d{1,18}", text):
             part.find(EMBEDDINGS, "metadata", f"{key} is {metadata.get(key)!a}, no count")
@@ -288,6 +292,7 @@ def _check_metadata(expected: Expected, part: Part, metadata: dict[str, str]) ->
             part.find(EMBEDDINGS, "metadata", value)
     if is_known:
         part.first_index, part.num_samples = numbers["first_index"], num_samples
+        part.unused_images, part.unused_example = numbers["unused_images"], metadata.get("unused_example")
     return is_known
 
 

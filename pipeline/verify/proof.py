@@ -51,14 +51,18 @@ def verify(
     groups = _groups(_list(output, verdict), shards, verdict)
     sources: list[Source] = []
     for group, parts, tar in _checked(output, expected, groups, threads, on_progress):
-        check_group(group, parts, expected.image_member, verdict)
+        check_group(group, parts, expected.naming, verdict)
         if tar is not None:
             compare(group, parts, tar, verdict)
             if tar.fault is None and not group.is_broken:
                 sources += [Source(part.name, tar.shard, len(part.embedded.ids)) for part in parts if part.whole]
+    if verdict.unused_images:
+        verdict.notes.append(
+            f"{format_count(verdict.unused_images, 'image member')} without a row: {verdict.unused_example}"
+        )
     if model is not None and recompute is not None:
         drawn = draw(sources, recompute)
-        recompute_rows(output, expected.image_member, model, drawn, verdict, on_progress)
+        recompute_rows(output, expected.naming, model, drawn, verdict, on_progress)
     return verdict
 
 
@@ -155,7 +159,7 @@ def _checked(
                 futures = [
                     pool.submit(check_part, output, expected, name, name in group.with_errors) for name in group.parts
                 ]
-                tar = None if group.shard is None else pool.submit(walk, group.shard, expected.id)
+                tar = None if group.shard is None else pool.submit(walk, group.shard, expected.naming, expected.id)
                 waiting.append((group, futures, tar))
             while waiting and (group is None or sum(len(parts) for _, parts, _ in waiting) > 8 * threads):
                 oldest, futures, tar = waiting.popleft()

@@ -27,6 +27,7 @@ from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.names import EMBEDDINGS, PartName
 from pipeline.output.parts import vectors
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import images
 from pipeline.verify.findings import Progress, Verdict, few
 from pipeline.verify.parts import PIECE_BYTES
@@ -113,7 +114,7 @@ def draw(sources: list[Source], recompute: Recompute) -> list[tuple[Source, list
 
 def recompute_rows(
     output: str,
-    image_member: str | None,
+    naming: Naming,
     model: Model,
     drawn: list[tuple[Source, list[int]]],
     verdict: Verdict,
@@ -129,7 +130,7 @@ def recompute_rows(
             table = pq.read_table(pa.BufferReader(data), columns=[IMAGE_ID, SAMPLE_INDEX, EMBEDDING])
             ids, indices = table.column(IMAGE_ID).to_pylist(), table.column(SAMPLE_INDEX).to_pylist()
             values = vectors(table).reshape(len(table), -1)
-            encoded = images(source.shard, image_member, {indices[row] for row in rows})
+            encoded = images(source.shard, naming, {indices[row] for row in rows})
         except (pa.ArrowException, OSError, ShardError) as error:
             verdict.find(file, "recompute", f"cannot be read again: {describe(error)}")
             continue

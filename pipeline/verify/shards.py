@@ -13,6 +13,7 @@ from pipeline.core.formatting import format_count
 from pipeline.core.schema import END_BROKEN, END_NONE
 from pipeline.output.names import EMBEDDINGS, ERRORS, PartName
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import is_one_image
 from pipeline.verify.findings import Verdict, few
 from pipeline.verify.parts import Part
@@ -41,7 +42,7 @@ class Group:
         return f"{EMBEDDINGS}/{self.parts[0].shard}.{self.parts[0].tag}-*"
 
 
-def check_group(group: Group, parts: list[Part], image_member: str | None, verdict: Verdict) -> None:
+def check_group(group: Group, parts: list[Part], naming: Naming, verdict: Verdict) -> None:
     """The parts of one shard version as a whole."""
     _check_order(group, parts, verdict)
     if group.is_broken:
@@ -53,19 +54,22 @@ def check_group(group: Group, parts: list[Part], image_member: str | None, verdi
         verdict.samples += part.num_samples
         verdict.embedded += len(part.embedded.ids)
         verdict.errors += int((part.errors.indices >= 0).sum())
+        verdict.unused_images += part.unused_images
+        if part.unused_example and verdict.unused_example is None:
+            verdict.unused_example = f"{part.name.shard}: {part.unused_example}"
     verdict.parts += len(parts)
     _check_ids(group, parts, verdict)
-    _check_alike(group, parts, image_member, verdict)
+    _check_alike(group, parts, naming, verdict)
 
 
-def _check_alike(group: Group, parts: list[Part], image_member: str | None, verdict: Verdict) -> None:
+def _check_alike(group: Group, parts: list[Part], naming: Naming, verdict: Verdict) -> None:
     """Whether all embeddings are one, and the images are not, as far as the input shows them."""
     rows = [index for part in parts for index, _ in part.embedded.samples()]
     alike = {part.alike for part in parts if part.embedded.ids}
     if len(rows) < _ALIKE_AT_LEAST or len(alike) > 1 or None in alike:
         return
     try:
-        if group.shard is not None and is_one_image(group.shard, image_member, set(rows)):
+        if group.shard is not None and is_one_image(group.shard, naming, set(rows)):
             return
     except (OSError, ShardError):
         pass  # comparing the shard with its tar tells it
@@ -137,6 +141,10 @@ def compare(group: Group, parts: list[Part], tar: Tar, verdict: Verdict) -> None
     num_samples = sum(part.num_samples for part in parts)
     if are_whole and num_samples != len(tar.keys):
         value = f"{num_samples} samples are stored, its tar has {len(tar.keys)}"
+        verdict.find(group.where, "tar-count", value)
+    num_unused = sum(part.unused_images for part in parts)
+    if are_whole and num_unused != tar.unused_images:
+        value = f"{num_unused} image members without a row are counted, its tar has {tar.unused_images}"
         verdict.find(group.where, "tar-count", value)
     for part in parts:
         for folder, rows in ((EMBEDDINGS, part.embedded), (ERRORS, part.errors)):

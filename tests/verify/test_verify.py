@@ -195,6 +195,35 @@ def test_odd_but_whole_tars_balance_with_what_tarfile_reads(tmp_path: Path) -> N
     assert verdict.errors > 4
 
 
+def test_image_members_without_a_row_are_told_and_counted_against_the_tar(tmp_path: Path) -> None:
+    names = ["1.2.840.1.jpg", "1.2.840.2.jpg", ".hidden.jpg", "._mac.jpg", "x.jpg", "x.png", "x.json"]
+    write_tar(tmp_path / "in" / "s.tar", [(name, encode(photo(seed))) for seed, name in enumerate(names)])
+    output, inputs = str(tmp_path / "out"), [str(tmp_path / "in")]
+    embed(tmp_path / "in", output)
+    for given in ([], inputs):
+        verdict = verify(output, given, ALL)
+        assert verdict.findings == []
+        assert verdict.unused_images == 3
+        assert verdict.notes == ["3 image members without a row: s: .hidden.jpg, which is hidden"]
+    (path,) = (tmp_path / "out" / "embeddings").iterdir()
+    rewrite(path, lambda table: table, unused_images="2")
+    (finding,) = verify(output, inputs).findings
+    assert (finding.rule, finding.value) == (
+        "tar-count",
+        "2 image members without a row are counted, its tar has 3",
+    )
+
+
+def test_an_output_of_keys_to_the_last_dot_is_proven_by_that_rule(tmp_path: Path) -> None:
+    names = ["1.2.840.1.jpg", "1.2.840.2.jpg", "a.left.jpg", "a.right.jpg", "a.right.json"]
+    data = [encode(photo(seed)) for seed in range(4)] + [b'{"id": "own"}']
+    write_tar(tmp_path / "in" / "s.tar", list(zip(names, data, strict=True)))
+    embed(tmp_path / "in", tmp_path / "out", key="last-dot")
+    verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], ALL)
+    assert (verdict.findings, verdict.notes) == ([], [])
+    assert (verdict.samples, verdict.recomputed, verdict.unused_images) == (4, 4, 0)
+
+
 def test_the_same_rows_are_drawn_for_the_same_seed(good: Path, shards: Path) -> None:
     cosines = [verify(str(good), [str(shards)], Recompute(3, seed=seed)).lowest_cosine for seed in (5, 5)]
     assert cosines[0] == cosines[1]

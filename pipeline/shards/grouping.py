@@ -1,0 +1,106 @@
+"""Members of a shard in their order, grouped to samples: a sample is a run of consecutive members of one key."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from pipeline.core.errors import ShardError
+from pipeline.shards.keys import IMAGE_EXTENSIONS, Naming
+
+# Members of one sample; what it may keep in memory has a bound, whatever a shard says.
+MAX_SAMPLE_MEMBERS = 10_000
+
+
+class Named(Protocol):
+    """A member: all that grouping needs of one is its name."""
+
+    @property
+    def name(self) -> str:
+        """The path in the shard."""
+
+
+M = TypeVar("M", bound=Named)
+
+
+@dataclass(slots=True)
+class Sample(Generic[M]):
+    """Members of one key, as far as they are needed.
+
+    Of `num_images` members that are images one is `image`; `other_image` names another.
+    """
+
+    key: str
+    image: M | None = None
+    rank: int = 2 * len(IMAGE_EXTENSIONS)
+    metadata: dict[str, M] = field(default_factory=dict)
+    parsed: dict[str, Any] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    problem: str | None = None
+    first_name: str = ""
+    num_images: int = 0
+    other_image: str = ""
+
+    @property
+    def num_unused(self) -> int:
+        """Image members that the sample's row does not stand for."""
+        return max(self.num_images - 1, 0)
+
+    def add(self, member: M, extension: str, rank: int | None, metadata: Collection[str]) -> None:
+        """Add a member: an image if it has a `rank`, metadata if that has its extension."""
+        name = member.name
+        if rank is not None:
+            self.num_images += 1
+            self.other_image = name
+        if name in self.names:
+            self.problem = f"duplicate member: {brief(name)}"
+            return
+        if len(self.names) >= MAX_SAMPLE_MEMBERS:
+            self.problem = f"too many members: more than {MAX_SAMPLE_MEMBERS}"
+            return
+        self.names.add(name)
+        if metadata and (lower := extension.lower()) in metadata:
+            self.metadata.setdefault(lower, member)
+        if rank is not None and rank < self.rank:
+            if self.image is not None:
+                self.other_image = self.image.name
+            self.image, self.rank = member, rank
+
+
+def iter_samples(
+    members: Iterable[M], naming: Naming, metadata: Collection[str] = frozenset()
+) -> Iterator[Sample[M] | M]:
+    """Yield each sample when it is complete, and a member that is of none as it is.
+
+    `metadata` are the extensions, in lower case, of the other members that are wanted.
+
+    Raises:
+        ShardError: where `members` does, after the sample that was begun.
+    """
+    current: Sample[M] | None = None
+    fault: ShardError | None = None
+    try:
+        for member in members:
+            split = naming.split(member.name)
+            if split is None:
+                yield member
+                continue
+            key, extension = split
+            if current is None or current.key != key:
+                if current is not None:
+                    yield current
+                current = Sample(key, first_name=member.name)
+            current.add(member, extension, naming.image_rank(extension), metadata)
+    except ShardError as error:
+        fault = error
+    if current is not None:
+        yield current
+    if fault is not None:
+        raise fault
+
+
+def brief(name: str) -> str:
+    """A member's name, or a piece of it, as a reason shows it: short, and without control characters."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:100])
+    return shown + ("..." if len(name) > 100 else "")

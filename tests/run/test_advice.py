@@ -1,0 +1,87 @@
+"""What a run warns of: in its report, on its page and on the console."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.support.console import Console
+from jobs.support.console_json import JsonConsole
+from pipeline.pages.run_page import draw_page
+from pipeline.planning.job import prepare_job
+from pipeline.planning.plan import make_plan
+from pipeline.run.on_ray import OnRay
+from pipeline.run.passes import Watcher, run
+from pipeline.shards.keys import Naming
+from tests.conftest import encode, photo, write_tar
+from tests.outputs import embed
+
+
+def report_of(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
+    """The report of a run after one that stored all: it takes no Ray."""
+    config = embed(folder, output, **settings)
+    job = prepare_job(config)
+    return run(job, make_plan(job.shards, config.output), Watcher(*[lambda *_: None] * 3), OnRay())
+
+
+def said(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[str, list[dict[str, Any]], str]:
+    """What the console says, the lines of the one for machines, and the page."""
+    Console().summary(report)
+    text = capsys.readouterr().out
+    JsonConsole().summary(report)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return text, lines, draw_page(report, {}, set(), Naming())
+
+
+def write_images(path: Path, *names: str) -> None:
+    write_tar(path, [(name, encode(photo(seed))) for seed, name in enumerate(names)])
+
+
+def test_image_members_without_a_row_are_reported_and_warned_of_with_the_rule_that_keeps_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "in" / "a.tar", *(f"1.2.840.{i}.jpg" for i in range(5)))
+    write_images(tmp_path / "in" / "b.tar", "x.jpg", "y.jpg", "y.png")
+    report = report_of(tmp_path / "in", tmp_path / "out")
+    assert (report["samples"], report["embedded"], report["unused_images"]) == (3, 3, 5)
+    (warning,) = report["warnings"]
+    assert warning.startswith(
+        "5 image members got no row, since a sample gives one embedding; for example a: 1.2.840.4.jpg, beside"
+    )
+    assert "--key last-dot, with a new --output, " in warning
+    text, lines, page = said(report, capsys)
+    assert "\nimages without a row" in text
+    assert f"WARNING   {warning}" in text
+    assert {"level": "warning", "event": "problem", "message": warning}.items() <= lines[-2].items()
+    assert lines[-1]["unused_images"] == 5
+    assert "image members without a row</dt><dd>5</dd>" in page
+    assert "5 image members got no row" in page
+    kept = report_of(tmp_path / "in", tmp_path / "kept", key="last-dot")
+    assert (kept["embedded"], kept["unused_images"]) == (7, 1)
+    (warning,) = kept["warnings"]
+    assert "b: y.png, beside y.jpg" in warning
+    assert "--key" not in warning
+
+
+def test_a_run_without_anything_to_warn_of_warns_of_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "in" / "a.tar", "x.jpg", "y.jpg", "y.mask.png")
+    report = report_of(tmp_path / "in", tmp_path / "out", image_member="jpg")
+    assert (report["unused_images"], report["warnings"]) == (0, [])
+    text, lines, page = said(report, capsys)
+    assert "WARNING" not in text
+    assert "without a row" not in text
+    assert [line["level"] for line in lines] == ["info"]
+    assert "Warnings" not in page
+
+
+def test_the_report_of_a_run_that_found_all_done_tells_what_the_last_one_counted(tmp_path: Path) -> None:
+    write_images(tmp_path / "in" / "a.tar", "x.jpg", "x.png")
+    first = report_of(tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["unused_images"] == 1
+    again = report_of(tmp_path / "in", tmp_path / "out")
+    assert (again["unused_images"], again["unused_example"]) == (1, first["unused_example"])
