@@ -89,7 +89,9 @@ def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts
             counts.num_embedded += result.num_embedded
             counts.num_errors += result.num_errors
             counts.unused_images += result.unused_images
-            counts.unused_example = counts.unused_example or result.unused_example
+            # The same in every run, whatever the order of the listing.
+            examples = filter(None, (counts.unused_example, result.unused_example))
+            counts.unused_example = min(examples, default=None)
             counts.faults.extend(f"{shard}: {fault}" for fault in result.faults)
     for parts in stored.values():
         for part, _ in parts:
