@@ -18,6 +18,7 @@ from pipeline.core.config import AUTO
 from pipeline.core.formatting import format_count, format_size
 from pipeline.core.redact import redact
 from pipeline.core.schema import SHARD_FAULT
+from pipeline.shards.left_out import format_left_out
 
 if TYPE_CHECKING:
     from pipeline.planning.job import Job
@@ -79,6 +80,9 @@ class Console:
         kind = f"{settings.features} [{shape}] {settings.dtype}"
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")
         say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
+        if job.left_out:
+            num_left_out = format_count(sum(job.left_out.values()), "file")
+            say(f"left out  {num_left_out} of the input, as no .tar: {format_left_out(job.left_out)}")
         say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))
         more = [
             f"{len(names)} {what}"

@@ -66,6 +66,7 @@ class JsonConsole(Console):
             output=job.config.output,
             is_new=job.is_new,
             num_shards=len(job.shards),
+            left_out_files=dict(job.left_out),
             num_done=plan.num_done,
             num_pending=len(plan.pending),
             num_changed=len(plan.changed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline import backbones
@@ -40,6 +41,8 @@ class Job:
     fingerprint: Fingerprint
     is_new: bool
     shards: list[Shard]
+    # Files of the input that are no shards, by kind.
+    left_out: Mapping[str, int]
     # The folder that the input lay in when the output was begun, where it is another one now.
     moved_from: str | None = None
     # Names this run in its lease, its report, its metrics and what it prints.
@@ -93,7 +96,7 @@ def prepare_job(config: Config) -> Job:
         settings, weights_name=weights.name, input_prefix=found.prefix, versions=backbones.versions(backbone)
     )
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
-    return follow_output(Job(config, network, weights, shape, asked, True, found.shards))
+    return follow_output(Job(config, network, weights, shape, asked, True, found.shards, found.left_out))
 
 
 def follow_output(job: Job) -> Job:

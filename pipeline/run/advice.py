@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pipeline.core.config import KEYS, Config
 from pipeline.core.formatting import format_count
 from pipeline.output.ledger import Counts
+from pipeline.planning.job import Job
+from pipeline.shards.left_out import archives_among, format_left_out
 
 
-def make_warnings(config: Config, counts: Counts) -> list[str]:
+def make_warnings(job: Job, counts: Counts) -> list[str]:
     """The warnings, each a sentence or more."""
-    return _unused_images(config, counts)
+    return [*_archives(job.left_out), *_unused_images(job.config, counts)]
+
+
+def _archives(left_out: Mapping[str, int]) -> list[str]:
+    archives = archives_among(left_out)
+    if not archives:
+        return []
+    number = format_count(sum(archives.values()), "file")
+    return [
+        f"{number} of the input may be shards and were not read: {format_left_out(archives)}. "
+        "Only plain .tar is read: decompress them, and run the same command again."
+    ]
 
 
 def _unused_images(config: Config, counts: Counts) -> list[str]:

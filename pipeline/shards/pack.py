@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from webdataset import ShardWriter
 
 from pipeline.core.errors import InputError, OutputError, SettingsError
-from pipeline.shards.find import SUFFIX
 from pipeline.shards.keys import IMAGE_EXTENSIONS, printable, split_key
+from pipeline.shards.left_out import SUFFIX
 
 # No `.tar` at its end, so that nothing below it can be taken for a shard.
 _TEMPORARY_PREFIX = ".packing-"

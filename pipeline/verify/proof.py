@@ -18,6 +18,7 @@ from pipeline.core.redact import describe
 from pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
 from pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
 from pipeline.shards.find import Shard, find_shards
+from pipeline.shards.left_out import archives_among, format_left_out
 from pipeline.verify.findings import Progress, Verdict, one_line
 from pipeline.verify.parts import Expected, Part, check_part, expectation
 from pipeline.verify.recompute import Recompute, Source, draw, make_model, recompute_rows
@@ -73,6 +74,9 @@ def _input(inputs: Sequence[str], expected: Expected, verdict: Verdict) -> dict[
         verdict.notes.append(
             f"the input's prefix is {one_line(found.prefix)}, the output was made of {one_line(prefix)}"
         )
+    archives = archives_among(found.left_out)
+    if archives:
+        verdict.notes.append(f"files of the input that may be shards and are not read: {format_left_out(archives)}")
     return {shard.name: shard for shard in found.shards}
 
 

@@ -85,3 +85,31 @@ def test_the_report_of_a_run_that_found_all_done_tells_what_the_last_one_counted
     assert json.loads((tmp_path / "out" / "report.json").read_text())["unused_images"] == 1
     again = report_of(tmp_path / "in", tmp_path / "out")
     assert (again["unused_images"], again["unused_example"]) == (1, first["unused_example"])
+
+
+def test_files_that_may_be_shards_and_are_not_read_are_told_in_the_plan_and_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "in" / "a.tar", "x.jpg")
+    write_images(tmp_path / "in" / "b.TAR", "y.jpg")
+    for name in ("c.tar.gz", "d.tar.gz", "e.tgz", "a.json"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    report = report_of(tmp_path / "in", tmp_path / "out")
+    assert report["samples"] == 2
+    assert report["left_out_files"] == {".tar.gz": 2, ".tgz": 1, ".json": 1}
+    (warning,) = report["warnings"]
+    assert warning.startswith(
+        "3 files of the input may be shards and were not read: 2 .tar.gz, 1 .tgz. Only plain .tar"
+    )
+    job = prepare_job(embed(tmp_path / "in", tmp_path / "out"))
+    plan = make_plan(job.shards, job.config.output)
+    Console().plan(job, plan, None)
+    assert "\nleft out  4 files of the input, as no .tar: 2 .tar.gz, 1 .tgz, 1 .json\n" in capsys.readouterr().out
+    JsonConsole().plan(job, plan, None)
+    assert json.loads(capsys.readouterr().out)["left_out_files"] == report["left_out_files"]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "in" / "a.tar").rename(tmp_path / "plain" / "a.tar")
+    (tmp_path / "in" / "a.json").rename(tmp_path / "plain" / "a.json")
+    # What is no archive is told, and not warned of.
+    report = report_of(tmp_path / "plain", tmp_path / "other")
+    assert (report["left_out_files"], report["warnings"]) == ({".json": 1}, [])

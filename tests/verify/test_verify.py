@@ -214,6 +214,14 @@ def test_image_members_without_a_row_are_told_and_counted_against_the_tar(tmp_pa
     )
 
 
+def test_files_of_the_input_that_may_be_shards_are_told(good: Path, own_shards: Path) -> None:
+    (own_shards / "more.tar.gz").write_bytes(b"x")
+    (own_shards / "photos-00000.json").write_bytes(b"x")
+    verdict = verify(str(good), [str(own_shards)])
+    assert verdict.findings == []
+    assert "files of the input that may be shards and are not read: 1 .tar.gz" in verdict.notes
+
+
 def test_an_output_of_keys_to_the_last_dot_is_proven_by_that_rule(tmp_path: Path) -> None:
     names = ["1.2.840.1.jpg", "1.2.840.2.jpg", "a.left.jpg", "a.right.jpg", "a.right.json"]
     data = [encode(photo(seed)) for seed in range(4)] + [b'{"id": "own"}']
