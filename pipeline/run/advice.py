@@ -6,14 +6,16 @@ from collections.abc import Mapping
 
 from pipeline.core.config import KEYS, Config
 from pipeline.core.formatting import format_count
+from pipeline.core.schema import MEMBERS_APART, NO_IMAGE
 from pipeline.output.ledger import Counts
 from pipeline.planning.job import Job
+from pipeline.run.tally import Tally
 from pipeline.shards.left_out import archives_among, format_left_out
 
 
-def make_warnings(job: Job, counts: Counts) -> list[str]:
+def make_warnings(job: Job, counts: Counts, tally: Tally) -> list[str]:
     """The warnings, each a sentence or more."""
-    return [*_archives(job.left_out), *_unused_images(job.config, counts)]
+    return [*_archives(job.left_out), *_unused_images(job.config, counts), *_members_apart(tally)]
 
 
 def _archives(left_out: Mapping[str, int]) -> list[str]:
@@ -37,3 +39,13 @@ def _unused_images(config: Config, counts: Counts) -> list[str]:
     if config.image_member is None:
         said.append("--image-member EXT says which members are the images.")
     return [" ".join(said)]
+
+
+def _members_apart(tally: Tally) -> list[str]:
+    num_images = tally.num_samples - tally.reasons[NO_IMAGE] - tally.reasons[MEMBERS_APART]
+    if not tally.apart_samples or 2 * tally.apart_samples < num_images:
+        return []
+    return [
+        f"{tally.apart_samples:,} of {format_count(num_images, 'image')} stand apart from the other members of their "
+        "key, whose fields are lost. Make the shards with `tar --sort=name`, which puts them side by side."
+    ]

@@ -27,6 +27,7 @@ class Tally:
     written_bytes: int = 0
     kept_nulls: int = 0
     ignored_members: int = 0
+    apart_samples: int = 0
     # The smallest that a runner used: on a device whose memory did not hold more.
     batch_size: int | None = None
     reasons: Counter[str] = field(default_factory=Counter)
@@ -51,7 +52,7 @@ class Tally:
         self.num_samples += receipt["num_samples"]
         self.num_embedded += receipt["num_embedded"]
         self.num_errors += receipt["num_samples"] - receipt["num_embedded"]
-        for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members"):
+        for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members", "apart_samples"):
             setattr(self, name, getattr(self, name) + receipt[name])
         self.batch_size = min(self.batch_size or receipt["batch_size"], receipt["batch_size"])
         busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}

@@ -4,6 +4,9 @@ The key rule is WebDataset's: the member's path up to the first dot of its basen
 up to the last. A sample is a run of consecutive members of one key. What `webdataset` drops or refuses
 becomes a row with a reason: a repeated key, a repeated member, a member without an extension, a sample cut
 short, one without an image. An image beside the one that its sample's row stands for is counted.
+
+Where the members of a key do not stand side by side, its image is still embedded: what has no image does
+not take the key. The other members are rows with a reason, and their fields null.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.config import Config
+from pipeline.core.config import Config, Field
 from pipeline.core.errors import SampleError, ShardChangedError, ShardError
 from pipeline.core.schema import (
     END_BROKEN,
     END_LAST,
     END_NONE,
+    MEMBERS_APART,
+    NO_IMAGE,
     STAGE_READ,
     STAGES,
     UNKNOWN_INDEX,
@@ -36,6 +41,8 @@ from pipeline.shards.tars import Member, iter_members
 
 # A part ends early, by content alone, where its images and texts would take more memory than this.
 MAX_PART_BYTES = 512 * 2**20
+_SIDE_BY_SIDE = "members of a sample must stand side by side, as `tar --sort=name` puts them"
+_KEY, _ID = "key", "id"
 
 
 class SampleReader:
@@ -84,7 +91,8 @@ class SampleReader:
                         image = sample.image
                         beside = "" if image is None else f", beside {brief(image.name)}"
                         builder.add_unused(sample.num_unused, brief(sample.other_image) + beside)
-                    builder.add(*self._row(sample))
+                    row, own_id = self._row(sample)
+                    builder.add(row, sample.key, own_id, has_image=sample.image is not None)
                 stream.check_unchanged()
             except ShardError as error:
                 fault = _confirmed(error, stream)
@@ -94,8 +102,8 @@ class SampleReader:
                 builder.go_after_stored()
             yield from builder.finish(END_LAST if fault is None else END_BROKEN, stream.position, fault, ignored)
 
-    def _row(self, sample: Sample[Member]) -> tuple[dict[str, Any], str, str | None]:
-        """The sample's row, its key, and its id where that is of its own. Its image is None where it has a reason."""
+    def _row(self, sample: Sample[Member]) -> tuple[dict[str, Any], str | None]:
+        """The sample's row, and its id where that is of its own. Its image is None where it has a reason."""
         key, own_id = sample.key, None
         row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "nulls": 0}
         row["kept"] = [None] * len(self._config.keep)
@@ -107,10 +115,12 @@ class SampleReader:
             if sample.problem is not None:
                 raise SampleError(sample.problem)
             if self._config.id is not None:
-                row["image_id"] = own_id = find_user_id(sample, self._config.id)
+                row["image_id"] = own_id = self._user_id(sample, self._config.id)
             if image is None:
                 extensions = sorted(brief(name[len(key) + 1 :]) or "none" for name in sample.names)
-                raise SampleError(f"no image: its members have the extensions {', '.join(extensions[:8])}")
+                raise SampleError(
+                    f"{NO_IMAGE}: its members have the extensions {', '.join(extensions[:8])}; {_SIDE_BY_SIDE}"
+                )
             if image.problem is not None:
                 raise SampleError(f"unreadable member: {image.problem}")
             for position, item in enumerate(self._config.keep):
@@ -120,7 +130,16 @@ class SampleReader:
             row["image"] = image.data
         except SampleError as error:
             row["reason"] = str(error)
-        return row, key, own_id
+        return row, own_id
+
+    @staticmethod
+    def _user_id(sample: Sample[Member], item: Field) -> str:
+        try:
+            return find_user_id(sample, item)
+        except SampleError as error:
+            if item.member.lower() in sample.metadata:
+                raise
+            raise SampleError(f"{error}; it has no {item.member} beside it: {_SIDE_BY_SIDE}") from error
 
 
 class _PartBuilder:
@@ -131,6 +150,8 @@ class _PartBuilder:
         self._type = sample_struct
         self._stored = set(shard.stored_parts)
         self._seen: set[int] = set()
+        # Keys of members without an image.
+        self._bare: set[int] = set()
         self._part = 0
         self._index = 0
         self._since = time.perf_counter()
@@ -141,6 +162,7 @@ class _PartBuilder:
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
         self._nulls = 0
+        self._apart = 0
         self._unused = 0
         self._unused_example: str | None = None
 
@@ -162,17 +184,28 @@ class _PartBuilder:
     def is_full(self, part_rows: int) -> bool:
         return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES
 
-    def add(self, row: dict[str, Any], key: str, own_id: str | None) -> None:
-        """Add one sample. A key, or an id of its own, seen before in this shard makes it a row with a reason."""
-        for kind, name in (("key", key), ("id", own_id)):
-            if name is None:
-                continue
-            fingerprint = hash((kind, name))
-            if fingerprint in self._seen:
-                reason = f"repeated {kind}: an earlier sample of this shard has it"
-                row |= {"image": None, "nulls": 0, "reason": reason}
-                break
-            self._seen.add(fingerprint)
+    def add(self, row: dict[str, Any], key: str, own_id: str | None, *, has_image: bool) -> None:
+        """Add one sample. A key, or an id of its own, seen before in this shard makes it a row with a reason.
+
+        Without an image it takes neither.
+        """
+        of_key = hash((_KEY, key))
+        if not has_image:
+            if of_key in self._seen:
+                self._apart += of_key not in self._bare
+                row["reason"] = f"{MEMBERS_APART}: the image of their key stands before them; {_SIDE_BY_SIDE}"
+            self._bare.add(of_key)
+        else:
+            self._apart += of_key in self._bare and of_key not in self._seen
+            for kind, name in ((_KEY, key), (_ID, own_id)):
+                if name is None:
+                    continue
+                fingerprint = hash((kind, name))
+                if fingerprint in self._seen:
+                    reason = f"repeated {kind}: an earlier sample of this shard has it"
+                    row |= {"image": None, "nulls": 0, "reason": reason}
+                    break
+                self._seen.add(fingerprint)
         texts = [row["image_id"], row["member"], *row["kept"]]
         self._bytes += len(row["image"] or b"") + sum(len(text.encode()) for text in texts if isinstance(text, str))
         self._nulls += row["nulls"]
@@ -203,6 +236,7 @@ class _PartBuilder:
             "ignored_members": ignored,
             "unused_images": self._unused,
             "unused_example": self._unused_example,
+            "apart_samples": self._apart,
             "kept_nulls": self._nulls,
             "read_bytes": position - self._read_to,
             "batch_size": 0,

@@ -13,18 +13,18 @@ from jobs.support.console_json import JsonConsole
 from pipeline.pages.run_page import draw_page
 from pipeline.planning.job import prepare_job
 from pipeline.planning.plan import make_plan
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
+from pipeline.run.in_process import InProcess
+from pipeline.run.passes import run
 from pipeline.shards.keys import Naming
-from tests.conftest import encode, photo, write_tar
-from tests.outputs import embed
+from tests.conftest import encode, photo, sample_members, write_tar
+from tests.outputs import UNHEARD, embed, job_for
 
 
 def report_of(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
     """The report of a run after one that stored all: it takes no Ray."""
     config = embed(folder, output, **settings)
     job = prepare_job(config)
-    return run(job, make_plan(job.shards, config.output), Watcher(*[lambda *_: None] * 3), OnRay())
+    return run(job, make_plan(job.shards, config.output), UNHEARD, InProcess())
 
 
 def said(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[str, list[dict[str, Any]], str]:
@@ -113,3 +113,31 @@ def test_files_that_may_be_shards_and_are_not_read_are_told_in_the_plan_and_warn
     # What is no archive is told, and not warned of.
     report = report_of(tmp_path / "plain", tmp_path / "other")
     assert (report["left_out_files"], report["warnings"]) == ({".json": 1}, [])
+
+
+def parts_run(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
+    """The report of a run that stores its parts itself."""
+    job = job_for(folder, output, **settings)
+    return run(job, make_plan(job.shards, job.config.output), UNHEARD, InProcess())
+
+
+def write_apart(path: Path, num_apart: int, num_beside: int) -> None:
+    """Photos whose JSON stands after all of them, then photos with it beside them."""
+    photo_and_text = [sample_members(f"{i:03d}", i)[::2] for i in range(num_apart + num_beside)]
+    apart, beside = photo_and_text[:num_apart], photo_and_text[num_apart:]
+    write_tar(path, [*(one[0] for one in apart), *(one[1] for one in apart), *(m for one in beside for m in one)])
+
+
+@pytest.mark.parametrize(("num_apart", "num_beside", "is_told"), [(4, 0, True), (2, 2, True), (2, 3, False)])
+def test_a_shard_whose_members_mostly_stand_apart_is_embedded_and_told_how_to_be_made(
+    num_apart: int, num_beside: int, is_told: bool, tmp_path: Path
+) -> None:
+    write_apart(tmp_path / "in" / "s.tar", num_apart, num_beside)
+    report = parts_run(tmp_path / "in", tmp_path / "out")
+    assert (report["embedded"], report["errors_by_reason"]) == (num_apart + num_beside, {"members apart": num_apart})
+    assert report["apart_samples"] == num_apart
+    told = (
+        f"{num_apart} of {num_apart + num_beside} images stand apart from the other members of their key, whose fields are lost. "
+        "Make the shards with `tar --sort=name`, which puts them side by side."
+    )
+    assert report["warnings"] == [told] * is_told

@@ -239,6 +239,61 @@ def test_a_sample_of_too_many_members_is_one_error_in_bounded_memory(tmp_path: P
     assert [row[REASON] for row in rows(path)] == ["too many members: more than 10000", None]
 
 
+# Members that do not stand side by side
+
+
+def photos_and_texts(count: int) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
+    texts = [(f"d/{i}.json", json.dumps({"id": f"p{i}"}).encode()) for i in range(count)]
+    return [(f"d/{i}.jpg", PHOTO) for i in range(count)], texts
+
+
+@given(st.permutations(range(12)))
+@settings(max_examples=60, deadline=None)
+def test_in_whatever_order_the_members_stand_every_image_is_embedded_once(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int]
+) -> None:
+    photos, texts = photos_and_texts(6)
+    members = [[*photos, *texts][position] for position in order]
+    path = write_tar(tmp_path_factory.mktemp("shards") / "s.tar", members)
+    found = parts(path, part_rows=4, keep=["json:id"])
+    got = [row for _, samples in found for row in samples.to_pylist()]
+    embedded = [row for row in got if row[REASON] is None]
+    assert sorted(row["image_id"] for row in embedded) == [f"d/{i}" for i in range(6)]
+    names = [name for name, _ in members]
+    beside = [f"d/{i}" for i in range(6) if abs(names.index(f"d/{i}.jpg") - names.index(f"d/{i}.json")) == 1]
+    # Beside its image a member is of its sample; apart it is a row of its own that says so.
+    assert {row["image_id"]: row["keep:id"] for row in embedded} == {
+        f"d/{i}": f"p{i}" if f"d/{i}" in beside else None for i in range(6)
+    }
+    errors = [row for row in got if row[REASON] is not None]
+    assert sorted(row["image_id"] for row in errors) == sorted({f"d/{i}" for i in range(6)} - {*beside})
+    assert {row[REASON].partition(":")[0] for row in errors} <= {"no image", "members apart"}
+    assert all("tar --sort=name" in row[REASON] for row in errors)
+    assert sum(values["apart_samples"] for values, _ in found) == 6 - len(beside)
+
+
+def test_an_image_whose_id_stands_apart_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    photos, texts = photos_and_texts(2)
+    for members, kind in (([*photos, *texts], "members apart"), ([*texts, *photos], "no image")):
+        found = rows(write_tar(tmp_path / "s.tar", members), id="json:id")
+        reasons = {row["member"]: row[REASON] for row in found}
+        for name, _ in photos:
+            assert reasons[name] == (
+                "no id: json:id is missing, not text or an integer; it has no json beside it: "
+                "members of a sample must stand side by side, as `tar --sort=name` puts them"
+            )
+        assert {reasons[name].partition(":")[0] for name, _ in texts} == {kind}
+
+
+def test_metadata_without_an_image_takes_neither_a_key_nor_an_id(tmp_path: Path) -> None:
+    own = b'{"id": "one"}'
+    path = write_tar(tmp_path / "s.tar", [("a.json", own), ("b.jpg", PHOTO), ("b.json", own), ("b.txt", b"")])
+    assert [(row["image_id"], row[REASON] is None) for row in rows(path, id="json:id")] == [
+        ("one", False),
+        ("one", True),
+    ]
+
+
 # Parts
 
 

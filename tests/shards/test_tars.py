@@ -367,7 +367,31 @@ CASES = [
         "members not side by side",
         entry("a.jpg") + entry("b.jpg") + entry("a.json", b"{}") + entry("b.json", b"{}") + END,
         "a b",
-        ("a: repeated key", "b: repeated key"),
+        ("a: members apart", "b: members apart"),
+    ),
+    Case(
+        "members not side by side, the images last",
+        entry("a.json", b"{}") + entry("b.json", b"{}") + entry("a.jpg") + entry("b.jpg") + END,
+        "a b",
+        ("a: no image", "b: no image"),
+    ),
+    Case(
+        "members not side by side, three of each key",
+        entry("a.json", b"{}")
+        + entry("b.txt")
+        + entry("a.jpg")
+        + entry("b.jpg")
+        + entry("a.txt")
+        + entry("b.json")
+        + END,
+        "a b",
+        ("a: no image", "b: no image", "a: members apart", "b: members apart"),
+    ),
+    Case(
+        "a key repeated apart, with its metadata between",
+        entry("a.jpg") + entry("b.jpg") + entry("a.json", b"{}") + entry("c.jpg") + entry("a.jpg", C) + END,
+        "a b c",
+        ("a: members apart", "a: repeated key"),
     ),
     Case("metadata before the image", entry("a.json", b"{}") + entry("a.cls", b"1") + entry("a.jpg") + END, "a"),
     Case("a sample without an image", entry("a.json", b"{}") + entry("b.jpg") + END, "b", ("a: no image",)),
