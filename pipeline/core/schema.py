@@ -64,6 +64,14 @@ SHARD_SCHEMA = pa.schema(
     ]
 )
 
+KEPT_COUNTS = pa.struct(
+    [
+        pa.field("values", pa.int64(), nullable=False),
+        pa.field("lost", pa.int64(), nullable=False),
+        pa.field("example", pa.string()),
+    ]
+)
+
 PART_FIELDS: tuple[pa.Field, ...] = (
     pa.field("name", pa.string(), nullable=False),
     pa.field("url", pa.string(), nullable=False),
@@ -82,6 +90,8 @@ PART_FIELDS: tuple[pa.Field, ...] = (
     # Keys whose image and other members do not stand side by side.
     pa.field("apart_samples", pa.int64(), nullable=False),
     pa.field("kept_nulls", pa.int64(), nullable=False),
+    # Of each field of `keep`, in its order: rows with a value, values that were lost, and one of these.
+    pa.field("kept", pa.list_(KEPT_COUNTS), nullable=False),
     pa.field("read_bytes", pa.int64(), nullable=False),
     pa.field("batch_size", pa.int32(), nullable=False),  # images a batch, of the runner; 0 before it is embedded
     *(pa.field(f"{stage}_s", pa.float64(), nullable=False) for stage in STAGES),

@@ -15,7 +15,12 @@ from pipeline.shards.left_out import archives_among, format_left_out
 
 def make_warnings(job: Job, counts: Counts, tally: Tally) -> list[str]:
     """The warnings, each a sentence or more."""
-    return [*_archives(job.left_out), *_unused_images(job.config, counts), *_members_apart(tally)]
+    return [
+        *_archives(job.left_out),
+        *_unused_images(job.config, counts),
+        *_members_apart(tally),
+        *_kept_fields(job.config, tally),
+    ]
 
 
 def _archives(left_out: Mapping[str, int]) -> list[str]:
@@ -49,3 +54,20 @@ def _members_apart(tally: Tally) -> list[str]:
         f"{tally.apart_samples:,} of {format_count(num_images, 'image')} stand apart from the other members of their "
         "key, whose fields are lost. Make the shards with `tar --sort=name`, which puts them side by side."
     ]
+
+
+def _kept_fields(config: Config, tally: Tally) -> list[str]:
+    """Fields without a single value, and fields of which values were lost."""
+    said = []
+    # Nothing is known of fields where this run stored no part.
+    for field, kept in zip(config.keep, tally.kept, strict=False):
+        if kept.lost:
+            said.append(
+                f"--keep {field.spec} lost {kept.lost:,} of {format_count(kept.lost + kept.values, 'value')}, which "
+                f"are null; for example {kept.example}."
+            )
+        elif not kept.values and tally.num_samples:
+            said.append(
+                f"--keep {field.spec} kept nothing: it is missing or null in all samples that this run stored."
+            )
+    return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -89,6 +90,9 @@ def make_report(
         "left_out_files": dict(job.left_out),
         "report_fault": None,
         "kept_nulls": tally.kept_nulls,
+        "kept_fields": {
+            field.column: dataclasses.asdict(kept) for field, kept in zip(job.config.keep, tally.kept, strict=False)
+        },
         "ignored_members": tally.ignored_members,
         "apart_samples": tally.apart_samples,
         "unused_images": counts.unused_images,

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.core.config import Field
 from pipeline.core.errors import SampleError
-from pipeline.shards.grouping import Sample
+from pipeline.shards.grouping import Sample, brief
 from pipeline.shards.tars import Member
 
 MAX_METADATA_BYTES = 16 * 2**20
@@ -47,7 +47,8 @@ def _parsed(data: bytes) -> Any:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode().strip("\r\n")
+        # Without a byte order mark.
+        return data.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         raise SampleError(f"broken text: not UTF-8: {error.reason}") from error
 
@@ -72,6 +73,18 @@ def kept_field(sample: Sample[Member], item: Field) -> tuple[Any, bool]:
         return kept_value(_lookup(sample, item), item.type)
     except SampleError:
         return None, True
+
+
+def why_lost(sample: Sample[Member], item: Field) -> str:
+    """Why `kept_field` lost a value, in a few words."""
+    try:
+        value = _lookup(sample, item)
+    except SampleError as error:
+        return str(error)
+    if item.type == "json" or (item.type == "string" and isinstance(value, str)):
+        return "it holds what JSON text cannot: NaN, infinity, or invalid Unicode"
+    shown = f"{_kind(value)} {brief(str(value))}" if isinstance(value, (str, bool, int, float)) else _kind(value)
+    return f"{shown} is no {item.type}"
 
 
 def kept_value(value: Any, kind: str) -> tuple[Any, bool]:

@@ -32,7 +32,7 @@ from pipeline.core.schema import (
     part_row,
     sample_type,
 )
-from pipeline.shards.fields import find_user_id, kept_field
+from pipeline.shards.fields import find_user_id, kept_field, why_lost
 from pipeline.shards.find import Pending
 from pipeline.shards.grouping import Sample, brief, iter_samples
 from pipeline.shards.keys import Naming, printable
@@ -72,7 +72,7 @@ class SampleReader:
         The last one says how the shard ended: proven (`last`), or `broken` with the fault. All
         samples that can be read are in some part, whatever happens after them.
         """
-        builder = _PartBuilder(shard, self._type)
+        builder = _PartBuilder(shard, self._type, self._config.keep)
         fault: ShardError | None = None
         ignored = 0
         with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
@@ -92,7 +92,7 @@ class SampleReader:
                         beside = "" if image is None else f", beside {brief(image.name)}"
                         builder.add_unused(sample.num_unused, brief(sample.other_image) + beside)
                     row, own_id = self._row(sample)
-                    builder.add(row, sample.key, own_id, has_image=sample.image is not None)
+                    builder.add(row, sample, own_id)
                 stream.check_unchanged()
             except ShardError as error:
                 fault = _confirmed(error, stream)
@@ -105,7 +105,7 @@ class SampleReader:
     def _row(self, sample: Sample[Member]) -> tuple[dict[str, Any], str | None]:
         """The sample's row, and its id where that is of its own. Its image is None where it has a reason."""
         key, own_id = sample.key, None
-        row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "nulls": 0}
+        row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "lost": []}
         row["kept"] = [None] * len(self._config.keep)
         image = sample.image
         row["member"] = printable(image.name if image is not None else sample.first_name)
@@ -126,7 +126,8 @@ class SampleReader:
             for position, item in enumerate(self._config.keep):
                 value, lost = kept_field(sample, item)
                 row["kept"][position] = value
-                row["nulls"] += lost
+                if lost:
+                    row["lost"].append(position)
             row["image"] = image.data
         except SampleError as error:
             row["reason"] = str(error)
@@ -145,10 +146,12 @@ class SampleReader:
 class _PartBuilder:
     """Collects rows, and cuts them into parts."""
 
-    def __init__(self, shard: Pending, sample_struct: pa.StructType) -> None:
+    def __init__(self, shard: Pending, sample_struct: pa.StructType, keep: tuple[Field, ...]) -> None:
         self._shard = shard
         self._type = sample_struct
+        self._keep = keep
         self._stored = set(shard.stored_parts)
+        # Keys of samples with an image, and ids.
         self._seen: set[int] = set()
         # Keys of members without an image.
         self._bare: set[int] = set()
@@ -161,7 +164,7 @@ class _PartBuilder:
     def _clear(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
-        self._nulls = 0
+        self._kept: list[dict[str, Any]] = [{"values": 0, "lost": 0, "example": None} for _ in self._keep]
         self._apart = 0
         self._unused = 0
         self._unused_example: str | None = None
@@ -184,32 +187,42 @@ class _PartBuilder:
     def is_full(self, part_rows: int) -> bool:
         return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES
 
-    def add(self, row: dict[str, Any], key: str, own_id: str | None, *, has_image: bool) -> None:
+    def add(self, row: dict[str, Any], sample: Sample[Member], own_id: str | None) -> None:
         """Add one sample. A key, or an id of its own, seen before in this shard makes it a row with a reason.
 
         Without an image it takes neither.
         """
-        of_key = hash((_KEY, key))
-        if not has_image:
+        of_key = hash((_KEY, sample.key))
+        if sample.image is None:
             if of_key in self._seen:
                 self._apart += of_key not in self._bare
                 row["reason"] = f"{MEMBERS_APART}: the image of their key stands before them; {_SIDE_BY_SIDE}"
             self._bare.add(of_key)
         else:
             self._apart += of_key in self._bare and of_key not in self._seen
-            for kind, name in ((_KEY, key), (_ID, own_id)):
+            for kind, name in ((_KEY, sample.key), (_ID, own_id)):
                 if name is None:
                     continue
                 fingerprint = hash((kind, name))
                 if fingerprint in self._seen:
                     reason = f"repeated {kind}: an earlier sample of this shard has it"
-                    row |= {"image": None, "nulls": 0, "reason": reason}
+                    row |= {"image": None, "reason": reason}
                     break
                 self._seen.add(fingerprint)
         texts = [row["image_id"], row["member"], *row["kept"]]
         self._bytes += len(row["image"] or b"") + sum(len(text.encode()) for text in texts if isinstance(text, str))
-        self._nulls += row["nulls"]
+        if self._keep and row.get("reason") is None:
+            self._count_kept(row, sample)
         self._rows.append(row)
+
+    def _count_kept(self, row: dict[str, Any], sample: Sample[Member]) -> None:
+        for counts, value in zip(self._kept, row["kept"], strict=True):
+            counts["values"] += value is not None
+        for position in row["lost"]:
+            counts = self._kept[position]
+            counts["lost"] += 1
+            if counts["example"] is None:
+                counts["example"] = f"{brief(sample.key)}: {why_lost(sample, self._keep[position])}"
 
     def add_unused(self, count: int, example: str) -> None:
         """Count image members that no row stands for, of which `example` is one."""
@@ -237,7 +250,8 @@ class _PartBuilder:
             "unused_images": self._unused,
             "unused_example": self._unused_example,
             "apart_samples": self._apart,
-            "kept_nulls": self._nulls,
+            "kept_nulls": sum(counts["lost"] for counts in self._kept),
+            "kept": self._kept,
             "read_bytes": position - self._read_to,
             "batch_size": 0,
             **{f"{stage}_s": 0.0 for stage in STAGES},

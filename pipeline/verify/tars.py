@@ -68,7 +68,7 @@ def _user_id(tar: TarReader, sample: Sample[Entry], field: Field) -> str | None:
         return None
     if not field.path and wanted != "json":
         if field.type == "string":
-            return data.decode("utf-8", "backslashreplace").strip("\r\n")
+            return data.decode("utf-8-sig", "backslashreplace").strip("\r\n")
         try:
             value = literal(data)
         except SampleError:

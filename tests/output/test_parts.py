@@ -50,7 +50,9 @@ def embedded(
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, fields, strict=False)]
     samples = pa.StructArray.from_arrays([*arrays, embeddings], fields=fields)
     values: dict[str, Any] = {
-        field.name: {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}.get(field.type, 0)
+        field.name: []
+        if pa.types.is_list(field.type)
+        else {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}.get(field.type, 0)
         for field in PART_FIELDS
     }
     values |= {"name": "train/00001", "url": "s3://bkt/train/00001.tar", "num_bytes": 1000, "version": "etag"}

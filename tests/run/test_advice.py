@@ -17,7 +17,7 @@ from pipeline.run.in_process import InProcess
 from pipeline.run.passes import run
 from pipeline.shards.keys import Naming
 from tests.conftest import encode, photo, sample_members, write_tar
-from tests.outputs import UNHEARD, embed, job_for
+from tests.outputs import UNHEARD, embed, job_for, rows
 
 
 def report_of(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
@@ -137,7 +137,71 @@ def test_a_shard_whose_members_mostly_stand_apart_is_embedded_and_told_how_to_be
     assert (report["embedded"], report["errors_by_reason"]) == (num_apart + num_beside, {"members apart": num_apart})
     assert report["apart_samples"] == num_apart
     told = (
-        f"{num_apart} of {num_apart + num_beside} images stand apart from the other members of their key, whose fields are lost. "
-        "Make the shards with `tar --sort=name`, which puts them side by side."
+        f"{num_apart} of {num_apart + num_beside} images stand apart from the other members of their key, "
+        "whose fields are lost. Make the shards with `tar --sort=name`, which puts them side by side."
     )
     assert report["warnings"] == [told] * is_told
+
+
+def test_fields_that_keep_nothing_or_lose_values_are_told_with_an_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = b'{"caption": "c", "width": 256, "original_width": 512.0, "nothing": null, "similarity": NaN}'
+    members = [
+        (f"{i}.{extension}", data)
+        for i in range(4)
+        for extension, data in (
+            ("jpg", encode(photo(i))),
+            ("json", document if i else b'{"caption": "c", "width": 1, "original_width": 2, "similarity": 1}'),
+            ("txt", b"\xef\xbb\xbfcap"),
+        )
+    ]
+    write_tar(tmp_path / "in" / "s.tar", members)
+    keep = [
+        "json:caption",
+        "txt",
+        "json:captoin",
+        "json:nothing",
+        "json:width",
+        "json:original_width=int64",
+        "json",
+        "cls",
+    ]
+    report = parts_run(tmp_path / "in", tmp_path / "out", keep=keep, part_rows=3)
+    assert [(row["caption"], row["txt"]) for row in rows(tmp_path / "out")] == [("c", "cap")] * 4
+    assert {name: (kept["values"], kept["lost"]) for name, kept in report["kept_fields"].items()} == {
+        "caption": (4, 0), "txt": (4, 0), "captoin": (0, 0), "nothing": (0, 0), "width": (0, 4),
+        "original_width": (1, 3), "json": (1, 3), "cls": (0, 0),
+    }  # fmt: skip
+    assert report["kept_nulls"] == 10
+    nothing = "kept nothing: it is missing or null in all samples that this run stored."
+    assert report["warnings"] == [
+        f"--keep json:captoin=string {nothing}",
+        f"--keep json:nothing=string {nothing}",
+        "--keep json:width=string lost 4 of 4 values, which are null; for example s, 0: int 1 is no string.",
+        "--keep json:original_width=int64 lost 3 of 4 values, which are null; for example s, 1: float 512.0 is no "
+        "int64.",
+        "--keep json=json lost 3 of 4 values, which are null; for example s, 1: it holds what JSON text cannot: NaN, "
+        "infinity, or invalid Unicode.",
+        f"--keep cls=int64 {nothing}",
+    ]
+    text, lines, page = said(report, capsys)
+    assert text.count("WARNING   --keep ") == 6
+    assert sum(line["event"] == "problem" for line in lines) == 6
+    assert "Warnings (6)" in page
+
+
+def test_what_a_field_lost_is_short_and_printable_whatever_it_holds(tmp_path: Path) -> None:
+    values = ['"\\ud800"', '"' + "x" * 10_000 + '"', "[" * 500 + "]" * 500, "9" * 4000, '"\\u001b[31m"']
+    members = [
+        member
+        for i, value in enumerate(values)
+        for member in ((f"\x1b{i}.jpg", encode(photo(i))), (f"\x1b{i}.json", f'{{"x": {value}}}'.encode()))
+    ]
+    write_tar(tmp_path / "in" / "s.tar", [*members, ("z.jpg", encode(photo(9))), ("z.json", b"broken")])
+    for kind in ("int64", "string", "bool"):
+        report = parts_run(tmp_path / "in", tmp_path / kind, keep=[f"json:x={kind}"], part_rows=1)
+        assert report["kept_fields"]["x"]["lost"] >= 4 - (kind == "string")
+        (warning,) = report["warnings"]
+        assert warning.isprintable()
+        assert len(warning) < 400

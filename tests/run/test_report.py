@@ -31,6 +31,7 @@ def receipt(**changes: Any) -> dict[str, Any]:
         "reasons": [],
         "error_ids": [],
         "fault": None,
+        "kept": [],
     }
     return {**counts, **times, **part, **changes}
 

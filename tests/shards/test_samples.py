@@ -437,6 +437,8 @@ def test_a_json_field_has_its_declared_type_or_is_null_and_counted(
         ("txt", "txt", "a café\r\n".encode(), ("a café", 0)),
         ("txt", "txt", "a café".encode("latin-1"), (None, 1)),
         ("txt", "txt", b"", ("", 0)),
+        ("txt", "txt", "\ufeffa \ufeffcaf\u00e9".encode(), ("a \ufeffcaf\u00e9", 0)),
+        ("cls", "cls", b"\xef\xbb\xbf3", (3, 0)),
         ("txt", "txt", b"a\0b", ("a\0b", 0)),
         ("txt", "txt", None, (None, 0)),
         ("meta.json", "meta.json:x=int64", b'{"x": 1}', (1, 0)),

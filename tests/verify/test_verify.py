@@ -558,13 +558,14 @@ def test_ids_swapped_between_two_rows_are_found_where_ids_are_a_field(shards: Pa
 
 def test_ids_of_a_member_with_a_number_are_read_as_the_job_reads_them(tmp_path: Path) -> None:
     members = [
-        [(f"{key}.jpg", encode(photo(key))), (f"{key}.cls", text)] for key, text in enumerate((b"007\n", b"1_0"))
+        [(f"{key}.jpg", encode(photo(key))), (f"{key}.cls", text)]
+        for key, text in enumerate((b"007\n", b"1_0", b"\xef\xbb\xbf8"))
     ]
     write_tar(tmp_path / "in" / "s.tar", [member for sample in members for member in sample])
     embed(tmp_path / "in", tmp_path / "out", id="cls")
     assert verify(str(tmp_path / "out"), [str(tmp_path / "in")]).findings == []
     (path,) = (tmp_path / "out" / "embeddings").iterdir()
-    assert pq.read_table(path).column(IMAGE_ID).to_pylist() == ["7", "1_0"]
+    assert pq.read_table(path).column(IMAGE_ID).to_pylist() == ["7", "1_0", "8"]
 
 
 def test_samples_that_were_lost_before_they_were_counted_are_found(planted: Path, shards: Path) -> None:
