@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.core.errors import ShardError
-from pipeline.shards.keys import IMAGE_EXTENSIONS, Naming
+from pipeline.shards.keys import IMAGE_EXTENSIONS, Naming, tells_of_shard
 
 # Members of one sample; what it may keep in memory has a bound, whatever a shard says.
 MAX_SAMPLE_MEMBERS = 10_000
@@ -68,11 +68,20 @@ class Sample(Generic[M]):
             self.image, self.rank = member, rank
 
 
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """Members that are of no sample: a hidden one, or a run of those that tell of the shard and not of a sample."""
+
+    name: str
+    num_members: int = 1
+
+
 def iter_samples(
     members: Iterable[M], naming: Naming, metadata: Collection[str] = frozenset()
-) -> Iterator[Sample[M] | M]:
-    """Yield each sample when it is complete, and a member that is of none as it is.
+) -> Iterator[Sample[M] | Ignored]:
+    """Yield each sample when it is complete, and what is of none.
 
+    A run of one key without an image is no sample where all its members tell of the shard (`tells_of_shard`).
     `metadata` are the extensions, in lower case, of the other members that are wanted.
 
     Raises:
@@ -84,20 +93,27 @@ def iter_samples(
         for member in members:
             split = naming.split(member.name)
             if split is None:
-                yield member
+                yield Ignored(member.name)
                 continue
             key, extension = split
             if current is None or current.key != key:
                 if current is not None:
-                    yield current
+                    yield _of_sample_or_none(current)
                 current = Sample(key, first_name=member.name)
             current.add(member, extension, naming.image_rank(extension), metadata)
     except ShardError as error:
         fault = error
     if current is not None:
-        yield current
+        yield _of_sample_or_none(current)
     if fault is not None:
         raise fault
+
+
+def _of_sample_or_none(sample: Sample[M]) -> Sample[M] | Ignored:
+    # One with a problem has members that are not among its names.
+    if sample.image is None and sample.problem is None and all(map(tells_of_shard, sample.names)):
+        return Ignored(sample.first_name, len(sample.names))
+    return sample
 
 
 def brief(name: str) -> str:

@@ -13,6 +13,46 @@ IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp", "gif",
     "jpe", "jfif", "mpo", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico", "dib",
 )  # fmt: skip
+# Members that tell of a shard or data set, and not of one sample. Only names that no image has: a name without an
+# extension may be a user's image, so that of those the list is short.
+_DOCUMENTS = frozenset({"readme", "license", "licence", "copying", "changelog"})
+_DOCUMENT_EXTENSIONS = frozenset({"", "txt", "html"})
+_TABLE_EXTENSIONS = frozenset(
+    {
+        "csv",
+        "tsv",
+        "parquet",
+        "arrow",
+        "feather",
+        "jsonl",
+        "ndjson",
+        "xlsx",
+        "sqlite",
+        "db",
+        "md",
+        "rst",
+        "yaml",
+        "yml",
+    }
+    | {
+        "toml",
+        "ini",
+        "cfg",
+        "log",
+        "idx",
+        "index",
+        "lst",
+        "md5",
+        "sha1",
+        "sha256",
+        "sha512",
+        "cff",
+        "bib",
+        "py",
+        "sh",
+        "ipynb",
+    }
+)
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 
 
@@ -48,6 +88,21 @@ def split_key(name: str, key: str = FIRST_DOT) -> tuple[str, str] | None:
         return None
     stem, dot, extension = base.partition(".") if key == FIRST_DOT else base.rpartition(".")
     return (folder + slash + stem, extension) if dot else (name, "")
+
+
+def tells_of_shard(name: str) -> bool:
+    """Whether a member that is no image tells of a shard or data set, and not of one sample.
+
+    That is so of a name that WebDataset reserves (`__index__`, `__meta__`, with any extension), of one such as
+    `README` or `LICENSE`, without an extension or with that of a text, and of one with the extension of a table,
+    list, script or checksum (`labels.csv`).
+    """
+    stem, _, extension = name.rpartition("/")[2].lower().partition(".")
+    if len(stem) > 4 and stem.startswith("__") and stem.endswith("__"):
+        return True
+    return extension.rpartition(".")[2] in _TABLE_EXTENSIONS or (
+        stem in _DOCUMENTS and extension in _DOCUMENT_EXTENSIONS
+    )
 
 
 def image_rank(extension: str, image_member: str | None) -> int | None:

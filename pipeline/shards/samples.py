@@ -34,7 +34,7 @@ from pipeline.core.schema import (
 )
 from pipeline.shards.fields import find_user_id, kept_field, why_lost
 from pipeline.shards.find import Pending
-from pipeline.shards.grouping import Sample, brief, iter_samples
+from pipeline.shards.grouping import Ignored, Sample, brief, iter_samples
 from pipeline.shards.keys import Naming, printable
 from pipeline.shards.stream import ShardStream
 from pipeline.shards.tars import Member, iter_members
@@ -79,8 +79,8 @@ class SampleReader:
             try:
                 members = iter_members(stream, self._wanted, self._config.max_image_bytes)
                 for sample in iter_samples(members, self._naming, self._metadata):
-                    if isinstance(sample, Member):
-                        ignored += 1
+                    if isinstance(sample, Ignored):
+                        ignored += sample.num_members
                         if self._naming.is_hidden_image(sample.name):
                             builder.add_unused(1, f"{brief(sample.name)}, which is hidden")
                         continue

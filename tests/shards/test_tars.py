@@ -355,6 +355,42 @@ CASES = [
     Case(
         "dotfiles and macOS files", entry(".DS_Store") + entry("d/._a.jpg") + entry("d/a.jpg") + END, "d/a", ignored=2
     ),
+    Case(
+        "what tells of the shard and not of a sample",
+        entry("__index__")
+        + entry("__meta__.json", b"{}")
+        + entry("README")
+        + entry("d/LICENSE.txt")
+        + entry("a.jpg")
+        + entry("labels.csv")
+        + entry("d/labels.TSV")
+        + entry("d/sum.sha256")
+        + END,
+        "a",
+        ignored=7,
+    ),
+    Case(
+        "names that only look as if they told of the shard",
+        entry("__index__.jpg")
+        + entry("README.png")
+        + entry("readme", b"x")
+        + entry("README_2")
+        + entry("labels.json")
+        + entry("classes.txt")
+        + entry("__x")
+        + entry("labels.csv.jpg")
+        + END,
+        "__index__ README labels",
+        ("README_2: no image", "labels: no image", "classes: no image", "__x: no image"),
+        ignored=1,
+    ),
+    Case(
+        "a table beside an image, and one beside what may be of a sample",
+        entry("a.csv", b"x") + entry("a.jpg") + entry("b.csv", b"x") + entry("b.json", b"{}") + END,
+        "a",
+        ("b: no image",),
+    ),
+    Case("a table twice", entry("a.csv", b"x") + entry("a.csv", b"y") + END, "", ("a: duplicate member",)),
     Case("upper case", entry("A.JPG") + entry("B.Jpeg") + entry("a.jpg") + END, "A B a"),
     # Samples.
     Case(

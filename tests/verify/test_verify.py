@@ -164,7 +164,18 @@ def odd_tar(path: Path) -> None:
             folder = tarfile.TarInfo("folder")
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)
-            names = ["a.b.jpg", "._a.b.jpg", "a.json", "noextension", "sub/.hidden", "a.jpg", "é" * 120 + ".JPG"]
+            names = [
+                "__index__",
+                "README",
+                "labels.csv",
+                "a.b.jpg",
+                "._a.b.jpg",
+                "a.json",
+                "noextension",
+                "sub/.hidden",
+                "a.jpg",
+                "é" * 120 + ".JPG",
+            ]
             for name in [*names, "/absolute.png", "../up.jpg", "line\nbreak.jpg", "folder/" + "x" * 250 + ".jpg"]:
                 image = encode(photo(tar.offset))
                 info = tarfile.TarInfo(f"{half}/{name}" if name[0] not in "/." else name)
