@@ -11,6 +11,7 @@ from pipeline.shards.keys import IMAGE_EXTENSIONS, Naming, tells_of_shard
 
 # Members of one sample; what it may keep in memory has a bound, whatever a shard says.
 MAX_SAMPLE_MEMBERS = 10_000
+MAX_SAMPLE_NAMES = 2**24  # characters
 
 
 class Named(Protocol):
@@ -37,6 +38,7 @@ class Sample(Generic[M]):
     metadata: dict[str, M] = field(default_factory=dict)
     parsed: dict[str, Any] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    names_length: int = 0
     problem: str | None = None
     first_name: str = ""
     num_images: int = 0
@@ -58,6 +60,10 @@ class Sample(Generic[M]):
             return
         if len(self.names) >= MAX_SAMPLE_MEMBERS:
             self.problem = f"too many members: more than {MAX_SAMPLE_MEMBERS}"
+            return
+        self.names_length += len(name)
+        if self.names_length > MAX_SAMPLE_NAMES:
+            self.problem = f"too many members: their names have more than {MAX_SAMPLE_NAMES} characters"
             return
         self.names.add(name)
         if metadata and (lower := extension.lower()) in metadata:
