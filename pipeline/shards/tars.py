@@ -108,11 +108,11 @@ _PROBLEMS = {
     tarfile.BLKTYPE: "a device",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-_VOLUME_LABEL = b"V"
+VOLUME_LABEL = b"V"
 # Of the next member alone, and of all.
 _OWN_PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_PAX_TYPES = (*_OWN_PAX_TYPES, tarfile.XGLTYPE)
-_LONG_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+PAX_TYPES = (*_OWN_PAX_TYPES, tarfile.XGLTYPE)
+LONG_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 def iter_members(stream: Stream, wanted: Callable[[str], bool], max_member_bytes: int) -> Iterator[Member]:
@@ -175,25 +175,25 @@ def _walk(
             return
         start, block = found
         header = _parse(block, start)
-        if header.type in _PAX_TYPES:
+        if header.type in PAX_TYPES:
             records = _pax_records(stream, header, start)
             if header.type != tarfile.XGLTYPE:
                 pax = records
             continue
-        if header.type in _LONG_TYPES:
+        if header.type in LONG_TYPES:
             text = _long_text(stream, header, start)
             if header.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = text
             continue
         if header.type == tarfile.GNUTYPE_SPARSE:
-            _skip_sparse_maps(stream, block, start)
+            skip_sparse_maps(stream, block, start)
         name = member_name(header, pax, long_name)
         size = _size(None if pax is None else pax.size, header, start)
         problem = problem_of(header, pax)
         if is_after_damage and pax is None and long_name is None and (hides_name or _may_be_cut(block)):
             problem = "its name may be cut: it follows damage"
         pax, long_name, is_after_damage = None, None, False
-        if header.isdir() or header.type == _VOLUME_LABEL:
+        if header.isdir() or header.type == VOLUME_LABEL:
             continue
         if not (header.isreg() or header.type not in tarfile.SUPPORTED_TYPES):
             yield Member(name, 0, problem=problem)
@@ -469,8 +469,8 @@ def read_pax(stream: Stream, size: int, piece_bytes: int = _PIECE_BYTES) -> PaxR
         at = end
 
 
-def _skip_sparse_maps(stream: Stream, block: bytes, start: int) -> None:
-    """Old GNU sparse headers go on in further blocks while a flag byte says so."""
+def skip_sparse_maps(stream: Stream, block: bytes, start: int) -> None:
+    """Old GNU sparse headers go on in further blocks while a flag byte says so. Raises `ShardError` on damage."""
     more = block[482]
     num_blocks = 0
     while more:

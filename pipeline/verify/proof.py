@@ -1,7 +1,8 @@
 """Reads an output back and proves it, or names every fault: the Parquet alone, then against the tars.
 
-The tars are walked with the standard library's `tarfile`, not with the reader that made the output, so
-that a fault of that reader shows. What only another computation can show, whether an embedding is that
+The tars are walked from header to header, which the standard library parses, and not with the reader that
+made the output, so that a fault of that reader shows. Only the rules for names are the job's: what is a
+sample, and what its key. What only another computation can show, whether an embedding is that
 of its image, is computed again for a random sample with the plain backbone in fp32.
 """
 

@@ -123,7 +123,7 @@ def _check_ids(group: Group, parts: list[Part], verdict: Verdict) -> None:
 def compare(group: Group, parts: list[Part], tar: Tar, verdict: Verdict) -> None:
     """The rows of a shard against its tar: of a whole one at their place, of a broken one in their order.
 
-    Past damage a tar may be read on in more than one way, so there `tarfile` must only not find more.
+    Past damage a tar may be read on in more than one way, so there the tar must only not have more.
     """
     are_whole = all(part.whole and part.name.part == number for number, part in enumerate(parts))
     if group.is_broken:
@@ -131,7 +131,7 @@ def compare(group: Group, parts: list[Part], tar: Tar, verdict: Verdict) -> None
         lost = _lost(parts, tar) if are_whole else []
         if lost:
             names = few(map(ascii, lost))
-            value = f"tarfile finds {format_count(len(lost), 'sample')} in its tar beyond those stored: {names}"
+            value = f"its tar has {format_count(len(lost), 'sample')} beyond those stored: {names}"
             verdict.find(group.where, "tar-count", value)
         return
     if tar.fault is not None:

@@ -1,4 +1,4 @@
-"""The samples of a shard as the standard library's `tarfile` finds them, apart from our own reader."""
+"""The samples of a shard, walked apart from the reader that made the output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.shards.peek import Entry, TarReader, open_tar
 
 @dataclass
 class Tar:
-    """What `tarfile` finds in a shard: the key of each sample and, where ids are a field, that field.
+    """What a shard holds: the key of each sample and, where ids are a field, that field.
 
     `unused_images` are image members that no row stands for.
     """

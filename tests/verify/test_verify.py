@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -241,6 +242,36 @@ def test_an_output_of_keys_to_the_last_dot_is_proven_by_that_rule(tmp_path: Path
     verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], ALL)
     assert (verdict.findings, verdict.notes) == ([], [])
     assert (verdict.samples, verdict.recomputed, verdict.unused_images) == (4, 4, 0)
+
+
+def test_an_incremental_archive_of_gnu_tar_is_proven(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for seed, name in enumerate(("a.jpg", "b.jpg", "deep/c.jpg", "deep/" + "d" * 120 + ".jpg")):
+        (tmp_path / "photos" / name).write_bytes(encode(photo(seed)))
+    (tmp_path / "in").mkdir()
+    command = ["tar", "--format=gnu", "-g", "snapshot", "-cf", "in/s.tar", "photos"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no GNU tar: {done.stderr.strip()}")
+    embed(tmp_path / "in", tmp_path / "out")
+    verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], ALL)
+    assert (verdict.findings, verdict.embedded, verdict.recomputed) == ([], 4, 4)
+
+
+def test_a_shard_with_a_pax_header_of_a_resource_fork_is_proven(tmp_path: Path) -> None:
+    fork = {"LIBARCHIVE.xattr.com.apple.ResourceFork": "QUJD" * 600_000}
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for seed in range(3):
+            image = encode(photo(seed))
+            info = tarfile.TarInfo(f"m{seed}.jpg")
+            info.size, info.pax_headers = len(image), fork if seed == 1 else {}
+            tar.addfile(info, io.BytesIO(image))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "s.tar").write_bytes(sink.getvalue())
+    embed(tmp_path / "in", tmp_path / "out")
+    verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], ALL)
+    assert (verdict.findings, verdict.embedded, verdict.recomputed) == ([], 3, 3)
 
 
 def test_the_same_rows_are_drawn_for_the_same_seed(good: Path, shards: Path) -> None:
@@ -724,9 +755,7 @@ def test_a_readable_sample_that_a_broken_shard_lost_is_found(shards: Path, tmp_p
         rewrite(path, lambda table: table.slice(0, 0) if EMBEDDING in table.column_names else table, **empty)
     verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")])
     assert {rule for rule, _ in found(verdict)} == {"shard-broken", "tar-count"}
-    assert "tarfile finds 1 sample in its tar beyond those stored: '000-0006'" in [
-        finding.value for finding in verdict.findings
-    ]
+    assert "its tar has 1 sample beyond those stored: '000-0006'" in [finding.value for finding in verdict.findings]
 
 
 def relabel(output: Path, shard: Path) -> None:
