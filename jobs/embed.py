@@ -110,7 +110,7 @@ def parser() -> Parser:
     add(
         out,
         "part_rows",
-        "samples a Parquet part, which ends sooner where its images and texts are 512 MiB",
+        "samples a Parquet part; fewer where its images and texts are 512 MiB, or its decoded pixels would be more",
         metavar="N",
     )
 

@@ -21,6 +21,7 @@ from pipeline.output.names import EMBEDDINGS, RUN_FILE
 from pipeline.output.parts import read_facts
 from pipeline.output.settings import OutputSettings
 from pipeline.shards.find import Shard, find_shards
+from pipeline.shards.samples import bound_part_rows
 
 # Of an output without run.json, so many parts at most are asked for what made them.
 _MAX_PARTS_ASKED = 100
@@ -86,6 +87,8 @@ def prepare_job(config: Config) -> Job:
         preprocess = preprocess.with_size(config.image_size)
     if config.decode == "gpu":
         require_device_resize(preprocess)
+    # What a part holds decoded has a bound. The rows that it may have are a setting of the output.
+    config = replace(config, part_rows=bound_part_rows(config.part_rows, preprocess.crop))
     found = find_shards(config.input)
     weights = backbones.load_weights(backbone, config.weights)
     shape = backbones.output_shape(backbone, config.features, preprocess.crop, weights)

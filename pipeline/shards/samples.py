@@ -41,6 +41,8 @@ from pipeline.shards.tars import Member, iter_members
 
 # A part ends early, by content alone, where its images and texts would take more memory than this.
 MAX_PART_BYTES = 512 * 2**20
+# Nor has it more rows than fit into so many bytes of decoded pixels.
+MAX_PART_PIXEL_BYTES = 512 * 2**20
 _SIDE_BY_SIDE = "members of a sample must stand side by side, as `tar --sort=name` puts them"
 _KEY, _ID = "key", "id"
 
@@ -141,6 +143,12 @@ class SampleReader:
             if item.member.lower() in sample.metadata:
                 raise
             raise SampleError(f"{error}; it has no {item.member} beside it: {_SIDE_BY_SIDE}") from error
+
+
+def bound_part_rows(part_rows: int, crop: tuple[int, int]) -> int:
+    """At most `part_rows`, and no more than a part's decoded pixels have room for, of images of `crop` (H, W)."""
+    height, width = crop
+    return max(1, min(part_rows, MAX_PART_PIXEL_BYTES // (height * width * 3)))
 
 
 class _PartBuilder:
