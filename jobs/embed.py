@@ -89,6 +89,13 @@ def parser() -> Parser:
     )
     add(
         samples,
+        "key",
+        "where the key of a sample ends in a member's name: first-dot is WebDataset's rule; "
+        "last-dot makes two samples of 1.2.840.jpg and 1.2.841.jpg",
+        choices=settings.KEYS,
+    )
+    add(
+        samples,
         "image_member",
         "extension of the member that is the image (default: by a fixed order)",
         metavar="EXT",
@@ -103,7 +110,7 @@ def parser() -> Parser:
     add(
         out,
         "part_rows",
-        "samples a Parquet part, which ends sooner where its images and texts are 512 MiB",
+        "samples a Parquet part; fewer where its images and texts are 512 MiB, or its decoded pixels would be more",
         metavar="N",
     )
 

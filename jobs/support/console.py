@@ -19,6 +19,7 @@ from pipeline.core.config import AUTO
 from pipeline.core.formatting import format_count, format_size
 from pipeline.core.redact import show
 from pipeline.core.schema import SHARD_FAULT
+from pipeline.shards.left_out import format_left_out
 
 if TYPE_CHECKING:
     from pipeline.planning.job import Job
@@ -87,6 +88,9 @@ class Console:
         kind = f"{settings.features} [{shape}] {settings.dtype}"
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")
         say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
+        if job.left_out:
+            num_left_out = format_count(sum(job.left_out.values()), "file")
+            say(f"left out  {num_left_out} of the input, as no .tar: {format_left_out(job.left_out)}")
         say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))
         more = [
             f"{len(names)} {what}"
@@ -241,6 +245,7 @@ class Console:
             ("errors", str(report["errors"])),
             # A shard's fault is no sample's error, and is told below.
             *((f"  {reason}", str(n)) for reason, n in report["errors_by_reason"].items() if reason != SHARD_FAULT),
+            *([("images without a row", str(report["unused_images"]))] if report["unused_images"] else []),
             ("images/s", f"{report['images_per_s']:.1f}"),
             ("slowest stage", self._stages(report)),
             ("wall time", human_s(report["wall_s"])),
@@ -261,6 +266,8 @@ class Console:
             self._out.print(f"IMBALANCE and {unlisted} more, which are not listed", style="bold red")
         for text in report["problems"]:
             self._out.print(f"PROBLEM   {text}", style="yellow")
+        for text in report["warnings"]:
+            self.warning(text)
         verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
         self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.html")
         self.report_fault(report)

@@ -22,6 +22,7 @@ _INFO, _WARNING, _ERROR = "info", "warning", "error"
 # Of the report, what the line of the summary has; the rest is in report.json.
 _SUMMARY = (
     "output", "balanced", "num_imbalances", "samples", "embedded", "errors", "errors_by_reason", "shards",
+    "unused_images",
     "images_per_s", "slowest_stage", "stage_busy", "wall_s", "first_part_s", "device", "num_devices",
     "precision", "engine", "device_hours", "device_hours_per_million_images", "price", "price_per_million_images",
 )  # fmt: skip
@@ -65,6 +66,7 @@ class JsonConsole(Console):
             output=job.config.output,
             is_new=job.is_new,
             num_shards=len(job.shards),
+            left_out_files=dict(job.left_out),
             num_done=plan.num_done,
             num_pending=len(plan.pending),
             num_changed=len(plan.changed),
@@ -120,6 +122,8 @@ class JsonConsole(Console):
             self._say(_ERROR, "problem", message=f"imbalance: {text}")
         for text in report["problems"]:
             self._say(_WARNING, "problem", message=text)
+        for text in report["warnings"]:
+            self.warning(text)
         level = _INFO if report["balanced"] else _ERROR
         self._say(level, "summary", **{name: report[name] for name in _SUMMARY if name in report})
         self.report_fault(report)

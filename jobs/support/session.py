@@ -127,7 +127,9 @@ def _plan(job: Job, console: Console) -> Plan:
     """What is to be done, after it was said."""
     plan = make_plan(job.shards, job.config.output)
     check_names(job, plan)
-    console.plan(job, plan, estimate(job.config.output, plan.pending[: job.config.limit]))
+    console.plan(
+        job, plan, estimate(job.config.output, plan.pending[: job.config.limit], job.fingerprint.settings.naming)
+    )
     return plan
 
 
@@ -179,7 +181,7 @@ def _draw(report: Mapping[str, Any], job: Job, opened: set[str], lease: Lease, c
         return
     try:
         lease.check()
-        write_page(report, job.shards, opened, job.config.image_member)
+        write_page(report, job.shards, opened, job.fingerprint.settings.naming)
     except (PipelineError, OSError) as error:
         console.error(f"report.html cannot be written: {describe(error)}; the run itself is over and stored")
     except (KeyboardInterrupt, SystemExit):

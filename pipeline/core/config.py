@@ -16,6 +16,8 @@ FEATURES = ("pooled", "map")
 DTYPES = ("float32", "float16")
 DEVICES = ("auto", "cuda", "cpu")
 DECODES = ("cpu", "gpu")
+# Where the key of a member ends in its basename; the first is WebDataset's rule.
+KEYS = ("first-dot", "last-dot")
 AUTO = "auto"
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LOG_FORMATS = ("text", "json")
@@ -100,6 +102,7 @@ class Config:
     actor_resource: str | None = None  # Ray resource of the nodes that backbones may run on; None: any node
     node_wait_s: int | None = None  # for nodes that are missing; None: 0 at the start, 1800 once it runs
     part_rows: int = 1024
+    key: str = KEYS[0]
     id: Field | None = None  # None: the WebDataset key
     keep: tuple[Field, ...] = ()
     image_member: str | None = None  # extension; None: by the documented order
@@ -126,6 +129,7 @@ class Config:
         _check(self.features in FEATURES, "features", f"be one of {', '.join(FEATURES)}", self.features)
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
         _check(self.device in DEVICES, "device", f"be one of {', '.join(DEVICES)}", self.device)
+        _check(self.key in KEYS, "key", f"be one of {', '.join(KEYS)}", self.key)
         _check(self.decode in DECODES, "decode", f"be one of {', '.join(DECODES)}", self.decode)
         if self.needs_gpu and self.device == "cpu":
             raise SettingsError(f"{self.needs_gpu} needs device cuda: device must be auto or cuda with it, got 'cpu'")

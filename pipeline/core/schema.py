@@ -19,7 +19,10 @@ EMBEDDING = "embedding"
 MEMBER = "member"
 STAGE = "stage"
 REASON = "reason"
-SHARD_FAULT = "shard fault"  # the class of reasons that are of no sample
+# Classes of reasons that others ask for.
+SHARD_FAULT = "shard fault"  # of no sample
+NO_IMAGE = "no image"
+MEMBERS_APART = "members apart"
 RESERVED_COLUMNS = frozenset({IMAGE_ID, SHARD, SAMPLE_INDEX, EMBEDDING, MEMBER, STAGE, REASON})
 
 # Columns of the rows between stages.
@@ -61,6 +64,14 @@ SHARD_SCHEMA = pa.schema(
     ]
 )
 
+KEPT_COUNTS = pa.struct(
+    [
+        pa.field("values", pa.int64(), nullable=False),
+        pa.field("lost", pa.int64(), nullable=False),
+        pa.field("example", pa.string()),
+    ]
+)
+
 PART_FIELDS: tuple[pa.Field, ...] = (
     pa.field("name", pa.string(), nullable=False),
     pa.field("url", pa.string(), nullable=False),
@@ -73,7 +84,14 @@ PART_FIELDS: tuple[pa.Field, ...] = (
     pa.field("fault", pa.string()),
     pa.field("fault_transient", pa.bool_(), nullable=False),
     pa.field("ignored_members", pa.int64(), nullable=False),
+    # Image members that no row stands for, and one of them.
+    pa.field("unused_images", pa.int64(), nullable=False),
+    pa.field("unused_example", pa.string()),
+    # Keys whose image and other members do not stand side by side.
+    pa.field("apart_samples", pa.int64(), nullable=False),
     pa.field("kept_nulls", pa.int64(), nullable=False),
+    # Of each field of `keep`, in its order: rows with a value, values that were lost, and one of these.
+    pa.field("kept", pa.list_(KEPT_COUNTS), nullable=False),
     pa.field("read_bytes", pa.int64(), nullable=False),
     pa.field("batch_size", pa.int32(), nullable=False),  # images a batch, of the runner; 0 before it is embedded
     *(pa.field(f"{stage}_s", pa.float64(), nullable=False) for stage in STAGES),

@@ -48,6 +48,9 @@ class Counts:
     num_errors: int = 0
     # Of the `MAX_WORST` shards with the most errors, the worst first: how many of how many samples.
     errors_by_shard: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # Image members that no row stands for, and one of them.
+    unused_images: int = 0
+    unused_example: str | None = None
     # Taken on by the run, and gone from the input before its end.
     vanished: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -90,6 +93,10 @@ def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts
             counts.num_samples += result.num_samples
             counts.num_embedded += result.num_embedded
             counts.num_errors += result.num_errors
+            counts.unused_images += result.unused_images
+            # The same in every run, whatever the order of the listing.
+            examples = filter(None, (counts.unused_example, result.unused_example))
+            counts.unused_example = min(examples, default=None)
             counts.faults.extend(f"{shard}: {fault}" for fault in result.faults)
             if result.num_errors:
                 failed.append((-result.num_errors, result.num_samples, shard))
@@ -141,6 +148,10 @@ def _count_shard(
             counts.num_samples += num_samples
             counts.num_embedded += facts.num_rows
             counts.num_errors += num_errors - num_faults
+            counts.unused_images += facts.number("unused_images")
+            example = facts.metadata.get("unused_example")
+            if example is not None and counts.unused_example is None:
+                counts.unused_example = f"{name.shard}: {example}"
     except (StoredDataError, StoreError) as error:
         counts.faults.append(str(error))
     return counts

@@ -123,7 +123,10 @@ class PartWriter:
             "num_embedded": str(len(embedded)),
             "num_errors": str(len(errors)),
             "ignored_members": str(values["ignored_members"]),
+            "unused_images": str(values["unused_images"]),
         }
+        if values["unused_example"]:
+            metadata["unused_example"] = values["unused_example"]
         # The errors first: where the part is there, its errors are too.
         written = 0
         if len(errors):

@@ -7,10 +7,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.core.config import DECODES, DTYPES, FEATURES, PRECISIONS, Config, Field
+from pipeline.core.config import DECODES, DTYPES, FEATURES, KEYS, PRECISIONS, Config, Field
 from pipeline.core.errors import SettingsError, StoredDataError
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.rules import DecodingRules
+from pipeline.shards.keys import Naming
 
 FORMAT = 2
 
@@ -36,6 +37,7 @@ class OutputSettings:
     dtype: str
     precision: str  # `auto` until the device is known
     decode: str
+    key: str
     id: Field | None
     keep: tuple[Field, ...]
     image_member: str | None
@@ -69,6 +71,11 @@ class OutputSettings:
         return DecodingRules(
             preprocess=self.preprocess, max_pixels=self.max_pixels, ignore_orientation=self.ignore_orientation
         )
+
+    @property
+    def naming(self) -> Naming:
+        """How the names of members make its samples."""
+        return Naming(self.key, self.image_member)
 
     def to_json(self) -> dict[str, Any]:
         """As run.json and every part have them."""
@@ -133,14 +140,14 @@ class OutputSettings:
 
 
 _OF_CONFIG = (
-    "features", "normalize", "dtype", "precision", "decode", "id", "keep", "image_member", "ignore_orientation",
-    "max_pixels", "max_image_bytes", "part_rows",
+    "features", "normalize", "dtype", "precision", "decode", "key", "id", "keep", "image_member",
+    "ignore_orientation", "max_pixels", "max_image_bytes", "part_rows",
 )  # fmt: skip
 _TYPES: dict[str, Any] = {
     "backbone": str, "weights_sha256": str, "normalize": bool, "image_member": str | None, "ignore_orientation": bool,
     "max_pixels": int, "max_image_bytes": int, "part_rows": int,
 }  # fmt: skip
-_KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "decode": DECODES}
+_KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "decode": DECODES, "key": KEYS}
 
 
 def canonical_json(value: Any) -> str:

@@ -16,6 +16,7 @@ from pipeline.pages.html import cut, render_or_reason
 from pipeline.pages.previews import Preview, Tile, preview, read_fronts, shown
 from pipeline.pages.sample import SEED, Near, Plane, Sample, evenly, neighbours, norms, plane, take_sample
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 
 NUM_QUERIES = 6
 NUM_NEAR = 5
@@ -48,7 +49,7 @@ class Pictures:
         return self.large.get(row, Preview(None, "its image was not read"))
 
 
-def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str | None) -> Pictures:
+def take_pictures(sample: Sample, shards: Mapping[str, Shard], naming: Naming) -> Pictures:
     """At most `MAX_PICTURES` pictures from the fronts of at most `MAX_SHARDS` shards, and neighbours among these.
 
     `MAX_BYTES` are read and `MAX_S` seconds waited for, and as long again drawn. Neighbours are looked for among the
@@ -59,7 +60,7 @@ def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str
     for name, index in sample.places:
         if name in wanted:
             wanted[name].add(index)
-    fronts = read_fronts(shards, image_member, wanted, MAX_BYTES, MAX_S)
+    fronts = read_fronts(shards, naming, wanted, MAX_BYTES, MAX_S)
     pool = [row for row, place in enumerate(sample.places) if place in fronts.images]
     searched = pool if len(pool) > NUM_NEAR else range(len(sample.ids))
     gallery = neighbours(sample.vectors, searched, NUM_QUERIES, NUM_NEAR)
@@ -81,14 +82,14 @@ def take_pictures(sample: Sample, shards: Mapping[str, Shard], image_member: str
     return Pictures(small, large, gallery, len(searched), faults)
 
 
-def section(output: str, shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None) -> Markup:
+def section(output: str, shards: Mapping[str, Shard], opened: Collection[str], naming: Naming) -> Markup:
     """What the stored embeddings look like, as HTML; pictures are of the shards that are `opened`."""
 
     def make() -> dict[str, Any]:
         sample = take_sample(output, shards, opened)
         if not sample.ids:
             return {"sample": sample, "faults": sample.faults}
-        pictures = take_pictures(sample, {name: shards[name] for name in opened if name in shards}, image_member)
+        pictures = take_pictures(sample, {name: shards[name] for name in opened if name in shards}, naming)
         return {
             "sample": sample,
             "faults": sample.faults + pictures.faults,

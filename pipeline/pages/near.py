@@ -36,7 +36,7 @@ def duplicates_page(
     """
     made = open_output(output).made
     places = {one.place for one in drawn} | {near.place for one in drawn for near in one.near}
-    pictures = previews(inputs, made.settings.image_member, places, tag_of, made.input_prefix)
+    pictures = previews(inputs, made.settings.naming, places, tag_of, made.input_prefix)
     rows = [
         [
             Tile(pictures[one.place], "image", one.image_id, shown(one.place)),
@@ -64,7 +64,7 @@ def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str], page: 
     """
     facts = index.facts
     places = {near.place for hit in hits for near in hit.neighbours}
-    pictures = previews(inputs, facts.made.settings.image_member, places, index.tag, facts.made.input_prefix)
+    pictures = previews(inputs, facts.made.settings.naming, places, index.tag, facts.made.input_prefix)
     rows = [
         [
             Tile(_preview(hit.query.path), "query", Path(hit.query.name).name, hit.query.reason),

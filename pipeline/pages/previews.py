@@ -21,6 +21,7 @@ from pipeline.decoding.preprocess import SQUASH, Preprocess
 from pipeline.decoding.rules import DecodingRules
 from pipeline.output.names import Place, version_tag
 from pipeline.shards.find import Shard, find_shards, shards_below
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import images
 
 # Of a picture that can be enlarged, in pixels.
@@ -86,7 +87,7 @@ def upright_size(image: bytes) -> tuple[int, int] | None:
 
 def previews(
     inputs: Sequence[str],
-    image_member: str | None,
+    naming: Naming,
     places: Iterable[Place],
     tag_of: Callable[[str], str | None],
     prefix: str,
@@ -118,7 +119,7 @@ def previews(
             reason = "its shard has changed since it was embedded"
         elif shard is not None:
             try:
-                read, reason = images(shard, image_member, indices), "its sample has no image in the shard"
+                read, reason = images(shard, naming, indices), "its sample has no image in the shard"
             except (OSError, ShardError) as error:
                 reason = f"its shard cannot be read: {describe(error)}"
         for index in indices:
@@ -135,7 +136,7 @@ class Fronts(NamedTuple):
 
 def read_fronts(
     shards: Mapping[str, Shard],
-    image_member: str | None,
+    naming: Naming,
     wanted: Mapping[str, set[int]],
     max_bytes: int,
     max_s: float,
@@ -149,7 +150,7 @@ def read_fronts(
         return fronts
     share = max_bytes // len(wanted)
     reading = {
-        begin(partial(_front, shards[name], image_member, indices, share), "read-front"): name
+        begin(partial(_front, shards[name], naming, indices, share), "read-front"): name
         for name, indices in wanted.items()
     }
     # A store that hangs is waited for no longer; its calls end by themselves, or with this process.
@@ -168,8 +169,8 @@ def read_fronts(
     return fronts
 
 
-def _front(shard: Shard, image_member: str | None, indices: set[int], max_bytes: int) -> dict[int, bytes]:
-    found = images(shard, image_member, indices, max_bytes)
+def _front(shard: Shard, naming: Naming, indices: set[int], max_bytes: int) -> dict[int, bytes]:
+    found = images(shard, naming, indices, max_bytes)
     now = stat(*locate(shard.url))
     if (now.num_bytes, now.version) != (shard.num_bytes, shard.version):
         raise ShardError("it has changed since it was embedded")

@@ -18,6 +18,7 @@ from pipeline.pages import look, speed
 from pipeline.pages.html import render, render_or_reason
 from pipeline.pages.links import RUN, links, local_path
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 
 MAX_REASONS = 20
 MAX_INPUTS = 5
@@ -32,9 +33,7 @@ class Verdict(NamedTuple):
     sentence: str
 
 
-def write_page(
-    report: Mapping[str, Any], shards: Iterable[Shard], opened: Collection[str], image_member: str | None
-) -> None:
+def write_page(report: Mapping[str, Any], shards: Iterable[Shard], opened: Collection[str], naming: Naming) -> None:
     """Draw the page of a run and store it beside its report.
 
     `shards` are those of its input, as it found them. Pictures are read from those that it `opened`, by their names:
@@ -43,13 +42,11 @@ def write_page(
     Raises:
         OSError, StoreError: it cannot be stored.
     """
-    html = draw_page(report, {shard.name: shard for shard in shards}, opened, image_member)
+    html = draw_page(report, {shard.name: shard for shard in shards}, opened, naming)
     write_bytes(str(report["output"]), PAGE_FILE, html.encode())
 
 
-def draw_page(
-    report: Mapping[str, Any], shards: Mapping[str, Shard], opened: Collection[str], image_member: str | None
-) -> str:
+def draw_page(report: Mapping[str, Any], shards: Mapping[str, Shard], opened: Collection[str], naming: Naming) -> str:
     """The page as HTML."""
     output = str(report["output"])
     # Where nothing was pending, no device was asked for.
@@ -58,7 +55,7 @@ def draw_page(
         ("Errors and broken shards", render_or_reason("errors.html.j2", lambda: values | _errors(report))),
         ("Speed", "" if values["is_idle"] else speed.section(report)),
         ("What ran", render_or_reason("facts.html.j2", lambda: values | {"MAX_INPUTS": MAX_INPUTS})),
-        ("The embeddings", look.section(output, shards, opened, image_member)),
+        ("The embeddings", look.section(output, shards, opened, naming)),
     ]
     return render(
         "run.html.j2",
@@ -88,7 +85,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         broken = f"{format_count(shards['broken'], 'shard')} could not be read to the end"
         again = f"{broken}. The readable samples are stored, and the next run tries these shards again. {balanced}"
         return Verdict("warn", "Broken shards", again)
-    return Verdict("warn" if report["problems"] else "", "Balanced", balanced)
+    return Verdict("warn" if report["problems"] or report["warnings"] else "", "Balanced", balanced)
 
 
 def _errors(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from pipeline.backbones import library_of
@@ -20,6 +21,7 @@ from pipeline.output.names import EMBEDDINGS, RUN_FILE
 from pipeline.output.parts import read_facts
 from pipeline.output.settings import OutputSettings
 from pipeline.shards.find import Shard, find_shards
+from pipeline.shards.samples import bound_part_rows
 
 # Of an output without run.json, so many parts at most are asked for what made them.
 _MAX_PARTS_ASKED = 100
@@ -40,6 +42,8 @@ class Job:
     fingerprint: Fingerprint
     is_new: bool
     shards: list[Shard]
+    # Files of the input that are no shards, by kind.
+    left_out: Mapping[str, int]
     # The folder that the input lay in when the output was begun, where it is another one now.
     moved_from: str | None = None
     # Names this run in its lease, its report, its metrics and what it prints.
@@ -84,6 +88,8 @@ def prepare_job(config: Config) -> Job:
         preprocess = preprocess.with_size(config.image_size)
     if config.decode == "gpu":
         require_device_resize(preprocess)
+    # What a part holds decoded has a bound. The rows that it may have are a setting of the output.
+    config = replace(config, part_rows=bound_part_rows(config.part_rows, preprocess.crop))
     found = find_shards(config.input)
     weights = library.load_weights(backbone, config.weights)
     shape = library.output_shape(backbone, config.features, preprocess.crop, weights)
@@ -94,7 +100,7 @@ def prepare_job(config: Config) -> Job:
         settings, weights_name=weights.name, input_prefix=found.prefix, versions=library.versions()
     )
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
-    return follow_output(Job(config, network, weights, shape, asked, True, found.shards))
+    return follow_output(Job(config, network, weights, shape, asked, True, found.shards, found.left_out))
 
 
 def follow_output(job: Job) -> Job:

@@ -119,7 +119,7 @@ def _read_sizes(
         shard = found.get(name)
         if shard is not None and version_tag(shard.num_bytes, shard.version) == tags.get(name):
             try:
-                for index, size in image_sizes(shard, source.made.settings.image_member, set(by_index)).items():
+                for index, size in image_sizes(shard, source.made.settings.naming, set(by_index)).items():
                     sizes[by_index[index]] = size
             except (OSError, ShardError):
                 pass  # the caller counts images of unknown size

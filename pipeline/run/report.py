@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ from pipeline.output.names import REPORT_FILE, UNCOUNTED_FILE
 from pipeline.planning.job import Job
 from pipeline.planning.plan import Plan
 from pipeline.planning.resources import Resources
+from pipeline.run.advice import make_warnings
 from pipeline.run.tally import Tally, slowest_stage
 from pipeline.shards.find import Pending, Shard
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import mean_sample_bytes
 
 MAX_LISTED = 100
@@ -31,8 +34,9 @@ def make_report(
     stored itself, and `errors_by_shard` of the ten shards with the most errors. `batch_size` is what was asked for
     or measured, None for the engine's own, and `batch_size_used` the smallest that was used: where a device's
     memory does not hold a batch, its runner halves them. Lists are cut, and have their number beside them.
-    `problems` is what went wrong with the engine on the way. `timeline` has for each `step_s` seconds since the
-    begin (`started_at`) the images of the parts stored in it, and the seconds that each stage worked on them;
+    `problems` is what went wrong with the engine on the way, `warnings` what may not be meant, and `unused_images`
+    are image members that no row stands for. `timeline` has for each `step_s` seconds since the begin
+    (`started_at`) the images of the parts stored in it, and the seconds that each stage worked on them;
     `stage_workers` is how many workers of a stage can be busy at once, on average. `num_devices` is the most that
     there were at once; `device_hours` counts each for as long as it was there.
     """
@@ -88,9 +92,17 @@ def make_report(
         "imbalances": counts.faults[:MAX_LISTED],
         "num_imbalances": len(counts.faults),
         "problems": problems,
+        "warnings": make_warnings(job, counts, tally),
+        "left_out_files": dict(job.left_out),
         "report_fault": None,
         "kept_nulls": tally.kept_nulls,
+        "kept_fields": {
+            field.column: dataclasses.asdict(kept) for field, kept in zip(job.config.keep, tally.kept, strict=False)
+        },
         "ignored_members": tally.ignored_members,
+        "apart_samples": tally.apart_samples,
+        "unused_images": counts.unused_images,
+        "unused_example": counts.unused_example,
         "read_bytes": tally.read_bytes,
         "written_bytes": tally.written_bytes,
         "wall_s": round(wall_s, 3),
@@ -133,11 +145,16 @@ def last_counts(output: str) -> Counts | None:
         return None
     try:
         report = json.loads(read_bytes(join(output, REPORT_FILE)))
-        numbers = [report[name] for name in ("samples", "embedded", "errors")]
+        numbers = [report[name] for name in ("samples", "embedded", "errors", "unused_images")]
         is_whole = report["balanced"] is True and all(
             type(number) is int and 0 <= number < _TOO_MANY for number in numbers
         )
-        return Counts(*numbers) if is_whole else None
+        if not is_whole:
+            return None
+        counts = Counts(*numbers[:3])
+        counts.unused_images, example = numbers[3], report["unused_example"]
+        counts.unused_example = example if isinstance(example, str) else None
+        return counts
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
@@ -186,7 +203,7 @@ class Estimate(NamedTuple):
     seconds: float | None
 
 
-def estimate(output: str, pending: Sequence[Pending]) -> Estimate | None:
+def estimate(output: str, pending: Sequence[Pending], naming: Naming) -> Estimate | None:
     """Expect the bytes of `pending` to go as those of the last run did.
 
     Where no run of this output tells, the samples are as many as the front of the first shard has for its bytes, and
@@ -198,7 +215,7 @@ def estimate(output: str, pending: Sequence[Pending]) -> Estimate | None:
     pending_bytes = sum(shard.num_bytes for shard in pending)
     work = _last_work(output)
     if work is None:
-        mean = mean_sample_bytes(Shard(*pending[0][:-1])) if pending else None
+        mean = mean_sample_bytes(Shard(*pending[0][:-1]), naming) if pending else None
         return None if mean is None else Estimate(round(pending_bytes / mean), None)
     work_s = min(max(work.wall_s - work.first_part_s, work.stage_s), work.wall_s)
     share = pending_bytes / work.read_bytes

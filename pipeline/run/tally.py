@@ -15,6 +15,15 @@ from pipeline.run.timeline import Timeline
 
 
 @dataclass
+class Kept:
+    """Of a kept field: how many rows have a value, how many values were lost, and one of these."""
+
+    values: int = 0
+    lost: int = 0
+    example: str | None = None
+
+
+@dataclass
 class Tally:
     """Sums over the receipts of a run."""
 
@@ -27,6 +36,9 @@ class Tally:
     written_bytes: int = 0
     kept_nulls: int = 0
     ignored_members: int = 0
+    apart_samples: int = 0
+    # Of each field of `keep`, in its order.
+    kept: list[Kept] = field(default_factory=list)
     # The smallest that a runner used: on a device whose memory did not hold more.
     batch_size: int | None = None
     reasons: Counter[str] = field(default_factory=Counter)
@@ -51,9 +63,15 @@ class Tally:
         self.num_samples += receipt["num_samples"]
         self.num_embedded += receipt["num_embedded"]
         self.num_errors += receipt["num_samples"] - receipt["num_embedded"]
-        for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members"):
+        for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members", "apart_samples"):
             setattr(self, name, getattr(self, name) + receipt[name])
         self.batch_size = min(self.batch_size or receipt["batch_size"], receipt["batch_size"])
+        self.kept = self.kept or [Kept() for _ in receipt["kept"]]
+        for kept, counts in zip(self.kept, receipt["kept"], strict=True):
+            kept.values += counts["values"]
+            kept.lost += counts["lost"]
+            if kept.example is None and counts["example"] is not None:
+                kept.example = f"{receipt['name']}, {counts['example']}"
         busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}
         for stage in STAGES:
             self.stage_s[stage] += busy_s[stage]

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core.config import Field
 from pipeline.core.errors import SampleError
-from pipeline.shards.keys import IMAGE_EXTENSIONS
+from pipeline.shards.grouping import Sample, brief
 from pipeline.shards.tars import Member
 
 MAX_METADATA_BYTES = 16 * 2**20
 _INT64 = range(-(2**63), 2**63)
 
 
-@dataclass(slots=True)
-class Sample:
-    """Members of one key, as far as they are needed."""
-
-    key: str
-    image: Member | None = None
-    rank: int = 2 * len(IMAGE_EXTENSIONS)
-    metadata: dict[str, Member] = field(default_factory=dict)
-    parsed: dict[str, Any] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-    problem: str | None = None
-    first_name: str = ""
-
-
-def _lookup(sample: Sample, item: Field) -> Any:
+def _lookup(sample: Sample[Member], item: Field) -> Any:
     """The value of a field, or None where the sample has none.
 
     Raises:
@@ -62,7 +47,8 @@ def _parsed(data: bytes) -> Any:
 
 def _text(data: bytes) -> str:
     try:
-        return data.decode().strip("\r\n")
+        # Without a byte order mark.
+        return data.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         raise SampleError(f"broken text: not UTF-8: {error.reason}") from error
 
@@ -81,12 +67,24 @@ def literal(data: bytes) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def kept_field(sample: Sample, item: Field) -> tuple[Any, bool]:
+def kept_field(sample: Sample[Member], item: Field) -> tuple[Any, bool]:
     """The value of a kept field, None where there is none, and whether one was lost."""
     try:
         return kept_value(_lookup(sample, item), item.type)
     except SampleError:
         return None, True
+
+
+def why_lost(sample: Sample[Member], item: Field) -> str:
+    """Why `kept_field` lost a value, in a few words."""
+    try:
+        value = _lookup(sample, item)
+    except SampleError as error:
+        return str(error)
+    if item.type == "json" or (item.type == "string" and isinstance(value, str)):
+        return "it holds what JSON text cannot: NaN, infinity, or invalid Unicode"
+    shown = f"{_kind(value)} {brief(str(value))}" if isinstance(value, (str, bool, int, float)) else _kind(value)
+    return f"{shown} is no {item.type}"
 
 
 def kept_value(value: Any, kind: str) -> tuple[Any, bool]:
@@ -115,7 +113,7 @@ def kept_value(value: Any, kind: str) -> tuple[Any, bool]:
     return None, True
 
 
-def find_user_id(sample: Sample, item: Field) -> str:
+def find_user_id(sample: Sample[Member], item: Field) -> str:
     """The id that the user's field names.
 
     Raises:

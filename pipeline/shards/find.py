@@ -7,9 +7,10 @@ import itertools
 import math
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import fsspec
@@ -32,6 +33,7 @@ from pipeline.core.storage import (
     without_gc,
 )
 from pipeline.shards.keys import printable
+from pipeline.shards.left_out import SUFFIX, add_left_out, archives_among, format_left_out, is_hidden, is_tar
 
 
 class Pending(NamedTuple):
@@ -44,7 +46,6 @@ class Pending(NamedTuple):
     stored_parts: tuple[int, ...] = ()
 
 
-SUFFIX = ".tar"
 # Up to so many named shards of one folder are asked for one by one, more by listing the folder.
 _STAT_AT_MOST = 16
 _STATS_AT_ONCE = 32
@@ -61,7 +62,7 @@ _NO_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|$)")
 
 
 class Shard(NamedTuple):
-    """One input `.tar`. `name` is its path below the input's prefix, without the suffix."""
+    """One input `.tar`. `name` is its path below the input's prefix, without the suffix (`.TAR` stays)."""
 
     name: str
     url: str
@@ -77,11 +78,15 @@ class Refused(NamedTuple):
 
 
 class ShardSet(NamedTuple):
-    """The shards of an input in the order of their names, and the URL prefix that their names lack."""
+    """The shards of an input in the order of their names, and the URL prefix that their names lack.
+
+    `left_out` counts the other files that folders and globs of the input hold, by kind, such as `.tar.gz`.
+    """
 
     prefix: str
     shards: list[Shard]
     refused: list[Refused]
+    left_out: Counter[str]
 
 
 @without_gc()
@@ -92,8 +97,9 @@ def find_shards(inputs: Iterable[str], limits: StoreLimits = LIMITS) -> ShardSet
     depth), a folder, or a list file (`.txt`: one of these a line, as they would be given here; `#` at
     the begin of a line or after a space begins a comment). What is named must be there: every
     alternative in braces, every folder, and at least one shard for each glob. In folders and globs,
-    other files than `.tar` and names that begin with a dot are passed over. The prefix is the folder
-    below which all of the input lies, before the first brace or wildcard.
+    other files than `.tar` (or `.TAR`) and names that begin with a dot are left out, and counted; a file
+    that two of the inputs reach counts twice. The prefix is the folder below which all of the input lies,
+    before the first brace or wildcard.
 
     A shard whose name cannot name an output, or that its web server cannot give piece by piece, is refused alone.
     A web server's URL is named by its path: a `?` there begins a query, and is no wildcard.
@@ -119,16 +125,17 @@ def find_shards(inputs: Iterable[str], limits: StoreLimits = LIMITS) -> ShardSet
         raise InputError(f"the folder of the input must be UTF-8, got {inside!a}")
     found: dict[str, FileInfo] = {}
     named: dict[str, list[str]] = defaultdict(list)
+    left_out: Counter[str] = Counter()
     for pattern in patterns:
         for spec in _expand_braces(pattern):
             if _has_wildcard(spec):
-                _add(found, _glob(fs, spec, limits), spec)
+                _add(found, partial(_glob, fs, spec, limits), spec, left_out)
                 continue
             path = locate(spec, limits)[1]
             if _is_shard(fs, spec, path):
                 named[_without_query(path).rpartition("/")[0]].append(path)
             else:
-                _add(found, _below(fs, path, limits), spec)
+                _add(found, partial(_below, fs, path, limits), spec, left_out)
     unknown = [path for path, info in found.items() if info.num_bytes == UNKNOWN_SIZE]
     refused: list[Refused] = []
     for path, info in itertools.chain(_named(fs, named, limits), _look_at(fs, unknown, limits)):
@@ -137,11 +144,14 @@ def find_shards(inputs: Iterable[str], limits: StoreLimits = LIMITS) -> ShardSet
         else:
             found.pop(path, None)
             refused.append(Refused(printable(_name(inside, path)), info or "it is listed, and not there"))
+    for path in found:
+        if not path.endswith(SUFFIX) and path + SUFFIX in found:
+            raise InputError(f"shards must have names of their own, got {path} and {path}{SUFFIX}")
     shards = _shards(fs, inside, found, refused)
     if is_http(fs) and len({shard.name for shard in shards}) < len(shards):
         raise InputError("two URLs of the input differ in their query alone: a shard is named by its path")
     root = inside if inside.rstrip("/") in ("", "http:", "https:") else inside.removesuffix("/")
-    return ShardSet(root if is_http(fs) else to_url(fs, root), shards, sorted(refused))
+    return ShardSet(root if is_http(fs) else to_url(fs, root), shards, sorted(refused), left_out)
 
 
 def shards_below(folder: str, limits: StoreLimits = LIMITS) -> list[Shard]:
@@ -152,7 +162,7 @@ def shards_below(folder: str, limits: StoreLimits = LIMITS) -> list[Shard]:
     """
     fs, path = locate(folder, limits)
     found: dict[str, FileInfo] = {}
-    _add(found, _below(fs, path, limits), folder)
+    _add(found, partial(_below, fs, path, limits), folder, Counter())
     return _shards(fs, _shared_folder({path.rstrip("/") or path}), found, [])
 
 
@@ -252,20 +262,30 @@ def _has_wildcard(spec: str) -> bool:
 def _is_shard(fs: fsspec.AbstractFileSystem, spec: str, path: str) -> bool:
     """Whether a spec without wildcards names a shard, and not a folder."""
     is_folder = spec.endswith("/") or (isinstance(fs, LocalFileSystem) and os.path.isdir(path))
-    return _without_query(path).endswith(SUFFIX) and not is_folder
+    return is_tar(_without_query(path)) and not is_folder
 
 
-def _add(found: dict[str, FileInfo], infos: Iterator[FileInfo], spec: str) -> None:
+def _add(
+    found: dict[str, FileInfo],
+    listing: Callable[[Counter[str]], Iterator[FileInfo]],
+    spec: str,
+    left_out: Counter[str],
+) -> None:
     count = 0
-    for info in infos:
+    others: Counter[str] = Counter()
+    for info in listing(others):
         found[info.path] = info
         count += 1
     if not count:
-        raise InputError(f"no {SUFFIX} shard found for input {spec}{_why_none(spec)}")
+        raise InputError(f"no {SUFFIX} shard found for input {spec}{_why_none(spec, others)}")
+    left_out.update(others)
 
 
-def _why_none(spec: str) -> str:
+def _why_none(spec: str, left_out: Mapping[str, int]) -> str:
     """What is known of a spec that gave no shard."""
+    archives = archives_among(left_out)
+    if archives:
+        return f"; it holds {format_left_out(archives)}, and only plain {SUFFIX} is read: decompress them"
     if _has_wildcard(spec):
         if not os.path.exists(spec):
             return ""
@@ -280,13 +300,28 @@ def _why_none(spec: str) -> str:
 
 
 def _below(
-    fs: fsspec.AbstractFileSystem, folder: str, limits: StoreLimits, *, recursive: bool = True
+    fs: fsspec.AbstractFileSystem,
+    folder: str,
+    limits: StoreLimits,
+    left_out: Counter[str],
+    *,
+    recursive: bool = True,
+    matches: Callable[[str], object] = lambda path: True,
 ) -> Iterator[FileInfo]:
-    """Shards below a folder that are neither hidden nor in a hidden folder."""
-    start = len(folder.rstrip("/"))
+    """Shards below a folder that are neither hidden nor in a hidden folder, by those paths in it that `matches`.
+
+    The other files are counted in `left_out`.
+    """
+    start = len(folder.rstrip("/")) + 1
     for info in _list(fs, folder, limits, recursive=recursive):
-        if info.path.endswith(SUFFIX) and not _HIDDEN.search(info.path, start):
+        path = info.path[start:]
+        # A path that ends in a slash is a store's mark of a folder.
+        if path[-1:] in ("", "/") or not matches(path):
+            continue
+        if is_tar(path) and not is_hidden(path):
             yield info
+        else:
+            add_left_out(left_out, path)
 
 
 def _list(fs: fsspec.AbstractFileSystem, folder: str, limits: StoreLimits, *, recursive: bool) -> Iterator[FileInfo]:
@@ -296,14 +331,13 @@ def _list(fs: fsspec.AbstractFileSystem, folder: str, limits: StoreLimits, *, re
         raise InputError(f"cannot list {to_url(fs, folder)}: {describe(error)}") from error
 
 
-def _glob(fs: fsspec.AbstractFileSystem, spec: str, limits: StoreLimits) -> Iterator[FileInfo]:
+def _glob(
+    fs: fsspec.AbstractFileSystem, spec: str, limits: StoreLimits, left_out: Counter[str]
+) -> Iterator[FileInfo]:
     fixed, rest = _split_fixed(spec)
-    folder = locate(fixed, limits)[1]
-    start = len(folder.rstrip("/")) + 1
     matches = re.compile(_glob_regex(rest), re.DOTALL).fullmatch
-    for info in _below(fs, folder, limits, recursive="/" in rest or "**" in rest):
-        if matches(info.path[start:]):
-            yield info
+    is_deep = "/" in rest or "**" in rest
+    return _below(fs, locate(fixed, limits)[1], limits, left_out, recursive=is_deep, matches=matches)
 
 
 def _glob_regex(pattern: str) -> str:

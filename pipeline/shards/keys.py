@@ -1,26 +1,108 @@
-"""WebDataset's key rule, and which member is the image."""
+"""What the name of a member says: the key of its sample, and whether it is an image."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from pipeline.core.config import KEYS
+
+FIRST_DOT, LAST_DOT = KEYS
 # Which member is the image where a sample has several: the first in this order, then the first in the
 # shard. `x.png` goes before `x.mask.png`, whatever their order.
 IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp", "gif",
     "jpe", "jfif", "mpo", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico", "dib",
 )  # fmt: skip
+# Members that tell of a shard or data set, and not of one sample. Only names that no image has: a name without an
+# extension may be a user's image, so that of those the list is short.
+_DOCUMENTS = frozenset({"readme", "license", "licence", "copying", "changelog"})
+_DOCUMENT_EXTENSIONS = frozenset({"", "txt", "html"})
+_TABLE_EXTENSIONS = frozenset(
+    {
+        "csv",
+        "tsv",
+        "parquet",
+        "arrow",
+        "feather",
+        "jsonl",
+        "ndjson",
+        "xlsx",
+        "sqlite",
+        "db",
+        "md",
+        "rst",
+        "yaml",
+        "yml",
+    }
+    | {
+        "toml",
+        "ini",
+        "cfg",
+        "log",
+        "idx",
+        "index",
+        "lst",
+        "md5",
+        "sha1",
+        "sha256",
+        "sha512",
+        "cff",
+        "bib",
+        "py",
+        "sh",
+        "ipynb",
+    }
+)
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 
 
-def split_key(name: str) -> tuple[str, str] | None:
+@dataclass(frozen=True)
+class Naming:
+    """How the names of members make samples: where a key ends, and which member is the image."""
+
+    key: str = FIRST_DOT
+    image_member: str | None = None
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """`split_key` by this rule."""
+        return split_key(name, self.key)
+
+    def image_rank(self, extension: str) -> int | None:
+        """`image_rank` by this rule."""
+        return image_rank(extension, self.image_member)
+
+    def is_hidden_image(self, name: str) -> bool:
+        """Whether a member without a key is an image that somebody hid, and no macOS `._x.jpg`, which holds none."""
+        base = name.rpartition("/")[2]
+        return not base.startswith("._") and self.image_rank(base.rpartition(".")[2]) is not None
+
+
+def split_key(name: str, key: str = FIRST_DOT) -> tuple[str, str] | None:
     """(key, extension) of a member; None for hidden files such as `.DS_Store` and macOS `._x.jpg`.
 
-    A name without a dot is its own key, with the extension "".
+    The key is the path up to the first dot of the basename, or up to the last. A name without a dot is its own
+    key, with the extension "".
     """
     folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    if not stem:
+    if not base or base[0] == ".":
         return None
-    return folder + slash + stem, extension
+    stem, dot, extension = base.partition(".") if key == FIRST_DOT else base.rpartition(".")
+    return (folder + slash + stem, extension) if dot else (name, "")
+
+
+def tells_of_shard(name: str) -> bool:
+    """Whether a member that is no image tells of a shard or data set, and not of one sample.
+
+    That is so of a name that WebDataset reserves (`__index__`, `__meta__`, with any extension), of one such as
+    `README` or `LICENSE`, without an extension or with that of a text, and of one with the extension of a table,
+    list, script or checksum (`labels.csv`).
+    """
+    stem, _, extension = name.rpartition("/")[2].lower().partition(".")
+    if len(stem) > 4 and stem.startswith("__") and stem.endswith("__"):
+        return True
+    return extension.rpartition(".")[2] in _TABLE_EXTENSIONS or (
+        stem in _DOCUMENTS and extension in _DOCUMENT_EXTENSIONS
+    )
 
 
 def image_rank(extension: str, image_member: str | None) -> int | None:

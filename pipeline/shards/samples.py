@@ -1,8 +1,12 @@
 """A shard's tar stream as samples, and the samples as parts.
 
-The key rule is WebDataset's: the member's path up to the first dot of its basename. A sample is a run
-of consecutive members of one key. What `webdataset` drops or refuses becomes a row with a reason: a
-repeated key, a repeated member, a member without an extension, a sample cut short, one without an image.
+The key rule is WebDataset's: the member's path up to the first dot of its basename; with `--key last-dot`
+up to the last. A sample is a run of consecutive members of one key. What `webdataset` drops or refuses
+becomes a row with a reason: a repeated key, a repeated member, a member without an extension, a sample cut
+short, one without an image. An image beside the one that its sample's row stands for is counted.
+
+Where the members of a key do not stand side by side, its image is still embedded: what has no image does
+not take the key. The other members are rows with a reason, and their fields null.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.config import Config
+from pipeline.core.config import Config, Field
 from pipeline.core.errors import SampleError, ShardChangedError, ShardError
 from pipeline.core.schema import (
     END_BROKEN,
     END_LAST,
     END_NONE,
+    MEMBERS_APART,
+    NO_IMAGE,
     STAGE_READ,
     STAGES,
     UNKNOWN_INDEX,
@@ -26,16 +32,19 @@ from pipeline.core.schema import (
     part_row,
     sample_type,
 )
-from pipeline.shards.fields import Sample, find_user_id, kept_field
+from pipeline.shards.fields import find_user_id, kept_field, why_lost
 from pipeline.shards.find import Pending
-from pipeline.shards.keys import image_rank, printable, split_key
+from pipeline.shards.grouping import Ignored, Sample, brief, iter_samples
+from pipeline.shards.keys import Naming, printable
 from pipeline.shards.stream import ShardStream
 from pipeline.shards.tars import Member, iter_members
 
-# Members of one sample; what it may keep in memory has a bound, whatever a shard says.
-MAX_SAMPLE_MEMBERS = 10_000
 # A part ends early, by content alone, where its images and texts would take more memory than this.
 MAX_PART_BYTES = 512 * 2**20
+# Nor has it more rows than fit into so many bytes of decoded pixels.
+MAX_PART_PIXEL_BYTES = 512 * 2**20
+_SIDE_BY_SIDE = "members of a sample must stand side by side, as `tar --sort=name` puts them"
+_KEY, _ID = "key", "id"
 
 
 class SampleReader:
@@ -43,15 +52,16 @@ class SampleReader:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._naming = Naming(config.key, config.image_member)
         fields = [*config.keep, *([config.id] if config.id else [])]
         self._metadata = {item.member.lower() for item in fields}
         self._type = sample_type(image_field(), config.kept_columns)
 
     def _wanted(self, name: str) -> bool:
-        split = split_key(name)
+        split = self._naming.split(name)
         if split is None:
             return False
-        return split[1].lower() in self._metadata or image_rank(split[1], self._config.image_member) is not None
+        return split[1].lower() in self._metadata or self._naming.image_rank(split[1]) is not None
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Shards (`SHARD_SCHEMA`) in, their parts out, as soon as each is read."""
@@ -64,19 +74,27 @@ class SampleReader:
         The last one says how the shard ended: proven (`last`), or `broken` with the fault. All
         samples that can be read are in some part, whatever happens after them.
         """
-        builder = _PartBuilder(shard, self._type)
+        builder = _PartBuilder(shard, self._type, self._config.keep)
         fault: ShardError | None = None
         ignored = 0
         with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
             try:
-                for sample in self._samples(stream):
-                    if sample is None:
-                        ignored += 1
+                members = iter_members(stream, self._wanted, self._config.max_image_bytes)
+                for sample in iter_samples(members, self._naming, self._metadata):
+                    if isinstance(sample, Ignored):
+                        ignored += sample.num_members
+                        if self._naming.is_hidden_image(sample.name):
+                            builder.add_unused(1, f"{brief(sample.name)}, which is hidden")
                         continue
                     if builder.is_full(self._config.part_rows):
                         stream.check_unchanged()
                         yield from builder.finish(END_NONE, stream.position)
-                    builder.add(*self._row(sample))
+                    if sample.num_unused:
+                        image = sample.image
+                        beside = "" if image is None else f", beside {brief(image.name)}"
+                        builder.add_unused(sample.num_unused, brief(sample.other_image) + beside)
+                    row, own_id = self._row(sample)
+                    builder.add(row, sample, own_id)
                 stream.check_unchanged()
             except ShardError as error:
                 fault = _confirmed(error, stream)
@@ -86,52 +104,10 @@ class SampleReader:
                 builder.go_after_stored()
             yield from builder.finish(END_LAST if fault is None else END_BROKEN, stream.position, fault, ignored)
 
-    def _samples(self, stream: ShardStream) -> Iterator[Sample | None]:
-        """Yield each sample when it is complete, and None for each ignored member."""
-        current: Sample | None = None
-        fault: ShardError | None = None
-        members = iter_members(stream, self._wanted, self._config.max_image_bytes)
-        while True:
-            try:
-                member = next(members, None)
-            except ShardError as error:
-                fault = error
-                break
-            if member is None:
-                break
-            split = split_key(member.name)
-            if split is None:
-                yield None
-                continue
-            key, extension = split
-            if current is None or current.key != key:
-                if current is not None:
-                    yield current
-                current = Sample(key, first_name=member.name)
-            self._add(current, member, extension)
-        if current is not None:
-            yield current
-        if fault is not None:
-            raise fault
-
-    def _add(self, sample: Sample, member: Member, extension: str) -> None:
-        if member.name in sample.names:
-            sample.problem = f"duplicate member: {_shown(member.name)}"
-            return
-        if len(sample.names) >= MAX_SAMPLE_MEMBERS:
-            sample.problem = f"too many members: more than {MAX_SAMPLE_MEMBERS}"
-            return
-        sample.names.add(member.name)
-        if extension.lower() in self._metadata:
-            sample.metadata.setdefault(extension.lower(), member)
-        rank = image_rank(extension, self._config.image_member)
-        if rank is not None and rank < sample.rank:
-            sample.image, sample.rank = member, rank
-
-    def _row(self, sample: Sample) -> tuple[dict[str, Any], str, str | None]:
-        """The sample's row, its key, and its id where that is of its own. Its image is None where it has a reason."""
+    def _row(self, sample: Sample[Member]) -> tuple[dict[str, Any], str | None]:
+        """The sample's row, and its id where that is of its own. Its image is None where it has a reason."""
         key, own_id = sample.key, None
-        row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "nulls": 0}
+        row: dict[str, Any] = {"image_id": printable(key), "member": None, "image": None, "lost": []}
         row["kept"] = [None] * len(self._config.keep)
         image = sample.image
         row["member"] = printable(image.name if image is not None else sample.first_name)
@@ -141,30 +117,52 @@ class SampleReader:
             if sample.problem is not None:
                 raise SampleError(sample.problem)
             if self._config.id is not None:
-                row["image_id"] = own_id = find_user_id(sample, self._config.id)
+                row["image_id"] = own_id = self._user_id(sample, self._config.id)
             if image is None:
-                extensions = sorted(_shown(name[len(key) + 1 :]) or "none" for name in sample.names)
-                raise SampleError(f"no image: its members have the extensions {', '.join(extensions[:8])}")
+                extensions = sorted(brief(name[len(key) + 1 :]) or "none" for name in sample.names)
+                raise SampleError(
+                    f"{NO_IMAGE}: its members have the extensions {', '.join(extensions[:8])}; {_SIDE_BY_SIDE}"
+                )
             if image.problem is not None:
                 raise SampleError(f"unreadable member: {image.problem}")
             for position, item in enumerate(self._config.keep):
                 value, lost = kept_field(sample, item)
                 row["kept"][position] = value
-                row["nulls"] += lost
+                if lost:
+                    row["lost"].append(position)
             row["image"] = image.data
         except SampleError as error:
             row["reason"] = str(error)
-        return row, key, own_id
+        return row, own_id
+
+    @staticmethod
+    def _user_id(sample: Sample[Member], item: Field) -> str:
+        try:
+            return find_user_id(sample, item)
+        except SampleError as error:
+            if item.member.lower() in sample.metadata:
+                raise
+            raise SampleError(f"{error}; it has no {item.member} beside it: {_SIDE_BY_SIDE}") from error
+
+
+def bound_part_rows(part_rows: int, crop: tuple[int, int]) -> int:
+    """At most `part_rows`, and no more than a part's decoded pixels have room for, of images of `crop` (H, W)."""
+    height, width = crop
+    return max(1, min(part_rows, MAX_PART_PIXEL_BYTES // (height * width * 3)))
 
 
 class _PartBuilder:
     """Collects rows, and cuts them into parts."""
 
-    def __init__(self, shard: Pending, sample_struct: pa.StructType) -> None:
+    def __init__(self, shard: Pending, sample_struct: pa.StructType, keep: tuple[Field, ...]) -> None:
         self._shard = shard
         self._type = sample_struct
+        self._keep = keep
         self._stored = set(shard.stored_parts)
+        # Keys of samples with an image, and ids.
         self._seen: set[int] = set()
+        # Keys of members without an image.
+        self._bare: set[int] = set()
         self._part = 0
         self._index = 0
         self._since = time.perf_counter()
@@ -174,7 +172,10 @@ class _PartBuilder:
     def _clear(self) -> None:
         self._rows: list[dict[str, Any]] = []
         self._bytes = 0
-        self._nulls = 0
+        self._kept: list[dict[str, Any]] = [{"values": 0, "lost": 0, "example": None} for _ in self._keep]
+        self._apart = 0
+        self._unused = 0
+        self._unused_example: str | None = None
 
     def discard(self) -> None:
         """Drop the part collected so far."""
@@ -194,21 +195,48 @@ class _PartBuilder:
     def is_full(self, part_rows: int) -> bool:
         return len(self._rows) >= part_rows or self._bytes >= MAX_PART_BYTES
 
-    def add(self, row: dict[str, Any], key: str, own_id: str | None) -> None:
-        """Add one sample. A key, or an id of its own, seen before in this shard makes it a row with a reason."""
-        for kind, name in (("key", key), ("id", own_id)):
-            if name is None:
-                continue
-            fingerprint = hash((kind, name))
-            if fingerprint in self._seen:
-                reason = f"repeated {kind}: an earlier sample of this shard has it"
-                row |= {"image": None, "nulls": 0, "reason": reason}
-                break
-            self._seen.add(fingerprint)
+    def add(self, row: dict[str, Any], sample: Sample[Member], own_id: str | None) -> None:
+        """Add one sample. A key, or an id of its own, seen before in this shard makes it a row with a reason.
+
+        Without an image it takes neither.
+        """
+        of_key = hash((_KEY, sample.key))
+        if sample.image is None:
+            if of_key in self._seen:
+                self._apart += of_key not in self._bare
+                row["reason"] = f"{MEMBERS_APART}: the image of their key stands before them; {_SIDE_BY_SIDE}"
+            self._bare.add(of_key)
+        else:
+            self._apart += of_key in self._bare and of_key not in self._seen
+            for kind, name in ((_KEY, sample.key), (_ID, own_id)):
+                if name is None:
+                    continue
+                fingerprint = hash((kind, name))
+                if fingerprint in self._seen:
+                    reason = f"repeated {kind}: an earlier sample of this shard has it"
+                    row |= {"image": None, "reason": reason}
+                    break
+                self._seen.add(fingerprint)
         texts = [row["image_id"], row["member"], *row["kept"]]
         self._bytes += len(row["image"] or b"") + sum(len(text.encode()) for text in texts if isinstance(text, str))
-        self._nulls += row["nulls"]
+        if self._keep and row.get("reason") is None:
+            self._count_kept(row, sample)
         self._rows.append(row)
+
+    def _count_kept(self, row: dict[str, Any], sample: Sample[Member]) -> None:
+        for counts, value in zip(self._kept, row["kept"], strict=True):
+            counts["values"] += value is not None
+        for position in row["lost"]:
+            counts = self._kept[position]
+            counts["lost"] += 1
+            if counts["example"] is None:
+                counts["example"] = f"{brief(sample.key)}: {why_lost(sample, self._keep[position])}"
+
+    def add_unused(self, count: int, example: str) -> None:
+        """Count image members that no row stands for, of which `example` is one."""
+        self._unused += count
+        if self._unused_example is None:
+            self._unused_example = example
 
     def finish(
         self, end: str, position: int, fault: ShardError | None = None, ignored: int = 0
@@ -227,7 +255,11 @@ class _PartBuilder:
             "fault": None if fault is None else str(fault),
             "fault_transient": fault is not None and fault.transient,
             "ignored_members": ignored,
-            "kept_nulls": self._nulls,
+            "unused_images": self._unused,
+            "unused_example": self._unused_example,
+            "apart_samples": self._apart,
+            "kept_nulls": sum(counts["lost"] for counts in self._kept),
+            "kept": self._kept,
             "read_bytes": position - self._read_to,
             "batch_size": 0,
             **{f"{stage}_s": 0.0 for stage in STAGES},
@@ -272,9 +304,3 @@ def _confirmed(error: ShardError, stream: ShardStream) -> ShardError:
     except ShardChangedError as changed:
         return changed
     return error
-
-
-def _shown(name: str) -> str:
-    """A member's name, or a piece of it, as a reason shows it: short, and without control characters."""
-    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:100])
-    return shown + ("..." if len(name) > 100 else "")

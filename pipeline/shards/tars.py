@@ -5,6 +5,12 @@ a shard is lost in silence. Here the standard library parses single headers (`Ta
 the walk from header to header is ours: whatever is not a header, and not the end, is a fault. Past a
 fault the walk goes on at the next header that can be found, so that one flipped bit does not cost the
 rest of a shard; the fault is raised when all that can be read has been.
+
+Time and memory have a bound whatever a shard says. Of its faults only the first one's text is kept. To
+go on after a fault the walk goes back at most `WINDOW_BYTES`, and in all of a shard over no more bytes
+than it has read forward. The pax records are parsed here, since
+`tarfile` of Python before 3.11.10, 3.12.6 and 3.13 takes a time that grows as the square for some
+(CVE-2024-6232).
 """
 
 from __future__ import annotations
@@ -18,8 +24,15 @@ from pipeline.core.errors import ShardError
 
 BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(BLOCK)
-# A header extension (long name, pax record) is small; a larger one is damage.
+# A long name, or a pax record that is needed, is small; a larger one is damage.
 MAX_EXTENSION_BYTES = 2**20
+# Of pax headers more is read, and passed over: macOS' tar keeps resource forks there, of up to 16 MiB, as base64 and
+# as they are.
+MAX_PAX_BYTES = 64 * 2**20
+# As many blocks of an old GNU sparse header, of 21 extents each.
+_MAX_SPARSE_BLOCKS = 2**15
+# How far the walk goes back at most, to look for the next header.
+WINDOW_BYTES = 2**20
 # tar ends an archive with two blocks of zeros, and fills it up with more to a multiple of its record:
 # 20 blocks as a rule, others by `tar -b`.
 _RECORD_BYTES = tuple(BLOCK * factor for factor in (1, 20, 64, 128, 256, 512, 1024, 2048))
@@ -40,7 +53,11 @@ _MAGIC = {
 _USTAR, _USTAR_AT = b"ustar", 257
 _GNU = b"ustar  \0"
 _CHECKSUM, _TYPE = slice(148, 156), slice(156, 157)
-_SEARCH_BYTES = 2**18
+_OCTAL = b"01234567 \0"
+_SEARCH_BYTES = (2**12, 2**18)
+_PIECE_BYTES = 2**16
+# So little is gone back over at any fault, to find a header that begins earlier than it should.
+_FREE_BYTES = 2 * BLOCK
 
 
 class Stream(Protocol):
@@ -73,7 +90,8 @@ class Member:
 class _DamageError(ShardError):
     """A fault of the tar itself; a header may be found at byte `resume` or after it, or nowhere (None).
 
-    With `hides_name` it is of a pax header, which may have held the name of the member after it.
+    With `hides_name` it is of a pax header, which may have held the name of the member after it. It must not be kept:
+    its traceback holds what was read.
     """
 
     def __init__(self, message: str, resume: int | None, *, hides_name: bool = False) -> None:
@@ -90,11 +108,11 @@ _PROBLEMS = {
     tarfile.BLKTYPE: "a device",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-_VOLUME_LABEL = b"V"
+VOLUME_LABEL = b"V"
 # Of the next member alone, and of all.
 _OWN_PAX_TYPES = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-_PAX_TYPES = (*_OWN_PAX_TYPES, tarfile.XGLTYPE)
-_LONG_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+PAX_TYPES = (*_OWN_PAX_TYPES, tarfile.XGLTYPE)
+LONG_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 def iter_members(stream: Stream, wanted: Callable[[str], bool], max_member_bytes: int) -> Iterator[Member]:
@@ -107,28 +125,49 @@ def iter_members(stream: Stream, wanted: Callable[[str], bool], max_member_bytes
         ShardError: after the last member: the stream is not a tar, is damaged, or ends before the
             archive does. At once: it cannot be read.
     """
-    faults: list[_DamageError] = []
+    first: str | None = None
+    is_alone, hides_name = True, False
+    reached = again = 0
     while True:
         try:
-            yield from _walk(stream, wanted, max_member_bytes, after=faults[-1] if faults else None)
+            yield from _walk(
+                stream, wanted, max_member_bytes, is_after_damage=first is not None, hides_name=hides_name
+            )
             break
         except _DamageError as fault:
-            faults = [*faults[:1], fault]
-            if fault.resume is None or not _find_header(stream, fault.resume):
-                break
-    if faults:
-        raise ShardError(f"{faults[0]}{'; more damage after it' if len(faults) > 1 else ''}") from faults[0]
+            is_alone, first = first is None, first or str(fault)
+            resume, hides_name = fault.resume, fault.hides_name
+        if resume is None:
+            break
+        reached = max(reached, stream.position)
+        back = stream.position - max(resume, stream.position - WINDOW_BYTES)
+        if back > _FREE_BYTES:
+            # What has been read forward pays for what is read again.
+            back = back if again + back <= reached else 0
+            again += back
+        if not _find_header(stream, max(resume, stream.position - back)):
+            break
+    if first is not None:
+        raise ShardError(first if is_alone else f"{first}; more damage after it")
 
 
 def _walk(
-    stream: Stream, wanted: Callable[[str], bool], max_member_bytes: int, after: _DamageError | None
+    stream: Stream,
+    wanted: Callable[[str], bool],
+    max_member_bytes: int,
+    *,
+    is_after_damage: bool,
+    hides_name: bool,
 ) -> Iterator[Member]:
-    """The members from here, `after` some damage, to the end. Raises `_DamageError` where they cannot be had."""
-    pax: dict[str, str] = {}
+    """The members from here to the end. Raises `_DamageError` where they cannot be had.
+
+    `hides_name` is of the damage before the first of them.
+    """
+    pax: PaxRecords | None = None
     long_name: str | None = None
     while True:
         expected, found = stream.position, _next_header(stream)
-        if (pax or long_name is not None) and (found is None or found[0] != expected):
+        if (pax is not None or long_name is not None) and (found is None or found[0] != expected):
             # It is not the next member's, which stands after the zeros.
             resume = stream.position if found is None else found[0]
             raise _DamageError(f"damaged: a header extension without its member, at byte {expected}", resume)
@@ -136,25 +175,25 @@ def _walk(
             return
         start, block = found
         header = _parse(block, start)
-        if header.type in _PAX_TYPES:
-            records = _pax_records(_extension(stream, header, start), start)
+        if header.type in PAX_TYPES:
+            records = _pax_records(stream, header, start)
             if header.type != tarfile.XGLTYPE:
                 pax = records
             continue
-        if header.type in _LONG_TYPES:
-            text = _extension(stream, header, start).split(b"\0", 1)[0]
+        if header.type in LONG_TYPES:
+            text = _long_text(stream, header, start)
             if header.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = text.decode("utf-8", "surrogateescape")
+                long_name = text
             continue
         if header.type == tarfile.GNUTYPE_SPARSE:
-            _skip_sparse_maps(stream, block, start)
-        name = pax.get("GNU.sparse.name") or pax.get("path") or long_name or header.name
-        size = _size(pax.get("size"), header, start)
-        problem = _problem(header, pax)
-        if after and not pax and long_name is None and (after.hides_name or _may_be_cut(block)):
+            skip_sparse_maps(stream, block, start)
+        name = member_name(header, pax, long_name)
+        size = _size(None if pax is None else pax.size, header, start)
+        problem = problem_of(header, pax)
+        if is_after_damage and pax is None and long_name is None and (hides_name or _may_be_cut(block)):
             problem = "its name may be cut: it follows damage"
-        pax, long_name, after = {}, None, None
-        if header.isdir() or header.type == _VOLUME_LABEL:
+        pax, long_name, is_after_damage = None, None, False
+        if header.isdir() or header.type == VOLUME_LABEL:
             continue
         if not (header.isreg() or header.type not in tarfile.SUPPORTED_TYPES):
             yield Member(name, 0, problem=problem)
@@ -177,9 +216,15 @@ def _walk(
             raise _DamageError(f"cut: ends in the padding after {_brief(name)}", stream.position)
 
 
-def _problem(header: tarfile.TarInfo, pax: dict[str, str]) -> str | None:
+def member_name(header: tarfile.TarInfo, pax: PaxRecords | None, long_name: str | None) -> str:
+    """The name of a member, by its header and by the extensions before it."""
+    of_pax = None if pax is None else pax.sparse_name or pax.path
+    return of_pax or long_name or header.name
+
+
+def problem_of(header: tarfile.TarInfo, pax: PaxRecords | None) -> str | None:
     """What a member is, where that is no plain file."""
-    if pax and any(key.startswith("GNU.sparse.") for key in pax):
+    if pax is not None and pax.is_sparse:
         return "a sparse file"
     if header.type in _PROBLEMS:
         return _PROBLEMS[header.type]
@@ -225,7 +270,7 @@ def _is_padding(num_zeros: int, end: int) -> bool:
 
 def _parse(block: bytes, start: int) -> tarfile.TarInfo:
     try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        return parse_header(block)
     except (tarfile.HeaderError, ValueError) as error:
         other = _looks_like(block, start)
         # Where bytes were lost before it, the header begins earlier than it should.
@@ -235,7 +280,16 @@ def _parse(block: bytes, start: int) -> tarfile.TarInfo:
             resume,
             hides_name=block[_USTAR_AT:].startswith(_USTAR) and block[_TYPE] in _OWN_PAX_TYPES,
         ) from error
-    if block[_USTAR_AT:].startswith(_GNU):
+
+
+def parse_header(block: bytes) -> tarfile.TarInfo:
+    """A header block alone, by the standard library.
+
+    Raises:
+        tarfile.HeaderError, ValueError: it is none.
+    """
+    header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    if block.startswith(_GNU, _USTAR_AT):
         # `TarInfo` takes what GNU tar has at a ustar header's prefix, times of access and change, for that.
         header.name = block[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
     return header
@@ -248,7 +302,10 @@ def _find_header(stream: Stream, position: int) -> bool:
     """
     stream.position = position
     window = b""
-    while chunk := stream.read(_SEARCH_BYTES):
+    # Most are near: what is read beyond one is read again.
+    piece, largest = _SEARCH_BYTES
+    while chunk := stream.read(piece):
+        piece = min(2 * piece, largest)
         window += chunk
         window_start = stream.position - len(window)
         at = window.find(_USTAR, _USTAR_AT)
@@ -265,6 +322,8 @@ def _find_header(stream: Stream, position: int) -> bool:
 def _is_header(block: bytes) -> bool:
     # The checksum first, and by hand: a hostile file may hold many blocks that look like headers.
     field = block[_CHECKSUM]
+    if field[:1] not in _OCTAL:
+        return False
     try:
         checksum = int(field.strip(b" \0"), 8)
         return checksum == sum(block) - sum(field) + len(field) * ord(" ") and bool(_parse(block, 0))
@@ -301,48 +360,124 @@ def _size(text: str | None, header: tarfile.TarInfo, start: int) -> int:
     return size
 
 
-def _extension(stream: Stream, header: tarfile.TarInfo, start: int) -> bytes:
+@dataclass(slots=True)
+class PaxRecords:
+    """What a pax header says of the next member, as far as it is needed."""
+
+    path: str | None = None
+    sparse_name: str | None = None
+    size: str | None = None
+    is_sparse: bool = False
+
+
+def _long_text(stream: Stream, header: tarfile.TarInfo, start: int) -> str:
+    """The text of a GNU long name."""
+    size = _extension_size(stream, header, start, MAX_EXTENSION_BYTES)
+    text = stream.read(size).split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    _skip_padding(stream, header, size, start)
+    return text
+
+
+def _extension_size(stream: Stream, header: tarfile.TarInfo, start: int, most: int) -> int:
     size = _size(None, header, start)
-    if size > MAX_EXTENSION_BYTES:
-        raise _DamageError(
-            f"damaged: a header extension of {size} bytes at byte {start}, at most {MAX_EXTENSION_BYTES} is read",
-            start + BLOCK,
-            hides_name=header.type in _OWN_PAX_TYPES,
-        )
-    data = stream.read(size)
-    if len(data) < size or not stream.skip(-size % BLOCK):
+    problem = None
+    if size > most:
+        problem = f"damaged: a header extension of {size} bytes at byte {start}, at most {most} is read"
+    elif size > stream.num_bytes - stream.position:
+        problem = f"cut: ends inside the header extension at byte {start}"
+    if problem is not None:
+        raise _DamageError(problem, start + BLOCK, hides_name=header.type in _OWN_PAX_TYPES)
+    return size
+
+
+def _skip_padding(stream: Stream, header: tarfile.TarInfo, size: int, start: int) -> None:
+    if not stream.skip(-size % BLOCK):
         raise _DamageError(
             f"cut: ends inside the header extension at byte {start}",
             start + BLOCK,
             hides_name=header.type in _OWN_PAX_TYPES,
         )
-    return data
 
 
-def _pax_records(data: bytes, start: int) -> dict[str, str]:
-    """Records of the form `LENGTH KEY=VALUE\\n`, LENGTH counting itself."""
-    records: dict[str, str] = {}
-    data = data.rstrip(b"\0")
-    position = 0
-    while position < len(data):
-        space = data.find(b" ", position, position + 10)
-        digits = data[position:space] if space > 0 else b""
-        end = position + int(digits) if digits.isdigit() else 0
-        key, equals, value = data[space + 1 : end].partition(b"=")
-        if end > len(data) or not equals or not value.endswith(b"\n"):
-            raise _DamageError(
-                f"damaged: the pax header at byte {start} is malformed", start + BLOCK, hides_name=True
-            )
-        records[key.decode("utf-8", "replace")] = value[:-1].decode("utf-8", "surrogateescape")
-        position = end
+def _pax_records(stream: Stream, header: tarfile.TarInfo, start: int) -> PaxRecords:
+    size = _extension_size(stream, header, start, MAX_PAX_BYTES)
+    try:
+        records = read_pax(stream, size)
+    except ValueError as error:
+        raise _DamageError(
+            f"damaged: the pax header at byte {start} is malformed", start + BLOCK, hides_name=True
+        ) from error
+    _skip_padding(stream, header, size, start)
     return records
 
 
-def _skip_sparse_maps(stream: Stream, block: bytes, start: int) -> None:
-    """Old GNU sparse headers go on in further blocks while a flag byte says so."""
+def read_pax(stream: Stream, size: int, piece_bytes: int = _PIECE_BYTES) -> PaxRecords:
+    """Records of the form `LENGTH KEY=VALUE\\n`, LENGTH counting itself, of `size` bytes in all.
+
+    The values that are not needed are passed over, however long they are; of a long one, no more than `piece_bytes`
+    are held.
+
+    Raises:
+        ValueError: they are not of that form, or one that is needed is too long.
+    """
+    found = PaxRecords()
+    left = size
+    data, at = b"", 0
+    while True:
+        if left and len(data) - at < piece_bytes // 2:
+            piece = stream.read(min(left, piece_bytes))
+            left -= len(piece)
+            data, at = data[at:] + piece, 0
+        if at == len(data):
+            return found
+        if data[at] == 0:
+            # Some fill it up with zeros.
+            data = data[at:]
+            while data:
+                if data.strip(b"\0"):
+                    raise ValueError("zeros between pax records")
+                data = stream.read(min(left, piece_bytes))
+                left -= len(data)
+            return found
+        space = data.find(b" ", at, at + 10)
+        digits = data[at:space] if space > 0 else b""
+        end = at + int(digits) if digits.isdigit() else 0
+        equals = data.find(b"=", space + 1, end)
+        if not space < equals < end - 1 or end - len(data) > left:
+            raise ValueError("no pax record")
+        key, missing = data[space + 1 : equals], end - len(data)
+        if key in (b"path", b"size", b"GNU.sparse.name"):
+            if missing > 0:
+                if end - at > MAX_EXTENSION_BYTES:
+                    raise ValueError("a long pax record")
+                data += stream.read(missing)
+                left -= missing
+            value = data[equals + 1 : end - 1].decode("utf-8", "surrogateescape")
+            if key == b"size":
+                found.size = value
+            elif key == b"path":
+                found.path = value
+            else:
+                found.sparse_name = value
+        found.is_sparse = found.is_sparse or key.startswith(b"GNU.sparse.")
+        if end > len(data):
+            stream.skip(end - len(data) - 1)
+            left -= end - len(data)
+            data, at, end = stream.read(1), 0, 1
+        if data[end - 1 : end] != b"\n":
+            raise ValueError("no end of a pax record")
+        at = end
+
+
+def skip_sparse_maps(stream: Stream, block: bytes, start: int) -> None:
+    """Old GNU sparse headers go on in further blocks while a flag byte says so. Raises `ShardError` on damage."""
     more = block[482]
+    num_blocks = 0
     while more:
         block = stream.read(BLOCK)
         if len(block) < BLOCK:
             raise _DamageError(f"cut: ends inside the sparse header at byte {start}", start + BLOCK)
+        num_blocks += 1
+        if num_blocks > _MAX_SPARSE_BLOCKS:
+            raise _DamageError(f"damaged: a sparse header without an end at byte {start}", start + BLOCK)
         more = block[504]

@@ -34,7 +34,7 @@ RULES = {
     "constant": "the values within one embedding are not all the same",
     "all-alike": "the embeddings of a shard are not all the same, where its images are not",
     "tar-unreadable": "a shard of the input can be read",
-    "tar-count": "a shard has as many samples as its tar",
+    "tar-count": "a shard has as many samples as its tar, and as many image members without a row",
     "tar-id": "image_id is that of the tar's sample at sample_index",
     "recompute": "an embedding is that of its image",
 }
@@ -71,6 +71,9 @@ class Verdict:
     samples: int = 0
     embedded: int = 0
     errors: int = 0
+    # Image members that no row stands for, and one of them.
+    unused_images: int = 0
+    unused_example: str | None = None
     num_bytes: int = 0
     tars_compared: int = 0
     recomputed: int = 0

@@ -29,6 +29,7 @@ from pipeline.core.storage import join, read_bytes
 from pipeline.output.fingerprint import Fingerprint, read_fingerprint
 from pipeline.output.names import EMBEDDINGS, ERRORS, RUN_FILE, PartName, version_tag
 from pipeline.output.parts import content_sha256, fingerprint_of, vectors
+from pipeline.shards.keys import Naming
 from pipeline.verify.findings import Finding, first_few
 
 PIECE_BYTES = 32 * 2**20
@@ -46,7 +47,7 @@ class Expected:
     length_tolerance: float | None
     part_rows: int
     id: Field | None
-    image_member: str | None
+    naming: Naming
 
 
 def read_expected(output: str) -> Expected:
@@ -65,7 +66,7 @@ def read_expected(output: str) -> Expected:
         length_tolerance=_LENGTH_TOLERANCE[settings.dtype] if settings.normalize else None,
         part_rows=settings.part_rows,
         id=settings.id,
-        image_member=settings.image_member,
+        naming=settings.naming,
     )
 
 
@@ -102,6 +103,9 @@ class CheckedPart:
     fault: str | None = None
     # The embedding that all its rows have, if they are the same.
     alike: bytes | None = None
+    # Image members that no row stands for, and one of them.
+    unused_images: int = 0
+    unused_example: str | None = None
 
     @property
     def end_index(self) -> int:
@@ -267,7 +271,7 @@ def _check_metadata(expected: Expected, part: CheckedPart, metadata: dict[str, s
     """Compare the part's metadata with its name and rows, and set its samples. False if they are not known."""
     name, num_rows = part.name, len(part.embedded.ids)
     numbers: dict[str, int] = {}
-    for key in ("part", "first_index", "num_samples", "num_embedded", "num_errors", "shard_bytes"):
+    for key in ("part", "first_index", "num_samples", "num_embedded", "num_errors", "unused_images", "shard_bytes"):
         text = metadata.get(key, "")
         if not re.fullmatch(r"\d{1,18}", text):
             part.add_finding(EMBEDDINGS, "metadata", f"{key} is {metadata.get(key)!a}, no count")
@@ -288,6 +292,7 @@ def _check_metadata(expected: Expected, part: CheckedPart, metadata: dict[str, s
             part.add_finding(EMBEDDINGS, "metadata", value)
     if is_known:
         part.first_index, part.num_samples = numbers["first_index"], num_samples
+        part.unused_images, part.unused_example = numbers["unused_images"], metadata.get("unused_example")
     return is_known
 
 

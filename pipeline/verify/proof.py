@@ -1,8 +1,8 @@
 """Reads an output back and proves that it is right, or names every fault: the Parquet, then against the tars.
 
-The standard library's `tarfile` reads the tars, and not the reader that made the output, so that a fault of that
-reader shows. Whether an embedding is that of its image shows only another computation: some, drawn at random,
-are computed again with the plain backbone in fp32.
+The tars are walked from header to header, which the standard library parses, and not with the reader that made the
+output, so that a fault of that reader shows. Only the rules for names are the job's. Whether an embedding is that of
+its image shows only another computation: some, drawn at random, are computed again with the plain backbone in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pipeline.core.redact import describe
 from pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
 from pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
 from pipeline.shards.find import Shard, find_shards
+from pipeline.shards.left_out import archives_among, format_left_out
 from pipeline.verify.findings import Verdict
 from pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
 from pipeline.verify.recompute import Recompute, ShardPart, build_reference, draw_rows, recompute_rows
@@ -53,14 +54,18 @@ def verify(
     versions = _group_by_version(_list_parts(output, verdict), shards, verdict)
     sources: list[ShardPart] = []
     for version, parts, tar in _check_in_threads(output, expected, versions, threads, on_progress):
-        check_shard_version(version, parts, expected.image_member, verdict)
+        check_shard_version(version, parts, expected.naming, verdict)
         if tar is not None:
             compare_with_tar(version, parts, tar, verdict)
             if tar.fault is None and not version.is_broken:
                 sources += [ShardPart(part.name, tar.shard, len(part.embedded.ids)) for part in parts if part.whole]
+    if verdict.unused_images:
+        verdict.notes.append(
+            f"{format_count(verdict.unused_images, 'image member')} without a row: {verdict.unused_example}"
+        )
     if reference is not None and recompute is not None:
         drawn = draw_rows(sources, recompute)
-        recompute_rows(output, expected.image_member, reference, drawn, verdict, on_progress)
+        recompute_rows(output, expected.naming, reference, drawn, verdict, on_progress)
     return verdict
 
 
@@ -71,6 +76,9 @@ def _find_shards_by_name(inputs: Sequence[str], expected: Expected, verdict: Ver
         verdict.notes.append(
             f"the input's prefix is {one_line(found.prefix)}, the output was made of {one_line(prefix)}"
         )
+    archives = archives_among(found.left_out)
+    if archives:
+        verdict.notes.append(f"files of the input that may be shards and are not read: {format_left_out(archives)}")
     return {shard.name: shard for shard in found.shards}
 
 
@@ -162,7 +170,11 @@ def _check_in_threads(
                     pool.submit(check_part, output, expected, name, name in version.with_errors)
                     for name in version.parts
                 ]
-                tar = None if version.shard is None else pool.submit(read_tar, version.shard, expected.id)
+                tar = (
+                    None
+                    if version.shard is None
+                    else pool.submit(read_tar, version.shard, expected.naming, expected.id)
+                )
                 waiting.append((version, futures, tar))
             while waiting and (version is None or sum(len(parts) for _, parts, _ in waiting) > 8 * threads):
                 oldest, futures, tar = waiting.popleft()

@@ -28,6 +28,7 @@ from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.names import EMBEDDINGS, PartName
 from pipeline.output.parts import vectors
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import images
 from pipeline.verify.findings import Verdict, first_few
 from pipeline.verify.parts import PIECE_BYTES
@@ -114,7 +115,7 @@ def draw_rows(sources: list[ShardPart], recompute: Recompute) -> list[tuple[Shar
 
 def recompute_rows(
     output: str,
-    image_member: str | None,
+    naming: Naming,
     reference: Reference,
     drawn: list[tuple[ShardPart, list[int]]],
     verdict: Verdict,
@@ -130,7 +131,7 @@ def recompute_rows(
             table = pq.read_table(pa.BufferReader(data), columns=[IMAGE_ID, SAMPLE_INDEX, EMBEDDING])
             ids, indices = table.column(IMAGE_ID).to_pylist(), table.column(SAMPLE_INDEX).to_pylist()
             values = vectors(table).reshape(len(table), -1)
-            encoded = images(source.shard, image_member, {indices[row] for row in rows})
+            encoded = images(source.shard, naming, {indices[row] for row in rows})
         except (pa.ArrowException, OSError, ShardError) as error:
             verdict.add_finding(file, "recompute", f"cannot be read again: {describe(error)}")
             continue

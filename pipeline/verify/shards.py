@@ -13,6 +13,7 @@ from pipeline.core.formatting import format_count
 from pipeline.core.schema import END_BROKEN, END_NONE
 from pipeline.output.names import EMBEDDINGS, ERRORS, PartName
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 from pipeline.shards.peek import is_one_image
 from pipeline.verify.findings import Verdict, first_few
 from pipeline.verify.parts import CheckedPart
@@ -41,9 +42,7 @@ class ShardVersion:
         return f"{EMBEDDINGS}/{self.parts[0].shard}.{self.parts[0].tag}-*"
 
 
-def check_shard_version(
-    version: ShardVersion, parts: list[CheckedPart], image_member: str | None, verdict: Verdict
-) -> None:
+def check_shard_version(version: ShardVersion, parts: list[CheckedPart], naming: Naming, verdict: Verdict) -> None:
     """Check the parts of one shard version together."""
     _check_order(version, parts, verdict)
     if version.is_broken:
@@ -55,19 +54,22 @@ def check_shard_version(
         verdict.samples += part.num_samples
         verdict.embedded += len(part.embedded.ids)
         verdict.errors += int((part.errors.indices >= 0).sum())
+        verdict.unused_images += part.unused_images
+        if part.unused_example and verdict.unused_example is None:
+            verdict.unused_example = f"{part.name.shard}: {part.unused_example}"
     verdict.parts += len(parts)
     _check_ids(version, parts, verdict)
-    _check_alike(version, parts, image_member, verdict)
+    _check_alike(version, parts, naming, verdict)
 
 
-def _check_alike(version: ShardVersion, parts: list[CheckedPart], image_member: str | None, verdict: Verdict) -> None:
+def _check_alike(version: ShardVersion, parts: list[CheckedPart], naming: Naming, verdict: Verdict) -> None:
     """Find embeddings that are all the same, unless the input shows that the images are, too."""
     rows = [index for part in parts for index, _ in part.embedded.samples()]
     alike = {part.alike for part in parts if part.embedded.ids}
     if len(rows) < _ALIKE_AT_LEAST or len(alike) > 1 or None in alike:
         return
     try:
-        if version.shard is not None and is_one_image(version.shard, image_member, set(rows)):
+        if version.shard is not None and is_one_image(version.shard, naming, set(rows)):
             return
     except (OSError, ShardError):
         pass  # the comparison of the shard with its tar reports it
@@ -121,7 +123,7 @@ def _check_ids(version: ShardVersion, parts: list[CheckedPart], verdict: Verdict
 def compare_with_tar(version: ShardVersion, parts: list[CheckedPart], tar: Tar, verdict: Verdict) -> None:
     """Compare the rows of a shard with its tar: each sample of a whole shard, the order of a broken one.
 
-    After damage, a tar can be read in more than one way: there `tarfile` must only find no more samples.
+    After damage, a tar can be read in more than one way: there the tar must only have no more samples.
     """
     are_whole = all(part.whole and part.name.part == number for number, part in enumerate(parts))
     if version.is_broken:
@@ -129,7 +131,7 @@ def compare_with_tar(version: ShardVersion, parts: list[CheckedPart], tar: Tar, 
         lost = _lost(parts, tar) if are_whole else []
         if lost:
             names = first_few(map(ascii, lost))
-            value = f"tarfile finds {format_count(len(lost), 'sample')} in its tar beyond those stored: {names}"
+            value = f"its tar has {format_count(len(lost), 'sample')} beyond those stored: {names}"
             verdict.add_finding(version.where, "tar-count", value)
         return
     if tar.fault is not None:
@@ -139,6 +141,10 @@ def compare_with_tar(version: ShardVersion, parts: list[CheckedPart], tar: Tar, 
     num_samples = sum(part.num_samples for part in parts)
     if are_whole and num_samples != len(tar.keys):
         value = f"{num_samples} samples are stored, its tar has {len(tar.keys)}"
+        verdict.add_finding(version.where, "tar-count", value)
+    num_unused = sum(part.unused_images for part in parts)
+    if are_whole and num_unused != tar.unused_images:
+        value = f"{num_unused} image members without a row are counted, its tar has {tar.unused_images}"
         verdict.add_finding(version.where, "tar-count", value)
     for part in parts:
         for folder, rows in ((EMBEDDINGS, part.embedded), (ERRORS, part.errors)):

@@ -1,4 +1,4 @@
-"""Reads the samples of a shard with the standard library's `tarfile`, independently of our own reader."""
+"""Reads the samples of a shard, independently of the reader that made the output."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from pipeline.core.errors import SampleError, ShardError
 from pipeline.core.redact import describe
 from pipeline.shards.fields import MAX_METADATA_BYTES, literal
 from pipeline.shards.find import Shard
-from pipeline.shards.keys import printable
-from pipeline.shards.peek import Members, TarReader, open_tar
+from pipeline.shards.grouping import Sample
+from pipeline.shards.keys import Naming, printable
+from pipeline.shards.peek import Entry, TarReader, open_tar
 
 
 @dataclass
 class Tar:
-    """What `tarfile` finds in a shard: the key of each sample and, if ids are a field, that field."""
+    """What a shard holds: the key of each sample and, if ids are a field, that field.
+
+    `unused_images` are image members that no row stands for.
+    """
 
     shard: Shard
     keys: list[str] = field(default_factory=list)
     ids: list[str | None] | None = None
+    unused_images: int = 0
     fault: str | None = None
 
     def allowed_ids(self, index: int, *, is_error: bool) -> list[str]:
@@ -34,32 +39,35 @@ class Tar:
         return ([] if user_id is None else [user_id]) + ([key] if is_error else [])
 
 
-def read_tar(shard: Shard, id_field: Field | None) -> Tar:
+def read_tar(shard: Shard, naming: Naming, id_field: Field | None) -> Tar:
     """Read a tar to the end of the file, past an end of the archive and past damage."""
     found = Tar(shard, ids=None if id_field is None else [])
+    metadata = frozenset() if id_field is None else frozenset({id_field.member.lower()})
     try:
         with open_tar(shard) as tar:
-            for key, members in tar.samples():
+            for sample in tar.samples(naming, metadata):
                 # The id before the key: if reading it fails, there must be no key without an id.
                 if found.ids is not None and id_field is not None:
-                    found.ids.append(_user_id(tar, members, id_field))
-                found.keys.append(printable(key))
+                    found.ids.append(_user_id(tar, sample, id_field))
+                found.keys.append(printable(sample.key))
+                found.unused_images += sample.num_unused
+            found.unused_images += tar.hidden_images
             found.fault = tar.fault
     except (OSError, ShardError) as error:
         found.fault = describe(error)
     return found
 
 
-def _user_id(tar: TarReader, members: Members, field: Field) -> str | None:
+def _user_id(tar: TarReader, sample: Sample[Entry], field: Field) -> str | None:
     """The id in the user's field, or None if the sample has none."""
     wanted = field.member.lower()
-    named = next((member for extension, member in members if extension.lower() == wanted), None)
-    data = tar.read(named) if named is not None and named.size <= MAX_METADATA_BYTES else None
+    named = sample.metadata.get(wanted)
+    data = tar.read(named) if named is not None and named.num_bytes <= MAX_METADATA_BYTES else None
     if data is None:
         return None
     if not field.path and wanted != "json":
         if field.type == "string":
-            return data.decode("utf-8", "backslashreplace").strip("\r\n")
+            return data.decode("utf-8-sig", "backslashreplace").strip("\r\n")
         try:
             value = literal(data)
         except SampleError:

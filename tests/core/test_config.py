@@ -41,6 +41,7 @@ def test_what_is_not_given_has_its_default() -> None:
         ("device", "tpu", "device must be one of auto, cuda, cpu, got 'tpu'"),
         ("precision", "int8", "precision must be one of auto, fp32, bf16, fp16, got 'int8'"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("key", "dot", "key must be one of first-dot, last-dot, got 'dot'"),
         ("decode", "tpu", "decode must be one of cpu, gpu, got 'tpu'"),
         ("batch_size", "many", "batch_size must be a number, got 'many'"),
         ("batch_size", 1.5, "batch_size must be a whole number, got 1.5"),

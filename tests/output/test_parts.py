@@ -53,7 +53,9 @@ def embedded(
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, fields, strict=False)]
     samples = pa.StructArray.from_arrays([*arrays, embeddings], fields=fields)
     values: dict[str, Any] = {
-        field.name: {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}.get(field.type, 0)
+        field.name: []
+        if pa.types.is_list(field.type)
+        else {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}.get(field.type, 0)
         for field in PART_FIELDS
     }
     values |= {"name": "train/00001", "url": "s3://bkt/train/00001.tar", "num_bytes": 1000, "version": "etag"}
@@ -104,7 +106,8 @@ def test_a_version_is_its_size_and_its_tag() -> None:
 
 
 def test_a_part_holds_the_rows_in_order_and_says_what_made_them(tmp_path: Path) -> None:
-    (receipt,) = writer(tmp_path)(embedded(["a", "b", "c"], first_index=20, ignored_members=2)).to_pylist()
+    counts = {"first_index": 20, "ignored_members": 2, "unused_images": 1, "unused_example": "d.png, beside d.jpg"}
+    (receipt,) = writer(tmp_path)(embedded(["a", "b", "c"], **counts)).to_pylist()
     table = pq.read_table(tmp_path / "embeddings" / NAME)
     assert table.column_names == ["image_id", "shard", "sample_index", "embedding"]
     assert table.column("image_id").to_pylist() == ["a", "b", "c"]
@@ -128,6 +131,8 @@ def test_a_part_holds_the_rows_in_order_and_says_what_made_them(tmp_path: Path) 
         "num_embedded": "3",
         "num_errors": "0",
         "ignored_members": "2",
+        "unused_images": "1",
+        "unused_example": "d.png, beside d.jpg",
     }
     assert (receipt["num_embedded"], receipt["reasons"]) == (3, [])
     assert receipt["written_bytes"] == (tmp_path / "embeddings" / NAME).stat().st_size

@@ -27,6 +27,7 @@ from pipeline.run.passes import Watcher, run
 from pipeline.run.report import make_report
 from pipeline.run.tally import Tally
 from pipeline.shards.find import Shard
+from pipeline.shards.keys import Naming
 from tests.browser import Browser
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import embed
@@ -46,7 +47,7 @@ class Ran(NamedTuple):
 
     @property
     def page(self) -> str:
-        return draw_page(self.report, self.shards, set(self.shards), None)
+        return draw_page(self.report, self.shards, set(self.shards), Naming())
 
 
 def ran(folder: Path | str, output: Path | str, **settings: Any) -> Ran:
@@ -74,7 +75,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[
     cut = shards / "photos-00003.tar"
     cut.write_bytes(cut.read_bytes()[:30_000])
     found = ran(shards, folder / "out", price_per_hour=2.5)
-    write_page(found.report, found.shards.values(), set(found.shards), None)
+    write_page(found.report, found.shards.values(), set(found.shards), Naming())
     return folder, found
 
 
@@ -177,7 +178,7 @@ def test_errors_that_an_earlier_run_stored_are_told_and_their_reasons_are_not_cl
     report, shards = done(tmp_path / "in", tmp_path / "out")
 
     def told(errors: int, reasons: dict[str, int]) -> str:
-        return read(draw_page({**report, "errors": errors, "errors_by_reason": reasons}, shards, set(), None))
+        return read(draw_page({**report, "errors": errors, "errors_by_reason": reasons}, shards, set(), Naming()))
 
     assert "No errors: no sample was read" in told(0, {})
     before = told(3, {})
@@ -192,7 +193,7 @@ def test_imbalances_that_are_not_listed_are_counted(tmp_path: Path, capsys: pyte
     job = prepare_job(embed(tmp_path / "in", tmp_path / "out"))
     counts = Counts(faults=[f"s{number}: part 0 is missing" for number in range(150)])
     report = make_report(Tally(), counts, job, make_plan(job.shards, job.config.output), None, [])
-    text = read(draw_page(report, {}, set(), None))
+    text = read(draw_page(report, {}, set(), Naming()))
     assert "150 disagreements in what is stored." in text
     assert "And 50 more, which are not listed." in text
     Console().summary(report)
@@ -254,7 +255,7 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, whole: tuple[Pat
         "input": [_HOSTILE] * 1000,
         "balanced": False,
     }
-    page = draw_page(report, whole[1].shards, set(whole[1].shards), None)
+    page = draw_page(report, whole[1].shards, set(whole[1].shards), Naming())
     text = read(page)
     assert page.encode()
     assert "Not balanced" in text
@@ -306,7 +307,7 @@ def test_a_store_that_fails_costs_one_section_with_its_reason(tmp_path: Path) ->
     text = read(found.page)
     assert "0 embeddings from the fronts of 0 parts" in text
     assert "What ran" in text
-    lost = draw_page({**found.report, "output": "nowhere://none/out"}, found.shards, set(found.shards), None)
+    lost = draw_page({**found.report, "output": "nowhere://none/out"}, found.shards, set(found.shards), Naming())
     assert "This could not be drawn: " in lost
     assert "Nothing to do" in lost
 
@@ -315,7 +316,7 @@ def test_shards_that_the_run_did_not_open_are_not_opened_for_pictures(tmp_path: 
     found = done(write_shards(tmp_path / "in", num_shards=3, samples_each=7), tmp_path / "out")
     for name in ("photos-00000", "photos-00002"):
         (tmp_path / "in" / f"{name}.tar").unlink()
-    page = draw_page(found.report, found.shards, {"photos-00001"}, None)
+    page = draw_page(found.report, found.shards, {"photos-00001"}, Naming())
     read(page)
     assert "no pictures of shard" not in page
     assert page.count(f'<figure class="head">{PICTURE}') == 6
@@ -328,7 +329,7 @@ def test_pictures_are_read_from_object_storage_too(tmp_path: Path, s3_url: str, 
     write_shards(tmp_path / "in", num_shards=2, samples_each=6)
     s3_server.filesystem().put(str(tmp_path / "in"), f"{s3_url}/in", recursive=True)
     found = done(f"{s3_url}/in", f"{s3_url}/out")
-    write_page(found.report, found.shards.values(), set(found.shards), None)
+    write_page(found.report, found.shards.values(), set(found.shards), Naming())
     page = s3_server.filesystem().cat(f"{s3_url}/out/report.html").decode()
     read(page)
     assert page.count(f'<figure class="other">{PICTURE}') == 6 * 5
@@ -364,7 +365,7 @@ def test_hostile_text_makes_no_page_wider(whole: tuple[Path, Ran], browser: Brow
     wide = "W" * 5000
     changes = {"backbone": wide, "weights": wide, "output": wide, "problems": [wide], "errors_by_reason": {wide: 9}}
     (tmp_path / "wide.html").write_text(
-        draw_page({**whole[1].report, **changes, "error_examples": {wide: wide}}, {}, set(), None)
+        draw_page({**whole[1].report, **changes, "error_examples": {wide: wide}}, {}, set(), Naming())
     )
     for width in (390, 1280):
         browser.open(tmp_path / "wide.html", width=width)

@@ -68,6 +68,7 @@ def store(output: Path, shard: str, values: Vectors, part_rows: int = 500) -> No
         facts = {"name": shard, "url": f"{shard}.tar", "num_bytes": 1, "version": "1", "part": part}
         facts |= {"first_index": start, "num_samples": len(some), "fault": None, "fault_transient": False}
         facts |= {"end": END_LAST if start + part_rows >= len(values) else END_NONE, "ignored_members": 0}
+        facts |= {"unused_images": 0, "unused_example": None, "apart_samples": 0, "kept": []}
         facts |= {"kept_nulls": 0, "read_bytes": 0, "batch_size": 1, **{f"{stage}_s": 0.0 for stage in STAGES}}
         writer(part_row(facts, samples))
 

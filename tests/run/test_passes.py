@@ -26,6 +26,7 @@ from pipeline.run.passes import Watcher, run
 from pipeline.run.report import Estimate, estimate, mark_uncounted
 from pipeline.run.tally import Tally
 from pipeline.shards.find import Pending
+from pipeline.shards.keys import Naming
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import UNHEARD, job_for, rows, stored
 
@@ -109,11 +110,11 @@ def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
         return found
 
     def expected(num_bytes: int) -> Estimate | None:
-        return estimate(str(out), [Pending("photos-00007", str(every / "photos-00007.tar"), num_bytes, "")])
+        return estimate(str(out), [Pending("photos-00007", str(every / "photos-00007.tar"), num_bytes, "")], Naming())
 
     # Before the first run the front of a shard tells how many there are, and nothing how fast they go.
     assert expected(100 * (every / "photos-00007.tar").stat().st_size) == (pytest.approx(400, rel=0.2), None)
-    assert estimate(str(out), [Pending("gone", str(every / "gone.tar"), 9, "")]) is None
+    assert estimate(str(out), [Pending("gone", str(every / "gone.tar"), 9, "")], Naming()) is None
     arrive(0, 1, 2, 3)
     first = week()
     assert (first["found"], first["done_now"], first["done_before"], first["changed"]) == (4, 4, 0, 0)

@@ -19,7 +19,8 @@ from pipeline.run.timeline import MAX_STEPS, Timeline
 
 
 def receipt(**changes: Any) -> dict[str, Any]:
-    counts = dict.fromkeys(("read_bytes", "written_bytes", "kept_nulls", "ignored_members"), 0)
+    names = ("read_bytes", "written_bytes", "kept_nulls", "ignored_members", "apart_samples")
+    counts = dict.fromkeys(names, 0)
     times = {f"{stage}_s": 0.25 for stage in STAGES}
     part = {
         "name": "a",
@@ -30,6 +31,7 @@ def receipt(**changes: Any) -> dict[str, Any]:
         "reasons": [],
         "error_ids": [],
         "fault": None,
+        "kept": [],
     }
     return {**counts, **times, **part, **changes}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipeline.core.errors import InputError, SettingsError
 from pipeline.core.storage import join, write_bytes
 from pipeline.shards import find as module
 from pipeline.shards.find import Refused, find_shards, shards_below
+from pipeline.shards.left_out import add_left_out, archives_among, format_left_out
 from tests.conftest import S3Server
 from tests.faults.odd_store import OddStore
 
@@ -88,6 +90,75 @@ def test_a_shard_is_told_with_its_url_size_and_version(place: str) -> None:
         assert shard.num_bytes == len("train/00001.tar")
         assert shard.version
     assert find_shards([place]).shards[2]._replace(name="00001") == shard
+
+
+LEFT_OUT = {"hidden": 2, ".gz": 1, ".md": 1}
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("", LEFT_OUT),
+        ("/**", LEFT_OUT),
+        ("/*", {".gz": 1}),
+        ("/train", {"hidden": 1, ".md": 1}),
+        ("/train/**", {"hidden": 1, ".md": 1}),
+        # What a glob does not name is not left out.
+        ("/train/*.tar", {"hidden": 1}),
+        ("/train/0000*.tar", {}),
+        ("/train/{00000..00002}.tar", {}),
+    ],
+)
+def test_files_of_the_input_that_are_no_shards_are_counted_by_kind(
+    place: str, spec: str, expected: dict[str, int]
+) -> None:
+    assert dict(find_shards([place + spec]).left_out) == expected
+
+
+def test_archives_that_are_not_read_are_counted_by_kind_and_the_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    for name in ("0.tar", "1.tar.gz", "2.tgz", "3.TAR", "x/4.Tar", "5.tar.zst", "6.TAR.GZ", "7", "8.json", "9.zip"):
+        write_bytes(str(tmp_path), name, b"x")
+    found = find_shards([str(tmp_path)])
+    assert [shard.name for shard in found.shards] == ["0", "3.TAR", "x/4.Tar"]
+    assert [shard.url for shard in found.shards] == [f"{tmp_path}/{name}" for name in ("0.tar", "3.TAR", "x/4.Tar")]
+    left_out = {".tar.gz": 2, ".tgz": 1, ".tar.zst": 1, "without an extension": 1, ".json": 1, ".zip": 1}
+    assert dict(found.left_out) == left_out
+    assert archives_among(left_out) == {".tar.gz": 2, ".tgz": 1, ".tar.zst": 1, ".zip": 1}
+    assert format_left_out(left_out) == ("2 .tar.gz, 1 .tar.zst, 1 .tgz, 1 .zip, 1 .json, 1 without an extension")
+    assert names(f"{tmp_path}/3.TAR", f"{tmp_path}/0.tar") == ["0", "3.TAR"]
+
+
+def test_a_folder_of_archives_alone_is_told_what_to_do(tmp_path: Path) -> None:
+    for name in ("0.tar.gz", "1.tar.gz", "notes.json"):
+        write_bytes(str(tmp_path), name, b"x")
+    for spec in (str(tmp_path), f"{tmp_path}/*"):
+        with pytest.raises(
+            InputError, match=r"; it holds 2 \.tar\.gz, and only plain \.tar is read: decompress them$"
+        ):
+            find_shards([spec])
+
+
+def test_two_shards_that_would_share_a_name_are_refused(tmp_path: Path) -> None:
+    for name in ("a.TAR", "a.tar"):
+        write_bytes(str(tmp_path), name, b"x")
+    assert names(str(tmp_path)) == ["a.TAR", "a"]
+    write_bytes(str(tmp_path), "a.TAR.tar", b"x")
+    with pytest.raises(InputError, match=r"shards must have names of their own, got .*/a\.TAR and .*/a\.TAR\.tar"):
+        find_shards([str(tmp_path)])
+
+
+def test_kinds_of_hostile_names_are_few_short_and_printable() -> None:
+    left_out: Counter[str] = Counter()
+    for number in range(1000):
+        add_left_out(left_out, f"f.{number}")
+    for name in ("x." + "y" * 200, "a.\x1b[31m", "b.\udcff", "c.a b", "d."):
+        add_left_out(left_out, name)
+    assert left_out.total() == 1005
+    assert len(left_out) < 110
+    assert all(kind.isprintable() and len(kind) <= 20 for kind in left_out)
+    text = format_left_out(left_out)
+    assert text.endswith(" more")
+    assert len(text) < 200
 
 
 def test_a_name_keeps_the_folders_below_what_all_of_the_input_shares(place: str) -> None:

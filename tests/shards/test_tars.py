@@ -8,8 +8,10 @@ import random
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import unicodedata
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from pipeline.core.schema import IMAGE, REASON, part_rows
 from pipeline.core.storage import locate, stat
 from pipeline.shards.find import Pending
 from pipeline.shards.samples import SampleReader
-from pipeline.shards.tars import BLOCK, Member, iter_members
+from pipeline.shards.tars import BLOCK, MAX_PAX_BYTES, WINDOW_BYTES, Member, iter_members, read_pax
 from tests.conftest import encode, peak_memory_mib, photo
 
 A, B, C, D = (encode(photo(seed, (24, 20))) for seed in range(4))
@@ -355,6 +357,42 @@ CASES = [
     Case(
         "dotfiles and macOS files", entry(".DS_Store") + entry("d/._a.jpg") + entry("d/a.jpg") + END, "d/a", ignored=2
     ),
+    Case(
+        "what tells of the shard and not of a sample",
+        entry("__index__")
+        + entry("__meta__.json", b"{}")
+        + entry("README")
+        + entry("d/LICENSE.txt")
+        + entry("a.jpg")
+        + entry("labels.csv")
+        + entry("d/labels.TSV")
+        + entry("d/sum.sha256")
+        + END,
+        "a",
+        ignored=7,
+    ),
+    Case(
+        "names that only look as if they told of the shard",
+        entry("__index__.jpg")
+        + entry("README.png")
+        + entry("readme", b"x")
+        + entry("README_2")
+        + entry("labels.json")
+        + entry("classes.txt")
+        + entry("__x")
+        + entry("labels.csv.jpg")
+        + END,
+        "__index__ README labels",
+        ("README_2: no image", "labels: no image", "classes: no image", "__x: no image"),
+        ignored=1,
+    ),
+    Case(
+        "a table beside an image, and one beside what may be of a sample",
+        entry("a.csv", b"x") + entry("a.jpg") + entry("b.csv", b"x") + entry("b.json", b"{}") + END,
+        "a",
+        ("b: no image",),
+    ),
+    Case("a table twice", entry("a.csv", b"x") + entry("a.csv", b"y") + END, "", ("a: duplicate member",)),
     Case("upper case", entry("A.JPG") + entry("B.Jpeg") + entry("a.jpg") + END, "A B a"),
     # Samples.
     Case(
@@ -367,7 +405,31 @@ CASES = [
         "members not side by side",
         entry("a.jpg") + entry("b.jpg") + entry("a.json", b"{}") + entry("b.json", b"{}") + END,
         "a b",
-        ("a: repeated key", "b: repeated key"),
+        ("a: members apart", "b: members apart"),
+    ),
+    Case(
+        "members not side by side, the images last",
+        entry("a.json", b"{}") + entry("b.json", b"{}") + entry("a.jpg") + entry("b.jpg") + END,
+        "a b",
+        ("a: no image", "b: no image"),
+    ),
+    Case(
+        "members not side by side, three of each key",
+        entry("a.json", b"{}")
+        + entry("b.txt")
+        + entry("a.jpg")
+        + entry("b.jpg")
+        + entry("a.txt")
+        + entry("b.json")
+        + END,
+        "a b",
+        ("a: no image", "b: no image", "a: members apart", "b: members apart"),
+    ),
+    Case(
+        "a key repeated apart, with its metadata between",
+        entry("a.jpg") + entry("b.jpg") + entry("a.json", b"{}") + entry("c.jpg") + entry("a.jpg", C) + END,
+        "a b c",
+        ("a: members apart", "a: repeated key"),
     ),
     Case("metadata before the image", entry("a.json", b"{}") + entry("a.cls", b"1") + entry("a.jpg") + END, "a"),
     Case("a sample without an image", entry("a.json", b"{}") + entry("b.jpg") + END, "b", ("a: no image",)),
@@ -438,13 +500,24 @@ def test_five_thousand_tiny_images_are_all_there_in_order(tmp_path: Path) -> Non
 
 
 class Bytes:
-    """A stream of bytes in memory."""
+    """A stream of bytes in memory. It counts what is read of it, and how far its reader goes back."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self.position, self.num_bytes = data, 0, len(data)
+        self._data, self._position, self.num_bytes = data, 0, len(data)
+        self.read_bytes = self.furthest_back = 0
+
+    @property
+    def position(self) -> int:
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.furthest_back = max(self.furthest_back, self._position - position)
+        self._position = position
 
     def read(self, num_bytes: int) -> bytes:
         start, self.position = self.position, min(self.position + num_bytes, self.num_bytes)
+        self.read_bytes += self.position - start
         return self._data[start : self.position]
 
     def skip(self, num_bytes: int) -> bool:
@@ -604,6 +677,173 @@ def test_no_bytes_make_it_raise_anything_else_or_run_for_ever(data: bytes) -> No
     found, fault = members(data)
     assert len(found) <= len(data) // BLOCK + 1
     assert fault is not None or data.endswith(bytes(BLOCK))
+
+
+# What a shard may cost, whatever it holds. No clock decides, but what is read, and how often a function is called.
+READS_OF_EACH_BYTE = 12
+CALLS_A_BLOCK, CALLS_AT_LEAST = 2000, 10_000
+HELD_BYTES = 5 * 2**20
+
+
+def check_bounds(stream: Bytes, walk: Iterator[object], held_bytes: int = HELD_BYTES) -> None:
+    """Walk a tar of any bytes, and hold what that costs against the bounds. What is yielded is not kept."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    tracemalloc.start()
+    sys.setprofile(count)
+    try:
+        for _ in walk:
+            pass
+    except ShardError:
+        pass
+    finally:
+        sys.setprofile(None)
+        _, held = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert stream.read_bytes <= READS_OF_EACH_BYTE * stream.num_bytes + 2**16
+    assert stream.furthest_back <= WINDOW_BYTES + 2**18
+    assert calls <= CALLS_A_BLOCK * (stream.num_bytes // BLOCK + 1) + CALLS_AT_LEAST
+    assert held <= held_bytes
+
+
+def check_cost(data: bytes) -> None:
+    stream = Bytes(data)
+    check_bounds(stream, iter_members(stream, lambda name: True, ALL))
+
+
+def sparse_header(more: int) -> bytes:
+    """An old GNU sparse header, whose map goes on in the next block: which is another one."""
+    block = bytearray(header(b"a.jpg", 0, b"S"))
+    block[257:265], block[482], block[504] = b"ustar  \0", more, more
+    return with_checksum(block)
+
+
+NEAR = (b"ustar\0" + b"0" * 10) * 32
+BOMBS = {
+    "sparse maps that go on in each other": sparse_header(1),
+    "pax headers that hold each other": header(b"p", 2**20 - 1, b"x"),
+    "pax headers that hold each other and have a good begin": header(b"p", 2**20 - 1, b"x") + b"30 a=" + b"b" * 507,
+    "long names that hold each other": header(b"n", 2**20 - 1, b"L"),
+    "pax headers without an end": header(b"p", 512, b"x") + b"99 path=x\n".ljust(512, b"x"),
+    "members whose size is a lie": header(b"a.jpg", 2**33 - 1),
+    "garbage between headers": header(b"a.jpg", 0) + GARBAGE[:BLOCK],
+    "what looks like headers": NEAR,
+    "what looks like headers, and a header": NEAR + header(b"a.jpg", 0),
+    "long names and no member": entry("x", b"n" * 900, b"L"),
+    "empty members": header(b"a.jpg", 0),
+    "tiny pax records": header(b"p", 2**16, b"x") + b"5 a=\n" * 10922 + bytes(4),
+    "zeros": bytes(BLOCK),
+    "zeros and a header": bytes(3 * BLOCK) + header(b"a.jpg", 0),
+}
+
+
+@pytest.mark.parametrize("tail", [b"", b"\1" * 2**20], ids=["alone", "before garbage"])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_hostile_shard_costs_time_by_its_size_and_constant_memory(bomb: str, tail: bytes) -> None:
+    check_cost(BOMBS[bomb] * (2**19 // len(BOMBS[bomb])) + tail)
+
+
+def test_nothing_of_each_damage_is_kept() -> None:
+    data = header(b"p", 2**20 - 1, b"x") * (24 * 2**20 // BLOCK) + b"\1" * 2**20
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            ShardError, match=r"damaged: the pax header at byte 0 is malformed; more damage after it$"
+        ):
+            list(iter_members(Bytes(data), lambda name: True, ALL))
+        assert tracemalloc.get_traced_memory()[1] <= HELD_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_fuzzed_shard_costs_time_by_its_size_and_constant_memory(seed: int) -> None:
+    rng = random.Random(seed)
+    pieces = [*PIECES_OF_TARS, *BOMBS.values(), WHOLE]
+    data = bytearray()
+    while len(data) < 2**16:
+        data += rng.choice(pieces) * rng.choice((1, 1, 2, 5, 50))
+    for _ in range(rng.choice((0, 1, 10, 100))):
+        at = rng.randrange(len(data))
+        change = rng.choice(("flip", "cut", "insert", "size"))
+        if change == "flip":
+            data[at] ^= 1 << rng.randrange(8)
+        elif change == "cut":
+            del data[at : at + rng.randrange(2000)]
+        elif change == "insert":
+            data[at:at] = rng.randbytes(rng.randrange(2000))
+        else:
+            at = at // BLOCK * BLOCK
+            block = bytearray(data[at : at + BLOCK].ljust(BLOCK, b"\0"))
+            block[124:136] = b"%011o\0" % rng.choice((0, 511, 2**16, 2**20, 2**24))
+            data[at : at + BLOCK] = with_checksum(block)
+    check_cost(bytes(data[: 2**18]))
+
+
+@pytest.mark.parametrize("fork", [40_000, 2_400_000, 40_000_000])
+def test_a_pax_header_with_a_resource_fork_is_read_and_its_member_too(fork: int, tmp_path: Path) -> None:
+    forks = {
+        "SCHILY.xattr.com.apple.quarantine": "0081;=\n;x",
+        "LIBARCHIVE.xattr.com.apple.ResourceFork": "QUJD" * (fork // 4),
+        "path": LONG + ".jpg",
+    }
+    data = entry("a.jpg") + pax(forks) + entry("x") + entry("c.jpg", C) + END
+    found, fault = members(data)
+    assert fault is None
+    assert [(member.name, member.data) for member in found] == [("a.jpg", A), (LONG + ".jpg", A), ("c.jpg", C)]
+
+
+def test_a_pax_header_above_the_bound_is_damage_and_costs_that_member_alone() -> None:
+    too_long = header(b"p", MAX_PAX_BYTES + 1, b"x") + padded(bytes(MAX_PAX_BYTES + 1))
+    stream = Bytes(entry("a.jpg") + too_long + entry("b.jpg") + entry("c.jpg") + END)
+    walk = iter_members(stream, lambda name: True, ALL)
+    assert [next(walk).name for _ in range(3)] == ["a.jpg", "b.jpg", "c.jpg"]
+    with pytest.raises(ShardError, match=f"damaged: a header extension of {MAX_PAX_BYTES + 1} bytes .* at most"):
+        next(walk)
+
+
+RECORDS = st.lists(
+    st.tuples(
+        st.sampled_from(["path", "size", "mtime", "comment", "GNU.sparse.name", "GNU.sparse.major", "é"]),
+        st.one_of(st.text(max_size=20), st.integers(0, 9000).map("v".__mul__)),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(RECORDS, st.integers(0, 2000), st.data())
+def test_pax_records_are_those_of_a_plain_parser_however_they_are_cut_into_pieces(
+    listed: list[tuple[str, str]], num_zeros: int, data: st.DataObject
+) -> None:
+    records = b"".join(pax({key: value})[BLOCK:].rstrip(b"\0") for key, value in listed) + bytes(num_zeros)
+    # A value that ends in zeros is not told apart from the end of a header block here.
+    assume(not any(value.endswith("\0") for _, value in listed))
+    expected = dict(listed)
+    found = read_pax(Bytes(records + b"more"), len(records), piece_bytes=1024)
+    assert (found.path, found.size) == (expected.get("path"), expected.get("size"))
+    assert found.sparse_name == expected.get("GNU.sparse.name")
+    assert found.is_sparse == any(key.startswith("GNU.sparse.") for key in expected)
+    if records:
+        at = data.draw(st.integers(0, len(records) - 1))
+        changed = records[:at] + b"\0" + records[at:]
+        for piece_bytes in (1024, 2**16):
+            try:
+                read_pax(Bytes(changed), len(changed), piece_bytes)
+            except ValueError:
+                continue
+
+
+def test_a_sample_of_endless_names_is_one_error_in_bounded_memory(tmp_path: Path) -> None:
+    data = b"".join(pax({"path": f"a.{i}{'x' * (2**20 - 99)}"}) + header(b"x") for i in range(20))
+    (tmp_path / "shard.tar").write_bytes(data + entry("b.jpg") + END)
+    rows, parts = read(tmp_path / "shard.tar")
+    assert [row[REASON] and row[REASON].partition(":")[0] for row in rows] == ["too many members", None]
+    assert parts[-1]["end"] == "last"
 
 
 def test_a_hostile_file_of_many_near_headers_takes_no_long_time() -> None:

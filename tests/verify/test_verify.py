@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -164,7 +165,18 @@ def odd_tar(path: Path) -> None:
             folder = tarfile.TarInfo("folder")
             folder.type = tarfile.DIRTYPE
             tar.addfile(folder)
-            names = ["a.b.jpg", "._a.b.jpg", "a.json", "noextension", "sub/.hidden", "a.jpg", "é" * 120 + ".JPG"]
+            names = [
+                "__index__",
+                "README",
+                "labels.csv",
+                "a.b.jpg",
+                "._a.b.jpg",
+                "a.json",
+                "noextension",
+                "sub/.hidden",
+                "a.jpg",
+                "é" * 120 + ".JPG",
+            ]
             for name in [*names, "/absolute.png", "../up.jpg", "line\nbreak.jpg", "folder/" + "x" * 250 + ".jpg"]:
                 image = encode(photo(tar.offset))
                 info = tarfile.TarInfo(f"{half}/{name}" if name[0] not in "/." else name)
@@ -193,6 +205,73 @@ def test_odd_but_whole_tars_balance_with_what_tarfile_reads(tmp_path: Path) -> N
     assert (verdict.shards, verdict.tars_compared) == (2, 2)
     assert verdict.samples > 15
     assert verdict.errors > 4
+
+
+def test_image_members_without_a_row_are_told_and_counted_against_the_tar(tmp_path: Path) -> None:
+    names = ["1.2.840.1.jpg", "1.2.840.2.jpg", ".hidden.jpg", "._mac.jpg", "x.jpg", "x.png", "x.json"]
+    write_tar(tmp_path / "in" / "s.tar", [(name, encode(photo(seed))) for seed, name in enumerate(names)])
+    output, inputs = str(tmp_path / "out"), [str(tmp_path / "in")]
+    embed(tmp_path / "in", output)
+    for given in ([], inputs):
+        verdict = verify(output, given, ALL)
+        assert verdict.findings == []
+        assert verdict.unused_images == 3
+        assert verdict.notes == ["3 image members without a row: s: .hidden.jpg, which is hidden"]
+    (path,) = (tmp_path / "out" / "embeddings").iterdir()
+    rewrite(path, lambda table: table, unused_images="2")
+    (finding,) = verify(output, inputs).findings
+    assert (finding.rule, finding.value) == (
+        "tar-count",
+        "2 image members without a row are counted, its tar has 3",
+    )
+
+
+def test_files_of_the_input_that_may_be_shards_are_told(good: Path, own_shards: Path) -> None:
+    (own_shards / "more.tar.gz").write_bytes(b"x")
+    (own_shards / "photos-00000.json").write_bytes(b"x")
+    verdict = verify(str(good), [str(own_shards)])
+    assert verdict.findings == []
+    assert "files of the input that may be shards and are not read: 1 .tar.gz" in verdict.notes
+
+
+def test_an_output_of_keys_to_the_last_dot_is_proven_by_that_rule(tmp_path: Path) -> None:
+    names = ["1.2.840.1.jpg", "1.2.840.2.jpg", "a.left.jpg", "a.right.jpg", "a.right.json"]
+    data = [encode(photo(seed)) for seed in range(4)] + [b'{"id": "own"}']
+    write_tar(tmp_path / "in" / "s.tar", list(zip(names, data, strict=True)))
+    embed(tmp_path / "in", tmp_path / "out", key="last-dot")
+    verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], ALL)
+    assert (verdict.findings, verdict.notes) == ([], [])
+    assert (verdict.samples, verdict.recomputed, verdict.unused_images) == (4, 4, 0)
+
+
+def test_an_incremental_archive_of_gnu_tar_is_proven(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for seed, name in enumerate(("a.jpg", "b.jpg", "deep/c.jpg", "deep/" + "d" * 120 + ".jpg")):
+        (tmp_path / "photos" / name).write_bytes(encode(photo(seed)))
+    (tmp_path / "in").mkdir()
+    command = ["tar", "--format=gnu", "-g", "snapshot", "-cf", "in/s.tar", "photos"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no GNU tar: {done.stderr.strip()}")
+    embed(tmp_path / "in", tmp_path / "out")
+    verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], ALL)
+    assert (verdict.findings, verdict.embedded, verdict.recomputed) == ([], 4, 4)
+
+
+def test_a_shard_with_a_pax_header_of_a_resource_fork_is_proven(tmp_path: Path) -> None:
+    fork = {"LIBARCHIVE.xattr.com.apple.ResourceFork": "QUJD" * 600_000}
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for seed in range(3):
+            image = encode(photo(seed))
+            info = tarfile.TarInfo(f"m{seed}.jpg")
+            info.size, info.pax_headers = len(image), fork if seed == 1 else {}
+            tar.addfile(info, io.BytesIO(image))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "s.tar").write_bytes(sink.getvalue())
+    embed(tmp_path / "in", tmp_path / "out")
+    verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")], ALL)
+    assert (verdict.findings, verdict.embedded, verdict.recomputed) == ([], 3, 3)
 
 
 def test_the_same_rows_are_drawn_for_the_same_seed(good: Path, shards: Path) -> None:
@@ -521,13 +600,14 @@ def test_ids_swapped_between_two_rows_are_found_where_ids_are_a_field(shards: Pa
 
 def test_ids_of_a_member_with_a_number_are_read_as_the_job_reads_them(tmp_path: Path) -> None:
     members = [
-        [(f"{key}.jpg", encode(photo(key))), (f"{key}.cls", text)] for key, text in enumerate((b"007\n", b"1_0"))
+        [(f"{key}.jpg", encode(photo(key))), (f"{key}.cls", text)]
+        for key, text in enumerate((b"007\n", b"1_0", b"\xef\xbb\xbf8"))
     ]
     write_tar(tmp_path / "in" / "s.tar", [member for sample in members for member in sample])
     embed(tmp_path / "in", tmp_path / "out", id="cls")
     assert verify(str(tmp_path / "out"), [str(tmp_path / "in")]).findings == []
     (path,) = (tmp_path / "out" / "embeddings").iterdir()
-    assert pq.read_table(path).column(IMAGE_ID).to_pylist() == ["7", "1_0"]
+    assert pq.read_table(path).column(IMAGE_ID).to_pylist() == ["7", "1_0", "8"]
 
 
 def test_samples_that_were_lost_before_they_were_counted_are_found(planted: Path, shards: Path) -> None:
@@ -675,9 +755,7 @@ def test_a_readable_sample_that_a_broken_shard_lost_is_found(shards: Path, tmp_p
         rewrite(path, lambda table: table.slice(0, 0) if EMBEDDING in table.column_names else table, **empty)
     verdict = verify(str(tmp_path / "out"), [str(tmp_path / "in")])
     assert {rule for rule, _ in found(verdict)} == {"shard-broken", "tar-count"}
-    assert "tarfile finds 1 sample in its tar beyond those stored: '000-0006'" in [
-        finding.value for finding in verdict.findings
-    ]
+    assert "its tar has 1 sample beyond those stored: '000-0006'" in [finding.value for finding in verdict.findings]
 
 
 def relabel(output: Path, shard: Path) -> None:
