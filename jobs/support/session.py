@@ -42,7 +42,7 @@ def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
     """The worst that a report tells."""
     if not report["balanced"] or report.get("report_fault") is not None:
         return EXIT_FAILED
-    if report["shards"]["broken"] or report["shards"]["vanished"]:
+    if any(report["shards"][kind] for kind in ("broken", "vanished", "refused")):
         return EXIT_BROKEN_SHARDS
     if report["errors"] > max_error_fraction * report["samples"]:
         return EXIT_TOO_MANY_ERRORS

@@ -20,7 +20,7 @@ from pipeline.output.ledger import list_parts
 from pipeline.output.names import EMBEDDINGS, RUN_FILE
 from pipeline.output.parts import read_facts
 from pipeline.output.settings import OutputSettings
-from pipeline.shards.find import Shard, find_shards
+from pipeline.shards.find import Refused, Shard, find_shards
 from pipeline.shards.samples import bound_part_rows
 
 # Of an output without run.json, so many parts at most are asked for what made them.
@@ -44,6 +44,8 @@ class Job:
     shards: list[Shard]
     # Files of the input that are no shards, by kind.
     left_out: Mapping[str, int]
+    # Shards of the input that cannot be embedded: their names cannot be, or their server gives no piece of them.
+    refused: tuple[Refused, ...] = ()
     # The folder that the input lay in when the output was begun, where it is another one now.
     moved_from: str | None = None
     # Names this run in its lease, its report, its metrics and what it prints.
@@ -100,7 +102,9 @@ def prepare_job(config: Config) -> Job:
         settings, weights_name=weights.name, input_prefix=found.prefix, versions=library.versions()
     )
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
-    return follow_output(Job(config, network, weights, shape, asked, True, found.shards, found.left_out))
+    return follow_output(
+        Job(config, network, weights, shape, asked, True, found.shards, found.left_out, tuple(found.refused))
+    )
 
 
 def follow_output(job: Job) -> Job:

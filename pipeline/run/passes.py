@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.errors import ClusterError, SettingsError
-from pipeline.core.formatting import format_count
+from pipeline.core.formatting import format_count, one_line
 from pipeline.core.redact import describe
 from pipeline.core.storage import clear_temporary, delete
 from pipeline.output.fingerprint import write_fingerprint
@@ -96,6 +96,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
     if counted is None:
         # An earlier run did not count what it stored, or found that it does not balance.
         names |= {shard.name for shard in shards} - {shard.name for shard in plan.pending}
+    names -= tally.unstored.keys()
     return _finish(job, first_plan, resources, tally, _counted(job, shards, names, problems), problems)
 
 
@@ -108,7 +109,13 @@ def _has_got_on(before: list[Pending], now: list[Pending]) -> bool:
 def _finish(
     job: Job, plan: Plan, resources: Resources | None, tally: Tally, counts: Counts, problems: list[str]
 ) -> dict[str, Any]:
-    report = make_report(tally, counts, job, plan, resources, problems)
+    refused = dict(job.refused) | tally.unstored
+    if refused:
+        name, reason = min(refused.items())
+        problems.append(
+            f"{format_count(len(refused), 'shard')} cannot be embedded, such as {one_line(name)}: {reason}"
+        )
+    report = make_report(tally, counts, job, plan, resources, problems, refused)
     try:
         if plan.pending or not counts.balanced or not tells_of_work(job.config.output):
             write_report(job.config.output, report)

@@ -25,7 +25,13 @@ _TOO_MANY = 10**18
 
 
 def make_report(
-    tally: Tally, counts: Counts, job: Job, plan: Plan, resources: Resources | None, problems: list[str]
+    tally: Tally,
+    counts: Counts,
+    job: Job,
+    plan: Plan,
+    resources: Resources | None,
+    problems: list[str],
+    refused: dict[str, str],
 ) -> dict[str, Any]:
     """The report of a run, as it is stored in `report.json`.
 
@@ -85,8 +91,10 @@ def make_report(
             "broken": len(counts.broken),
             "missing": len(counts.missing),
             "vanished": len(counts.vanished),
+            "refused": len(refused),
             "stored_but_not_in_input": plan.elsewhere,
         },
+        "refused_shards": dict(sorted(refused.items())[:MAX_LISTED]),
         "broken_shards": {name: tally.faults.get(name, "broken") for name in counts.broken[:MAX_LISTED]},
         "missing_shards": counts.missing[:MAX_LISTED],
         "imbalances": counts.faults[:MAX_LISTED],

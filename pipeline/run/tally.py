@@ -47,6 +47,8 @@ class Tally:
     # Shards that reading again cannot mend, with their fault.
     damaged: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
+    # Shards that cannot be stored, whatever is tried, and why.
+    unstored: dict[str, str] = field(default_factory=dict)
     timeline: Timeline = field(default_factory=Timeline)
     started: float = field(default_factory=time.monotonic)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -55,7 +57,10 @@ class Tally:
     devices: DeviceTime | None = None
 
     def add(self, receipt: dict[str, Any]) -> None:
-        """Count one stored part."""
+        """Count one stored part; or a shard that the store refuses, which is nobody else's fault."""
+        if receipt["store_fault"] is not None:
+            self.unstored[receipt["name"]] = self.damaged[receipt["name"]] = receipt["fault"]
+            return
         if self.first_part_s is None:
             self.first_part_s = time.monotonic() - self.started
         self.num_parts += 1

@@ -370,3 +370,24 @@ def test_shards_that_another_folder_would_name_otherwise_are_not_embedded_twice(
     write_tar(tmp_path / "more" / "photos-00000.tar", sample_members("other", 8))
     job = job_for(tmp_path / "more", tmp_path / "out")
     check_names(job, make_plan(job.shards, job.config.output))
+
+
+def test_a_shard_that_cannot_be_stored_or_named_costs_only_itself(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=3, samples_each=2)
+    # A name of more bytes than a file system takes with what is added to it.
+    write_tar(shards / f"{'n' * 240}.tar", sample_members("long", 7))
+    first = embed(shards, tmp_path / "out")
+    assert (first["balanced"], first["embedded"]) == (True, 6)
+    assert (first["shards"]["refused"], list(first["refused_shards"])) == (1, ["n" * 240])
+    assert exit_code(first, 1.0) == 3
+    # A folder in the place of a part.
+    (part,) = (tmp_path / "out" / "embeddings").glob("photos-00001.*")
+    part.unlink()
+    part.mkdir()
+    write_tar(shards / "photos-00003.tar", sample_members("new", 8))
+    again = embed(shards, tmp_path / "out")
+    assert (again["balanced"], again["shards"]["done_now"], again["shards"]["refused"]) == (True, 1, 2)
+    assert "part 0 cannot be stored" in again["refused_shards"]["photos-00001"]
+    assert exit_code(again, 1.0) == 3
+    part.rmdir()
+    assert embed(shards, tmp_path / "out")["shards"]["done_now"] == 1

@@ -28,6 +28,7 @@ def receipt(**changes: Any) -> dict[str, Any]:
         "num_samples": 4,
         "num_embedded": 4,
         "batch_size": 128,
+        "store_fault": None,
         "reasons": [],
         "error_ids": [],
         "fault": None,
