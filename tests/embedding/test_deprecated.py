@@ -8,7 +8,7 @@ import simplejpeg
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.backbones import load_weights
+from pipeline.backbones import library_of, load_weights
 from pipeline.backbones.torchvision_models import preprocess_for
 from pipeline.embedding.network import Network, Placement
 from pipeline.embedding.torch_runner import build_network
@@ -34,6 +34,23 @@ def test_openvino_graph_still_has_its_tracer_and_its_decoder() -> None:
     with torch.no_grad():
         wanted = module(torch.from_numpy(pixels)).numpy()
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def test_torch_export_still_loses_networks_that_the_tracer_takes() -> None:
+    """Why `pipeline.embedding.openvino_graph` does not use it; where this fails, it may be time."""
+    pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+    from pipeline.embedding.openvino_graph import convert
+    from pipeline.embedding.quiet_openvino import ov
+
+    name, crop = "timm/test_vit", (160, 160)
+    preprocess = library_of(name).preprocess_for(name, "random")
+    module = build_network(Network(backbone=name, preprocess=preprocess), load_weights(name, "random:0"))
+    assert convert(module, crop).graph
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.zeros((4, *crop, 3), dtype=torch.uint8),))
+    with pytest.raises(ov.frontend.OpConversionFailure, match=r"No conversion rule found for .* aten\._upsample"):
+        ov.convert_model(program)
 
 
 def test_device_decode_still_has_torchvisions_jpeg_decoder() -> None:
