@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.core.errors import ShardError
-from pipeline.shards.keys import IMAGE_EXTENSIONS, Naming, tells_of_shard
+from pipeline.shards.keys import IMAGE_EXTENSIONS, Naming, image_rank, split_key, tells_of_shard
 
 # Members of one sample; what it may keep in memory has a bound, whatever a shard says.
 MAX_SAMPLE_MEMBERS = 10_000
@@ -95,9 +95,10 @@ def iter_samples(
     """
     current: Sample[M] | None = None
     fault: ShardError | None = None
+    to_key, image_member = naming.key, naming.image_member
     try:
         for member in members:
-            split = naming.split(member.name)
+            split = split_key(member.name, to_key)
             if split is None:
                 yield Ignored(member.name)
                 continue
@@ -106,7 +107,7 @@ def iter_samples(
                 if current is not None:
                     yield _of_sample_or_none(current)
                 current = Sample(key, first_name=member.name)
-            current.add(member, extension, naming.image_rank(extension), metadata)
+            current.add(member, extension, image_rank(extension, image_member), metadata)
     except ShardError as error:
         fault = error
     if current is not None:

@@ -63,18 +63,10 @@ class Naming:
     key: str = FIRST_DOT
     image_member: str | None = None
 
-    def split(self, name: str) -> tuple[str, str] | None:
-        """`split_key` by this rule."""
-        return split_key(name, self.key)
-
-    def image_rank(self, extension: str) -> int | None:
-        """`image_rank` by this rule."""
-        return image_rank(extension, self.image_member)
-
     def is_hidden_image(self, name: str) -> bool:
         """Whether a member without a key is an image that somebody hid, and no macOS `._x.jpg`, which holds none."""
         base = name.rpartition("/")[2]
-        return not base.startswith("._") and self.image_rank(base.rpartition(".")[2]) is not None
+        return not base.startswith("._") and image_rank(base.rpartition(".")[2], self.image_member) is not None
 
 
 def split_key(name: str, key: str = FIRST_DOT) -> tuple[str, str] | None:

@@ -30,6 +30,7 @@ from pipeline.shards.tars import (
     MAX_PAX_BYTES,
     PAX_TYPES,
     VOLUME_LABEL,
+    Header,
     PaxRecords,
     Stream,
     member_name,
@@ -192,7 +193,7 @@ class TarReader:
             name, pax = member_name(header, extensions.pax, extensions.long_name), extensions.pax
             offset, left = stream.position, stream.num_bytes - stream.position
             self.sample_end, begin, extensions = begin, None, _Extensions()
-            if not header.isdir() and header.type != VOLUME_LABEL:
+            if not header.is_folder and header.type != VOLUME_LABEL:
                 yield Entry(name, offset, size, size <= left and problem_of(header, pax) is None)
             if size > left:
                 self.fault = f"cut: ends inside {brief(name)} at byte {offset}, after {left} of {size} bytes"
@@ -217,7 +218,7 @@ class _Extensions:
     pax: PaxRecords | None = None
     long_name: str | None = None
 
-    def take(self, stream: Stream, header: tarfile.TarInfo) -> bool:
+    def take(self, stream: Stream, header: Header) -> bool:
         """Read what follows a header, if that is an extension's. Raises `ValueError` where it is malformed."""
         is_pax, size = header.type in PAX_TYPES, header.size
         if not is_pax and header.type not in LONG_TYPES:
@@ -235,10 +236,9 @@ class _Extensions:
         return True
 
 
-def _data_bytes(header: tarfile.TarInfo, pax: PaxRecords | None) -> int:
+def _data_bytes(header: Header, pax: PaxRecords | None) -> int:
     """How many bytes of data follow a header. Raises `ValueError` where it does not say."""
-    is_file = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
-    if not is_file or header.type == VOLUME_LABEL:
+    if not header.has_data or header.type == VOLUME_LABEL:
         return 0
     size = header.size if pax is None or pax.size is None else int(pax.size)
     if size < 0:

@@ -35,7 +35,7 @@ from pipeline.core.schema import (
 from pipeline.shards.fields import find_user_id, kept_field, why_lost
 from pipeline.shards.find import Pending
 from pipeline.shards.grouping import Ignored, Sample, brief, iter_samples
-from pipeline.shards.keys import Naming, printable
+from pipeline.shards.keys import Naming, image_rank, printable, split_key
 from pipeline.shards.stream import ShardStream
 from pipeline.shards.tars import Member, iter_members
 
@@ -58,10 +58,10 @@ class SampleReader:
         self._type = sample_type(image_field(), config.kept_columns)
 
     def _wanted(self, name: str) -> bool:
-        split = self._naming.split(name)
+        split = split_key(name, self._naming.key)
         if split is None:
             return False
-        return split[1].lower() in self._metadata or self._naming.image_rank(split[1]) is not None
+        return split[1].lower() in self._metadata or image_rank(split[1], self._naming.image_member) is not None
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Shards (`SHARD_SCHEMA`) in, their parts out, as soon as each is read."""

@@ -26,7 +26,7 @@ from pipeline.core.schema import IMAGE, REASON, part_rows
 from pipeline.core.storage import locate, stat
 from pipeline.shards.find import Pending
 from pipeline.shards.samples import SampleReader
-from pipeline.shards.tars import BLOCK, MAX_PAX_BYTES, WINDOW_BYTES, Member, iter_members, read_pax
+from pipeline.shards.tars import BLOCK, MAX_PAX_BYTES, WINDOW_BYTES, Member, iter_members, parse_header, read_pax
 from tests.conftest import encode, peak_memory_mib, photo
 
 A, B, C, D = (encode(photo(seed, (24, 20))) for seed in range(4))
@@ -677,6 +677,40 @@ def test_no_bytes_make_it_raise_anything_else_or_run_for_ever(data: bytes) -> No
     found, fault = members(data)
     assert len(found) <= len(data) // BLOCK + 1
     assert fault is not None or data.endswith(bytes(BLOCK))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(FORMATS),
+    st.binary(min_size=1, max_size=160).filter(lambda name: b"\0" not in name),
+    st.integers(0, 2**34),
+    st.sampled_from([b"0", b"\0", b"x", b"g", b"L", b"K", b"5", b"7", b"S", b"1", b"M"]),
+    st.lists(st.tuples(st.integers(0, BLOCK - 1), st.integers(0, 255)), max_size=3),
+    st.booleans(),
+)
+def test_a_header_says_what_the_standard_library_reads_in_it(
+    format: int, name: bytes, size: int, kind: bytes, changes: list[tuple[int, int]], has_checksum: bool
+) -> None:
+    info = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+    info.size, info.type, info.mtime = size, kind, size % 2**33
+    try:
+        block = bytearray(info.tobuf(format, errors="surrogateescape")[-BLOCK:])
+    except ValueError:
+        assume(False)
+    for at, value in changes:
+        block[at] = value
+    if has_checksum:
+        block[:] = with_checksum(block)
+    try:
+        expected = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        with pytest.raises((tarfile.HeaderError, ValueError)):
+            parse_header(bytes(block))
+        return
+    found = parse_header(bytes(block))
+    assert (found.size, found.type, found.is_folder) == (expected.size, expected.type, expected.isdir())
+    if not block.startswith(b"ustar  \0", 257):
+        assert found.name == expected.name
 
 
 # What a shard may cost, whatever it holds. No clock decides, but what is read, and how often a function is called.
