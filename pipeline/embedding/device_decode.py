@@ -25,7 +25,7 @@ from pipeline.core.schema import ENCODED
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
 from pipeline.decoding.preprocess import Preprocess, resized_size
-from pipeline.decoding.resize import TURNS
+from pipeline.decoding.resize import TURNS, is_height_first
 
 # What is decoded at once: enough to fill the device's decoder, and bounded whatever the images' size.
 _GROUP_IMAGES = 64
@@ -161,9 +161,14 @@ def resize_crop(image: Tensor, preprocess: Preprocess) -> Tensor:
     """uint8 RGB [3, H, W] as uint8 [H', W', 3]: `resize_crop` on the image's device."""
     height, width = preprocess.crop
     new_height, new_width = resized_size(image.shape[1], image.shape[2], preprocess)
-    # Width, then height, each rounded: so Pillow does it, and a network sees the difference.
-    wide = _rounded(_resized(image, (image.shape[1], new_width), preprocess))
-    resized = _rounded(_resized(wide, (new_height, new_width), preprocess))
+    # One side, then the other, each rounded, in Pillow's order: a network sees the difference.
+    first = (
+        (new_height, image.shape[2])
+        if is_height_first(image.shape[1], image.shape[2], new_height, new_width)
+        else (image.shape[1], new_width)
+    )
+    between = _rounded(_resized(image, first, preprocess))
+    resized = _rounded(_resized(between, (new_height, new_width), preprocess))
     seen_height, seen_width = min(height, new_height), min(width, new_width)
     top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
     seen = resized[:, top : top + seen_height, left : left + seen_width].permute(1, 2, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -31,7 +32,7 @@ from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.orientation import orientation_of
 from pipeline.decoding.pillow import FORMATS
 from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.resize import resize_crop
+from pipeline.decoding.resize import is_height_first, resize_crop
 from pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, peak_memory_mib, photo
 
@@ -213,6 +214,33 @@ def test_hardly_a_value_of_noise_is_rounded_otherwise(size: tuple[int, int], int
     difference = np.abs(pixels(noise, preprocess).astype(int) - torchvision_pixels(noise, preprocess))
     assert difference.max() <= 2
     assert (difference > 0).mean() < 0.02
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-2.4, 2.4), st.integers(20, 500), st.integers(0, 2**32 - 1), st.booleans())
+def test_hardly_a_value_of_any_shape_is_rounded_otherwise(
+    log_ratio: float, shorter: int, seed: int, is_bicubic: bool
+) -> None:
+    """Shapes from 1:11 to 11:1: for some of the tall ones Pillow takes the height first."""
+    longer = round(shorter * math.exp(abs(log_ratio)))
+    size = (longer, shorter) if log_ratio > 0 else (shorter, longer)
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    preprocess = Preprocess(73, (64, 64), "bicubic" if is_bicubic else "bilinear", (0.5,) * 3, (0.5,) * 3)
+    difference = np.abs(pixels(noise, preprocess).astype(int) - torchvision_pixels(noise, preprocess))
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.05
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(2, 90), st.integers(2, 200), st.integers(1, 90), st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_the_order_of_the_two_steps_is_pillows(
+    width: int, height: int, new_width: int, new_height: int, seed: int
+) -> None:
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    between = (width, new_height) if is_height_first(height, width, new_height, new_width) else (new_width, height)
+    bilinear = Image.Resampling.BILINEAR
+    in_steps = noise.resize(between, bilinear).resize((new_width, new_height), bilinear)
+    assert np.array_equal(np.asarray(noise.resize((new_width, new_height), bilinear)), np.asarray(in_steps))
 
 
 @settings(max_examples=100, deadline=None)

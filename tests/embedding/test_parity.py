@@ -67,6 +67,20 @@ def assorted() -> list[bytes]:
     ]
 
 
+def shapes() -> list[bytes]:
+    """Pictures of shapes drawn from 1:10 to 10:1, and that of a phone's screen."""
+    rng = np.random.default_rng(0)
+    sizes = [(360, 780)]
+    for ratio in 10 ** rng.uniform(-1, 1, 23):
+        shorter = int(rng.integers(100, 500))
+        sizes.append((shorter, round(shorter / ratio)) if ratio < 1 else (round(shorter * ratio), shorter))
+    # Of little contrast: what one step of rounding changes shows in the embedding.
+    return [
+        encode(Image.fromarray(rng.integers(120, 126, (height, width, 3), dtype=np.uint8)), "PNG")
+        for width, height in sizes
+    ]
+
+
 def photos(test_data: Path) -> list[bytes]:
     """The photos of one real shard."""
     with tarfile.open(test_data / "data" / "grocery" / "grocery-val-000000.tar") as tar:
@@ -203,6 +217,14 @@ def test_real_weights_give_torchvisions_vectors(
         images += assorted()
     wanted = reference(backbone, images, torch.load(path, weights_only=True))
     assert_parity(ours(backbone, images, made, precision), wanted, precision)
+
+
+def test_every_shape_gives_torchvisions_vectors(test_data: Path) -> None:
+    (path,) = (test_data / "weights").glob("mobilenet_v2-*.pth")
+    made = source("torch", "mobilenet_v2", load_weights("mobilenet_v2", str(path)))
+    wanted = reference("mobilenet_v2", shapes(), torch.load(path, weights_only=True))
+    got = ours("mobilenet_v2", shapes(), made, "fp32")
+    assert cosine(got, wanted).min() >= COSINE["fp32"]
 
 
 def test_the_measure_can_fail() -> None:
