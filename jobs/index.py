@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build a FAISS index of an output of embed.py, or add to it what is new in the output.
 
-The index records what made its embeddings, so that search.py embeds queries in the same way. It needs the extra
-`index`: pip install 'shard-embedder[index]'.
+The index records what made its embeddings, so that search.py embeds queries in the same way. It needs FAISS:
+pip install faiss-cpu.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 """Find the images of an index that are nearest to yours.
 
 Your images are embedded with the backbone, weights, preprocessing and precision that the index records. Search
-needs the extra `index`: pip install 'shard-embedder[index]'.
+needs FAISS: pip install faiss-cpu.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def library_of(name: str) -> ModuleType:
         from pipeline.backbones import timm_models  # noqa: PLC0415
     except ImportError as error:
         raise BackboneError(
-            f"backbone {name!r} needs timm, which is not here ({error}): pip install 'shard-embedder[timm]'"
+            f"backbone {name!r} needs timm, which is not here ({error}): pip install timm"
         ) from error
     return timm_models
 

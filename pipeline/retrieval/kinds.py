@@ -48,7 +48,7 @@ def load_faiss() -> Any:
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
-        raise SettingsError(f"FAISS is needed: pip install 'shard-embedder[index]' ({error})") from error
+        raise SettingsError(f"FAISS is needed: pip install faiss-cpu ({error})") from error
 
 
 def choose_kind(num_rows: int, num_features: int, memory_bytes: int) -> str:

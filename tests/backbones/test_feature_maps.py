@@ -97,7 +97,7 @@ def test_the_last_stage_of_stride_1_is_larger() -> None:
     ],
 )
 def test_maps_of_timm_are_those_of_its_own_intermediates(name: str, layers: tuple[str, ...]) -> None:
-    timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = timm.create_model(name).eval()
@@ -142,7 +142,7 @@ def test_a_layer_that_is_not_there_or_gives_no_map_is_refused(
     name: str, layers: tuple[str, ...], message: str
 ) -> None:
     if name.startswith("timm/"):
-        pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+        pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     with pytest.raises(BackboneError, match=message):
         build_backbone(name, "random", features=layers)
 

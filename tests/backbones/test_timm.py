@@ -37,7 +37,7 @@ from tests.conftest import ROOT, encode, photo, write_shards
 from tests.embedding.test_parity import CENTRED, ENGINES, assert_parity, assorted, cosine, ours, source
 from tests.outputs import embed
 
-timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 
 from pipeline.backbones.timm_models import find, output_shape, preprocess_for, versions  # noqa: E402  needs timm
 
@@ -341,7 +341,7 @@ def test_without_timm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(backbones, "timm_models")
     assert library_of("resnet18").find("resnet18") == "resnet18"
     for call in (library_of, build_backbone, lambda name: load_weights(name, "random")):
-        with pytest.raises(BackboneError, match=r"'timm/test_vit' needs timm.*pip install 'shard-embedder\[timm\]'"):
+        with pytest.raises(BackboneError, match=r"'timm/test_vit' needs timm.*pip install timm"):
             call("timm/test_vit")
 
 

@@ -39,7 +39,7 @@ def test_openvino_graph_still_has_its_tracer_and_its_decoder() -> None:
 def test_torch_export_still_loses_networks_that_the_tracer_takes() -> None:
     """Why `pipeline.embedding.openvino_graph` does not use it; where this fails, it may be time."""
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+    pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     from pipeline.embedding.openvino_graph import convert
     from pipeline.embedding.quiet_openvino import ov
 

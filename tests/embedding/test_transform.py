@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "timm/test_vit"])
 def test_a_backbone_gives_what_the_jobs_embedder_gives(name: str, engine: str) -> None:
     if name.startswith("timm/"):
-        pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+        pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     images = assorted()
     backbone = build_backbone(name, "random:0")
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_it_goes_where_its_backbone_goes() -> None:
 
 
 def test_weights_of_a_name_that_timm_does_not_know_are_built_and_have_no_transform() -> None:
-    timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'shard-embedder[timm]'")
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     weights = Weights("mine", "", timm.create_model("test_resnet").state_dict())
     backbone = build_backbone("timm/test_resnet", weights)
     with pytest.raises(WeightsError, match="weights of timm/test_resnet must be one of DEFAULT, r160_in1k"):

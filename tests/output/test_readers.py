@@ -159,7 +159,7 @@ def test_the_code_of_the_docs_reads_shards_of_any_name_in_ray(
 
 
 def test_a_kept_field_below_another_has_a_column_that_lancedb_takes(tmp_path: Path) -> None:
-    lancedb = pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install 'shard-embedder[readers]'")
+    lancedb = pytest.importorskip("lancedb", reason="LanceDB is not installed: pip install lancedb")
     keep = ["json:user.name", "author=json:user.author", "json:1.x-y"]
     config = parse({"input": ["in"], "output": "out", "keep": keep})
     schema = embeddings_schema((4,), "float32", config.kept_columns)

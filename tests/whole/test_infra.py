@@ -112,7 +112,8 @@ def test_the_image_is_sent_what_it_copies_and_nothing_else(dockerfile):
 def test_the_image_has_what_the_packages_metadata_names(dockerfile):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     named = {project["project"]["readme"], *project["project"]["license-files"]}
-    assert named | set(project["tool"]["setuptools"]["packages"]) <= copied(dockerfile)
+    packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert named | packages <= copied(dockerfile)
 
 
 def test_the_image_pins_a_python_that_the_package_supports(dockerfile):
