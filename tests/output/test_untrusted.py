@@ -28,6 +28,7 @@ WILD: list[Any] = [
 ]  # fmt: skip
 REPORT = {
     "balanced": True, "samples": 3, "embedded": 3, "errors": 0, "samples_now": 3, "read_bytes": 1000, "wall_s": 2.0,
+    "unused_images": 1, "unused_example": "a: b.png, beside b.jpg",
     "first_part_s": 1.0, "stage_s": {"read": 1, "decode": 1, "embed": 1, "write": 1},
     "stage_workers": {"read": 1, "decode": 1, "embed": 1, "write": 1},
 }  # fmt: skip
