@@ -103,7 +103,6 @@ _RAY, _SLOW, _OTHER = range(3)
 _KIND: dict[Path, int] = {}
 # What starts Ray, by itself or in a job.
 _RAY_FIXTURES = {"ray_session", "run_job"}
-MOST_MEMORY_MIB = 4096
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -151,14 +150,12 @@ class _Peaks:
         self.mib.append(getattr(node, "workeroutput", {}).get("peak_mib", 0))
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+    def pytest_sessionfinish(self) -> None:
         self.mib.append(peak_memory_mib())
-        if sum(self.mib) > MOST_MEMORY_MIB and session.exitstatus == 0:
-            session.exitstatus = 1
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         each = " + ".join(map(str, self.mib))
-        terminalreporter.write_line(f"peak memory of the test processes: {each} MiB, at most {MOST_MEMORY_MIB}")
+        terminalreporter.write_line(f"peak memory of the test processes: {each} MiB")
 
 
 def pytest_configure(config: pytest.Config) -> None:
