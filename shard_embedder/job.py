@@ -88,7 +88,12 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
 
 def _watcher(lease: Lease) -> Watcher:
     """Nobody looks on; but a run whose lease was lost ends."""
-    return Watcher(lambda *_: lease.check(), lambda *_: lease.check(), lambda _: lease.check())
+    return Watcher(
+        on_resources=lambda *_: lease.confirm(),
+        on_pass=lambda *_: lease.confirm(),
+        on_part=lambda _: lease.check(),
+        on_end=lease.confirm,
+    )
 
 
 def _device(config: Config) -> str:

@@ -140,13 +140,13 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
 
     def on_resources(decided: Job, resources: Resources) -> None:
         # Before run.json is written: another run may have begun the output while this one waited for nodes.
-        lease.check()
+        lease.confirm()
         console.resources(decided, resources)
         metrics.resources(resources)
 
     def on_pass(number: int, pending: list[Pending]) -> None:
         sigterm.check()
-        lease.check()
+        lease.confirm()
         console.begin_pass(number, pending)
         metrics.begin_pass(len(pending))
 
@@ -156,7 +156,7 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
         console.part(tally)
         metrics.part(tally)
 
-    watcher = Watcher(on_resources, on_pass, on_part, console.waiting)
+    watcher = Watcher(on_resources, on_pass, on_part, console.waiting, lease.confirm)
     # Ray ends before the lease does, so that no worker writes after it.
     with choose_meanwhile(job, plan.pending) as choose, ExitStack() as stack:
         if plan.pending:

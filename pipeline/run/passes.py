@@ -35,6 +35,8 @@ class Watcher:
     on_pass: Callable[[int, list[Pending]], None]
     on_part: Callable[[Tally], None]
     on_wait: Callable[[str], object] = lambda why: None
+    # Before what is stored of the run itself: the deletes at its end, and its report.
+    on_end: Callable[[], object] = lambda: None
 
 
 def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
         num_idle = 0 if _has_got_on(pending, plan.pending) else num_idle + 1
         if num_idle >= config.max_passes - 1:
             break
+    watcher.on_end()
     _clear(job, plan, names)
     if counted is None:
         # An earlier run did not count what it stored, or found that it does not balance.

@@ -391,7 +391,7 @@ def test_a_cluster_that_is_not_there_is_told_apart_from_a_job_that_failed(start)
         (["--", "jobs/embed.py", "--input", "s3://key:sesame@bkt/in"], "the command must not carry credentials"),
         (["--", "jobs/embed.py", "--weights=https://h/w?key=sesame"], "the command must not carry credentials"),
         (["--", "env", "AWS_SECRET_ACCESS_KEY=sesame", "jobs/embed.py"], "the command must not carry credentials"),
-        (["--address", "http://me:sesame@127.0.0.1:nowhere"], "submit: "),
+        (["--address", "http://me:sesame@127.0.0.1:nowhere"], "submit.py: the cluster cannot be reached"),
         (["--backbone", "resnet50"], "unrecognized arguments: --backbone resnet50"),
     ],
 )
