@@ -10,13 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.backbones import build_backbone
+    from pipeline.backbones import build_backbone, list_backbones
     from pipeline.core.errors import PipelineError
     from shard_embedder.images import embed_images
     from shard_embedder.job import Run, embed
     from shard_embedder.neighbours import build_index, open_index
 
-__all__ = ["PipelineError", "Run", "build_backbone", "build_index", "embed", "embed_images", "open_index"]
+__all__ = [
+    "PipelineError", "Run", "build_backbone", "build_index", "embed", "embed_images", "list_backbones", "open_index",
+]  # fmt: skip
 
 _HOMES = {
     "PipelineError": "pipeline.core.errors",
@@ -25,6 +27,7 @@ _HOMES = {
     "build_index": "shard_embedder.neighbours",
     "embed": "shard_embedder.job",
     "embed_images": "shard_embedder.images",
+    "list_backbones": "pipeline.backbones",
     "open_index": "shard_embedder.neighbours",
 }
 

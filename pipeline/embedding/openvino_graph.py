@@ -1,11 +1,11 @@
 """A network of torch converted for OpenVINO: its graph and its constants.
 
-torch.jit.trace and freeze are deprecated, and OpenVINO's decoder of what they give is undocumented. They stay here
-alone, as torch.export with ov.convert_model is worse at two things. It costs a job's start seconds of one core:
-1.7 for 0.3 with resnet50, 7.0 for 2.0 with swin_t, 7.7 for 3.3 with densenet121 (and half as much again for a graph
-of any batch size). And it loses networks: what freezing computes once, as a vision transformer's resampled
-positions, stays in an exported graph, and OpenVINO has no rule for it. tests/embedding/test_deprecated.py fails
-when either changes. (torch 2.15, OpenVINO 2026.4.1, two cores of a Xeon, 2026-11-28.)
+torch.jit.trace and freeze are deprecated, and OpenVINO's decoder of what they give is undocumented. They stay, and only
+here, because torch.export with ov.convert_model costs a job's start seconds of one core (1.7 instead of 0.3 with
+resnet50, 7.0 instead of 2.0 with swin_t) and loses networks: freezing computes the resampled positions of
+timm/test_vit once, an exported graph keeps them, and OpenVINO has no rule for that. A test in
+tests/embedding/test_deprecated.py fails when either changes. (torch 2.15, OpenVINO 2026.4.1, two cores of a Xeon,
+2026-11-28.)
 """
 
 from __future__ import annotations
