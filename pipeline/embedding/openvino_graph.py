@@ -1,6 +1,6 @@
 """A network of torch converted for OpenVINO: its graph and its constants.
 
-torch.jit.trace and freeze are deprecated, and OpenVINO's decoder of what they give is undocumented. They stay, and only
+torch.jit.trace and freeze are deprecated, and what OpenVINO decodes them by is undocumented. They stay, and only
 here, because torch.export with ov.convert_model costs a job's start seconds of one core (1.7 instead of 0.3 with
 resnet50, 7.0 instead of 2.0 with swin_t) and loses networks: freezing computes the resampled positions of
 timm/test_vit once, an exported graph keeps them, and OpenVINO has no rule for that. A test in
