@@ -38,9 +38,7 @@ def library_of(name: str) -> ModuleType:
     try:
         from pipeline.backbones import timm_models  # noqa: PLC0415
     except ImportError as error:
-        raise BackboneError(
-            f"backbone {name!r} needs timm, which is not here ({error}): pip install timm"
-        ) from error
+        raise BackboneError(f"backbone {name!r} needs timm, which is not here ({error}): pip install timm") from error
     return timm_models
 
 

@@ -141,7 +141,7 @@ def test_a_part_keeps_its_rows_and_the_reasons_that_it_has() -> None:
     values: dict[str, Any] = dict.fromkeys(("num_bytes", "part", "first_index", "num_samples"), 0)
     values |= dict.fromkeys(("name", "url", "version", "end", "fault"), "")
     values |= {"fault_transient": False, "ignored_members": 0, "kept_nulls": 0, "kept": [], "read_bytes": 0}
-    values |= {"unused_images": 0, "unused_example": None, "apart_samples": 0}
+    values |= {"unused_images": 0, "unused_example": None, "apart_samples": 0, "batch_size": 0}
     values |= {f"{stage}_s": 0.0 for stage in ("read", "decode", "embed", "write")}
     (table,) = JpegForwarder(decoder())(part_row(values, pa.array(rows, kind)))
     ((told, samples),) = part_rows(table)
