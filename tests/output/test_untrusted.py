@@ -18,6 +18,7 @@ from pipeline.output.parts import read_facts
 from pipeline.retrieval.index import INDEX_FILE, read_index_facts
 from pipeline.run.report import estimate, last_counts, tells_of_work
 from pipeline.shards.find import Pending
+from pipeline.shards.keys import Naming
 from tests.output.test_fingerprint import made
 from tests.output.test_parts import NAME, embedded, writer
 
@@ -130,9 +131,9 @@ def test_a_report_of_any_content_tells_nothing_or_numbers(tmp_path: Path) -> Non
         tells_of_work(str(tmp_path))
         if spoiled is whole:
             assert counts is not None
-            assert estimate(str(tmp_path), pending) is not None
+            assert estimate(str(tmp_path), pending, Naming()) is not None
         elif tells_of_work(str(tmp_path)):
-            estimate(str(tmp_path), pending)
+            estimate(str(tmp_path), pending, Naming())
 
 
 def test_a_lease_of_any_content_is_watched_or_named(tmp_path: Path) -> None:
