@@ -50,6 +50,8 @@ def recipe_of(made: Fingerprint, spec: str | None = None) -> Recipe:
                 preprocess=Preprocess.from_settings(settings["preprocess"]),
                 max_pixels=settings["max_pixels"],
                 ignore_orientation=settings["ignore_orientation"],
+                # Outputs that do not say it were made before damage was looked for.
+                accept_damaged=settings.get("accept_damaged", True),
             ),
             features=settings["features"],
             shape=tuple(settings["embedding_shape"]),
