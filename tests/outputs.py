@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.config import Config, parse
+from pipeline.core.schema import PART_FIELDS
 from pipeline.decoding.decoder import Decoder
 from pipeline.embedding.embedder import Embedder
 from pipeline.embedding.network import Placement
@@ -38,6 +40,16 @@ def rows(output: Path, folder: str = "embeddings") -> list[dict[str, Any]]:
     """Every row of a folder of the output, in the order of shards and samples."""
     found = [row for path in sorted((output / folder).rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     return sorted(found, key=lambda row: (row["shard"], -1 if row["sample_index"] is None else row["sample_index"]))
+
+
+def part_values(**given: Any) -> dict[str, Any]:
+    """What travels with a part between two stages, empty but for what is given."""
+    return {
+        field.name: _EMPTY.get(field.type, [] if pa.types.is_list(field.type) else 0) for field in PART_FIELDS
+    } | given
+
+
+_EMPTY = {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}
 
 
 def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.core.errors import SampleError
-from pipeline.decoding import jpeg
+from pipeline.decoding import formats, jpeg, png
 from pipeline.decoding.orientation import PILLOW_ERRORS, orientation_of
 from pipeline.decoding.resize import resize_crop, upright
 from pipeline.decoding.rules import DecodingRules
@@ -22,7 +23,10 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 FORMATS = (
     "JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO",
 )  # fmt: skip
-_BITS_TAG = 0x0102
+_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0102, 0x0106, 0x0112
+_SAMPLE_FORMAT_TAG, _LEAST_TAG, _MOST_TAG = 0x0153, 0x0154, 0x0155
+# Those whose decoders say nothing where there are too few rows, and leave the rest black.
+_MAY_END_EARLY = ("PNG", "TIFF", "GIF", "JPEG2000")
 # The orientations that undo each other; every other undoes itself.
 _UNDO = {6: 8, 8: 6}
 
@@ -46,7 +50,7 @@ def _load(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
             header = jpeg.read_header(data)
             return _load_image(data, rules) if header is None else _load_jpeg(data, header, rules)
     except UnidentifiedImageError as error:
-        raise SampleError("not an image of a known format") from error
+        raise _unknown(data) from error
     except Image.DecompressionBombError as error:
         raise SampleError(f"too many pixels: {error}") from error
     except PILLOW_ERRORS as error:
@@ -73,26 +77,82 @@ def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tu
     if cost > limit:
         raise SampleError(f"too many scans: {cost // header.coded_pixels} of {header.width}x{header.height} pixels")
     pixels = jpeg.decode(bare, header) if image.mode in ("RGB", "L") else None
+    is_faultless = pixels is not None
     if pixels is None:
         pixels = np.asarray(to_rgb(image))
+    if not rules.accept_damaged and (damage := jpeg.damage(bare, is_faultless=is_faultless)) is not None:
+        raise _damaged(damage)
     return pixels, orientation
 
 
 def _load_image(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
+    """Only what its pixels need may cost an image: where Pillow gives up on it, it is tried without its metadata."""
     try:
-        image = _open(data, rules)
-    except PILLOW_ERRORS:
-        # For some faults of an EXIF block Pillow gives up on an AVIF, which is there without it.
-        if b"Exif" not in data:
-            raise
-        image = _open(data.replace(b"Exif", b"none"), rules)
+        return _load_as_it_is(data, rules)
+    except PILLOW_ERRORS as error:
+        problem = error.with_traceback(None)
+    for bare in _without_metadata(data):
+        try:
+            return _load_as_it_is(bare, rules)
+        except PILLOW_ERRORS as error:
+            problem = error.with_traceback(None)
+    raise problem
+
+
+def _without_metadata(data: bytes) -> Iterator[bytes]:
+    yield from png.without_metadata(data)
+    # For some faults of an EXIF block Pillow gives up on an AVIF.
+    if formats.broken_format(data) == "AVIF" and b"Exif" in data:
+        yield data.replace(b"Exif", b"none")
+
+
+def _load_as_it_is(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
+    image = _open(data, rules)
+    # What lies outside of a GIF's first frame is its background.
+    may_end_early = image.format in _MAY_END_EARLY and (
+        image.format != "GIF" or image.tile[0].extents == (0, 0, *image.size)
+    )
+    is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_ORIENTATION_TAG, 1) != 1
     orientation = _orientation_after_load(image, rules.ignore_orientation)
+    if not rules.accept_damaged and may_end_early and _ends_early(image, data, rules, is_turned):
+        raise _damaged("its data ends before its last row")
     return np.asarray(to_rgb(image)), orientation
 
 
-def _open(data: bytes, rules: DecodingRules) -> Image.Image:
+def _unknown(data: bytes) -> SampleError:
+    broken, other = formats.broken_format(data), formats.other_kind(data)
+    if broken is not None:
+        return SampleError(f"broken image: the {broken} header cannot be read")
+    return SampleError("not an image of a known format" + ("" if other is None else f": {other}"))
+
+
+def _damaged(what: str) -> SampleError:
+    return SampleError(f"damaged image: {what}; --accept-damaged embeds it")
+
+
+def _ends_early(image: Image.Image, data: bytes, rules: DecodingRules, is_turned: bool) -> bool:
+    """Whether rows at the end of a loaded image were never decoded: on another background they look otherwise."""
+    end = _end(image, is_turned)
+    if not is_turned and end.reshape(len(end), -1).any(axis=1).all():
+        return False
+    again = _open(data, rules)
+    size = again.size
+    if isinstance(again, TiffImagePlugin.TiffImageFile):  # as stored, not as turned
+        size = again.tag_v2[_WIDTH_TAG], again.tag_v2[_HEIGHT_TAG]
+    num_bands = len(again.getbands())
+    again.im = Image.new(again.mode, size, 1 if num_bands == 1 else (1,) * num_bands).im
+    again.load()
+    return not np.array_equal(end, _end(again, is_turned))
+
+
+def _end(image: Image.Image, is_turned: bool) -> np.ndarray[Any, Any]:
+    """The last two rows, as the last of an interlaced image may be of an early pass; all of one that was turned."""
+    return np.asarray(image if is_turned else image.crop((0, max(0, image.height - 2), *image.size)))
+
+
+def _open(data: bytes, rules: DecodingRules) -> ImageFile.ImageFile:
     """The image with its header read. Refuses a bomb before a pixel is decoded."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image: ImageFile.ImageFile = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > rules.max_pixels:
         raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {rules.max_pixels}")
     return image
@@ -110,19 +170,50 @@ def _orientation_after_load(image: Image.Image, ignore: bool) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as `Image.convert` gives it, but 16-bit grey is scaled to 8 bits instead of clipped.
+    """RGB as `Image.convert` gives it, but grey of more than 8 bits is scaled to 8, as `_eight_bits` says.
 
     Alpha is dropped, as `weights.transforms()` users do with `convert("RGB")`.
     """
-    if image.mode.startswith("I;16"):
-        wide = np.asarray(image, dtype=np.uint16)
-        return Image.fromarray((wide >> 8).astype(np.uint8), "L").convert("RGB")
-    if image.mode == "I" and not _has_32_bits(image):
-        wide = np.asarray(image)
-        return Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8), "L").convert("RGB")
+    tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    is_signed = tags.get(_SAMPLE_FORMAT_TAG, (1,))[0] == 2
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or (image.mode == "L" and is_signed):
+        return Image.fromarray(_eight_bits(image, tags, is_signed), "L").convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _has_32_bits(image: Image.Image) -> bool:
-    """Whether it is a TIFF of 32-bit integers, which may be of any range: `convert` clips them, as for all."""
-    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_BITS_TAG, (0,))[0] == 32
+def _eight_bits(image: Image.Image, tags: Mapping[int, Any], is_signed: bool) -> Pixels:
+    """Grey of 8 bits: the range that the file declares becomes 0 to 255.
+
+    - Integers of 12 and 16 bits: their upper 8. Of signed ones, from 0 up: what is below black is black.
+    - Integers of 32 bits, which are of any range: clipped to 0 to 255, as Pillow does.
+    - Floats: from the least to the most that a TIFF declares; else 0 to 1, or 0 to 255 where one is above 1.
+
+    Where white is zero, it is turned round. Raises `SampleError` for floats beyond these ranges.
+    """
+    values = np.asarray(image)
+    bits = tags.get(_BITS_TAG, (16,))[0]
+    if image.mode == "F":
+        grey = _of_floats(values, tags)
+    elif bits == 32:
+        grey = np.clip(values, 0, 255)
+    elif bits == 8:
+        grey = np.clip(values.view(np.int8), 0, None).astype(np.uint8) * 2
+    elif is_signed:
+        grey = np.clip(values, 0, 2 ** (bits - 1) - 1) >> (bits - 9)
+    else:
+        grey = np.clip(values, 0, 2**bits - 1) >> (bits - 8)
+    white_is_zero = tags.get(_PHOTOMETRIC_TAG) == 0
+    return (255 - grey if white_is_zero else grey).astype(np.uint8)
+
+
+def _of_floats(values: np.ndarray[Any, Any], tags: Mapping[int, Any]) -> np.ndarray[Any, Any]:
+    low, high = float(values.min()), float(values.max())
+    if _LEAST_TAG in tags and _MOST_TAG in tags:
+        black, white = (float(np.ravel(tags[tag])[0]) for tag in (_LEAST_TAG, _MOST_TAG))
+        if math.isfinite(low) and math.isfinite(high) and -math.inf < black < white < math.inf:
+            return np.rint(np.clip((values.astype(np.float64) - black) / (white - black), 0, 1) * 255)
+    # NaN is within nothing.
+    if not (low >= 0 and high <= 255):
+        raise SampleError(f"grey without a scale: floats of {low:g} to {high:g}, and their range is not declared")
+    # Above 1 as Pillow makes them.
+    return np.rint(values * np.float32(255)) if high <= 1 else np.clip(values, 0, 255)

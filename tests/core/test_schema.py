@@ -10,7 +10,6 @@ from pipeline.core.schema import (
     ERRORS_SCHEMA,
     IMAGE,
     KEEP_TYPES,
-    PART_FIELDS,
     RESERVED_COLUMNS,
     embedding_field,
     embeddings_schema,
@@ -23,11 +22,11 @@ from pipeline.core.schema import (
     sample_type,
     with_payload,
 )
+from tests.outputs import part_values
 
 
 def values(part: int) -> dict[str, object]:
-    empty = {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}
-    return {field.name: empty.get(field.type, 0) for field in PART_FIELDS} | {"part": part}
+    return part_values(part=part)
 
 
 def samples(*ids: str) -> pa.StructArray:

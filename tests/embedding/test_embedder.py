@@ -21,7 +21,6 @@ from pipeline.backbones.weights import Weights
 from pipeline.core.schema import (
     EMBEDDING,
     IMAGE_ID,
-    PART_FIELDS,
     PIXELS,
     REASON,
     SAMPLE_INDEX,
@@ -39,6 +38,7 @@ from pipeline.embedding.embedder import Embedder, Source
 from pipeline.embedding.network import Network, Placement
 from pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
 from pipeline.planning.stored_source import StoredSource
+from tests.outputs import part_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 64
@@ -110,16 +110,11 @@ def part(pixels: list[Any], number: int = 0, side: int = SIDE) -> pa.Table:
     column = pa.FixedSizeListArray.from_arrays(
         pa.array(np.concatenate([np.zeros(0, np.uint8), *flat])), type=payload.type, mask=pa.array(failed, pa.bool_())
     )
-    return part_row(part_values(number, len(pixels)), with_payload(rows, payload, **{PIXELS: column}))
+    return part_row(numbered(number, len(pixels)), with_payload(rows, payload, **{PIXELS: column}))
 
 
-def part_values(number: int, num_samples: int) -> dict[str, Any]:
-    zeros = {field.name: _zero(field.type) for field in PART_FIELDS}
-    return zeros | {"name": f"shard-{number}", "part": number, "num_samples": num_samples, "fault": None}
-
-
-def _zero(kind: pa.DataType) -> Any:
-    return {pa.string(): "", pa.bool_(): False}.get(kind, 0)
+def numbered(number: int, num_samples: int) -> dict[str, Any]:
+    return part_values(name=f"shard-{number}", part=number, num_samples=num_samples, fault=None)
 
 
 def embeddings(samples: pa.StructArray) -> Any:

@@ -27,7 +27,6 @@ from pipeline.backbones.torchvision_models import BACKBONES
 from pipeline.backbones.weights import Weights
 from pipeline.core.schema import (
     EMBEDDING,
-    PART_FIELDS,
     REASON,
     SAMPLE_INDEX,
     image_field,
@@ -41,6 +40,7 @@ from pipeline.embedding.embedder import Embedder, Source
 from pipeline.embedding.network import Network, Placement
 from pipeline.embedding.torch_runner import SharedWeights, build_network
 from tests.conftest import encode, photo
+from tests.outputs import part_values
 
 ENGINES = ["torch", "openvino"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,10 +133,7 @@ def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> 
     shape = library_of(backbone).output_shape(backbone, "pooled", preprocess.crop)
     placement = Placement(precision=precision, batch_size=8)
     embedder = Embedder(source, network, placement, shape=shape, dtype="float32")
-    values: dict[str, Any] = {
-        field.name: "" if pa.types.is_string(field.type) else False if pa.types.is_boolean(field.type) else 0
-        for field in PART_FIELDS
-    }
+    values = part_values()
     rows = [{SAMPLE_INDEX: index, "image": data} for index, data in enumerate(images)]
     table = part_row(values, pa.array(rows, sample_type(image_field(), ())))
     (decoded,) = decoder(table)

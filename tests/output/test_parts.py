@@ -18,7 +18,7 @@ import pytest
 from pipeline.core import storage
 from pipeline.core.config import parse
 from pipeline.core.errors import OutputError
-from pipeline.core.schema import PART_FIELDS, UNKNOWN_INDEX, part_row, sample_type
+from pipeline.core.schema import UNKNOWN_INDEX, part_row, sample_type
 from pipeline.core.storage import read_bytes
 from pipeline.output import parts
 from pipeline.output.names import EMBEDDINGS, PartName, version_tag
@@ -26,6 +26,7 @@ from pipeline.output.parts import PartWriter, content_sha256, read_facts, vector
 from tests.conftest import ROOT
 from tests.faults.odd_store import OddStore, Quirks
 from tests.output.test_fingerprint import made
+from tests.outputs import part_values
 
 FINGERPRINT = made(versions="2")
 TAG = version_tag(1000, "etag")
@@ -52,12 +53,7 @@ def embedded(
     fields = [struct.field(i) for i in range(struct.num_fields)]
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, fields, strict=False)]
     samples = pa.StructArray.from_arrays([*arrays, embeddings], fields=fields)
-    values: dict[str, Any] = {
-        field.name: []
-        if pa.types.is_list(field.type)
-        else {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}.get(field.type, 0)
-        for field in PART_FIELDS
-    }
+    values = part_values()
     values |= {"name": "train/00001", "url": "s3://bkt/train/00001.tar", "num_bytes": 1000, "version": "etag"}
     values |= {"num_samples": len(ids), "end": "last", "fault": None, **changed}
     return part_row(values, samples)
