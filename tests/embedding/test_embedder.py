@@ -326,7 +326,7 @@ def test_an_input_that_is_not_square_keeps_height_and_width_apart() -> None:
     actor = embedder(preprocess=wide, features="map")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 96, 3), dtype=np.uint8)
     rows = [{SAMPLE_INDEX: i, PIXELS: image.reshape(-1)} for i, image in enumerate(pixels)]
-    table = part_row(part_values(0, 2), pa.array(rows, sample_type(pixels_field(32, 96), KEEP)))
+    table = part_row(numbered(0, 2), pa.array(rows, sample_type(pixels_field(32, 96), KEEP)))
     ((_, samples),) = part_rows(actor(table))
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(value)[:, None, None] for value in (wide.mean, wide.std))

@@ -120,7 +120,7 @@ def test_a_run_on_an_output_that_another_holds_ends_with_75(run_job: RunJob, tmp
 
 
 def report_with(**changes: Any) -> dict[str, Any]:
-    shards = {"broken": 0, "vanished": 0, **changes.pop("shards", {})}
+    shards = {"broken": 0, "vanished": 0, "refused": 0, **changes.pop("shards", {})}
     return {"balanced": True, "shards": shards, "errors": 0, "samples": 10, **changes}
 
 
@@ -130,6 +130,7 @@ def test_the_exit_code_is_the_worst_that_the_report_tells() -> None:
     assert exit_code(report_with(errors=3), 0.2) == 5
     assert exit_code(report_with(errors=3, shards={"broken": 1}), 0.2) == 3
     assert exit_code(report_with(shards={"vanished": 1}), 0.2) == 3
+    assert exit_code(report_with(shards={"refused": 1}), 0.2) == 3
     assert exit_code(report_with(balanced=False, shards={"broken": 1}), 0.2) == 4
 
 

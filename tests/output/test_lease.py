@@ -367,7 +367,7 @@ def test_a_lease_that_someone_removed_is_not_held(place: str) -> None:
 def test_without_conditional_writes_at_most_one_of_many_keeps_the_lease(
     quirks: Quirks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = StoreLimits(request_timeout_s=5.0, retry_s=2.0, settle_s=0.3)
+    limits = StoreLimits(request_timeout_s=5.0, retry_s=2.0, settle_s=1.0)
     with OddStore() as store:
         store.quirks = quirks
         for name, value in store.environment.items():
