@@ -101,6 +101,12 @@ def parser() -> Parser:
         metavar="EXT",
     )
     add(samples, "ignore_orientation", "do not turn images upright by their EXIF orientation", **flag)
+    add(
+        samples,
+        "accept_damaged",
+        "embed images of which a part is missing or garbled (grey, black), which are errors otherwise",
+        **flag,
+    )
     add(samples, "max_pixels", "larger images are errors, found before they are decoded", metavar="PIXELS")
     add(samples, "max_image_bytes", "larger members are errors, and are not read", metavar="BYTES")
 

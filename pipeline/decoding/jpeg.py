@@ -5,6 +5,7 @@ Source of the markers: ITU-T T.81, annex B; of the colours Adobe Technical Note 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,13 @@ _JFIF, _APP1 = 0xE0, 0xE1
 # of them go over is at most this many times `max_pixels`. Encoders write ten or so.
 MAX_SCANS = 100
 _START_OF_SCAN, _SCAN_BYTES = b"\xff\xda", 10
+# Within compressed data 0xFF stands before 0 and the numbers of restarts only.
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
+_COLOURS = {1: "GRAY", 3: "RGB", 4: "CMYK"}
+# What libjpeg says where a part of the picture is missing, or is not what was there.
+_MISSING = ("remature end of", "bad Huffman code", "bad arithmetic code", " instead of RST")
+# What it says where the picture is there, and more behind it; and the least of that which is looked at.
+_LEFT_OVER, _FILLER_BYTES = "extraneous bytes before marker", 64
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 # Markers without a length: restarts, and one that is reserved.
 _BARE = frozenset({0x01, *range(0xD0, 0xD8)})
@@ -154,3 +162,63 @@ def decode(data: bytes, header: JpegHeader) -> Pixels | None:
     except ValueError:
         return None
     return pixels if pixels.shape[:2] == (header.height, header.width) else None
+
+
+def damage(data: bytes, *, is_faultless: bool) -> str | None:
+    """Which part of the picture of a JPEG is missing, though it can be decoded; None for a whole one.
+
+    `data` is without metadata, whose faults would be told first. With `is_faultless`, `decode` has taken it.
+    """
+    header = read_header(data)
+    if header is None or len(header.components) not in _COLOURS:
+        return None
+    num_unseen = len(set(header.components) - _seen(data, header))
+    if num_unseen:
+        return f"{num_unseen} of its {len(header.components)} colour components are missing"
+    if is_faultless:
+        return None
+    colours = _COLOURS[len(header.components)]
+    try:
+        simplejpeg.decode_jpeg(data, colours, strict=True)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return None
+    if any(text in message for text in _MISSING):
+        return message.removeprefix("Corrupt JPEG data: ")
+    if _LEFT_OVER in message and _is_of_filler(data, header, colours):
+        return "its data ends in filler, which was decoded as picture"
+    return None
+
+
+def _seen(data: bytes, header: JpegHeader) -> set[int]:
+    """The components that some scan has."""
+    seen = set(header.first_scan)
+    position = header.data_start
+    while not seen.issuperset(header.components):
+        found = MARKER.search(data, position)
+        if found is None or data[found.start() + 1] == EOI:
+            break
+        position = found.start() + 1
+        kind = data[position]
+        if kind == SOS and position + 4 <= len(data):
+            seen.update(data[position + 4 : position + 4 + 2 * data[position + 3] : 2])
+        if kind != 0xFF:  # padding
+            position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")
+    return seen
+
+
+def _is_of_filler(data: bytes, header: JpegHeader, colours: str) -> bool:
+    """Whether the equal bytes that the compressed data ends in are needed for the picture: with others it changes."""
+    end = data.rfind(bytes((0xFF, EOI)))
+    end = len(data) if end < 0 else end
+    start = max(header.data_start, len(data[:end].rstrip(data[end - 1 : end])))
+    if end - start < _FILLER_BYTES:
+        return False
+    other = bytes([data[end - 1] ^ 0x33])
+    changed = data[:start] + other * (end - start) + data[end:]
+    try:
+        pixels, others = (simplejpeg.decode_jpeg(one, colours, strict=False) for one in (data, changed))
+    except ValueError:
+        return False
+    return not np.array_equal(pixels, others)

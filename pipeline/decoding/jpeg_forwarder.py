@@ -8,7 +8,6 @@ and is seen by no such look.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,8 +42,6 @@ _FIRST_RESTART = 0xD0
 # Grey, and YCbCr as JFIF and as some older encoders number it; others may be RGB, which not every decoder looks for.
 _COMPONENTS = ((1,), (0,), (1, 2, 3), (0, 1, 2))
 _ADOBE_RGB = 0
-# Within compressed data 0xFF stands before 0 and the numbers of restarts only.
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
 
 
 def require_device_resize(preprocess: Preprocess) -> None:
@@ -84,7 +81,7 @@ def is_whole(data: bytes) -> bool:
             return False
         elif kind == jpeg.SOS:
             num_scans += 1
-            found = _MARKER.search(data, position)
+            found = jpeg.MARKER.search(data, position)
             if found is None:
                 return False
             position = found.start()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.core.errors import SampleError
 from pipeline.decoding import jpeg
@@ -22,7 +22,9 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 FORMATS = (
     "JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO",
 )  # fmt: skip
-_BITS_TAG = 0x0102
+_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0102, 0x0112
+# Those whose decoders say nothing where there are too few rows, and leave the rest black.
+_MAY_END_EARLY = ("PNG", "TIFF", "GIF", "JPEG2000")
 # The orientations that undo each other; every other undoes itself.
 _UNDO = {6: 8, 8: 6}
 
@@ -73,8 +75,11 @@ def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tu
     if cost > limit:
         raise SampleError(f"too many scans: {cost // header.coded_pixels} of {header.width}x{header.height} pixels")
     pixels = jpeg.decode(bare, header) if image.mode in ("RGB", "L") else None
+    is_faultless = pixels is not None
     if pixels is None:
         pixels = np.asarray(to_rgb(image))
+    if not rules.accept_damaged and (damage := jpeg.damage(bare, is_faultless=is_faultless)) is not None:
+        raise _damaged(damage)
     return pixels, orientation
 
 
@@ -86,13 +91,44 @@ def _load_image(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
         if b"Exif" not in data:
             raise
         image = _open(data.replace(b"Exif", b"none"), rules)
+    # What lies outside of a GIF's first frame is its background.
+    may_end_early = image.format in _MAY_END_EARLY and (
+        image.format != "GIF" or image.tile[0].extents == (0, 0, *image.size)
+    )
+    is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_ORIENTATION_TAG, 1) != 1
     orientation = _orientation_after_load(image, rules.ignore_orientation)
+    if not rules.accept_damaged and may_end_early and _ends_early(image, data, rules, is_turned):
+        raise _damaged("its data ends before its last row")
     return np.asarray(to_rgb(image)), orientation
 
 
-def _open(data: bytes, rules: DecodingRules) -> Image.Image:
+def _damaged(what: str) -> SampleError:
+    return SampleError(f"damaged image: {what}; --accept-damaged embeds it")
+
+
+def _ends_early(image: Image.Image, data: bytes, rules: DecodingRules, is_turned: bool) -> bool:
+    """Whether rows at the end of a loaded image were never decoded: on another background they look otherwise."""
+    end = _end(image, is_turned)
+    if not is_turned and end.reshape(len(end), -1).any(axis=1).all():
+        return False
+    again = _open(data, rules)
+    size = again.size
+    if isinstance(again, TiffImagePlugin.TiffImageFile):  # as stored, not as turned
+        size = again.tag_v2[_WIDTH_TAG], again.tag_v2[_HEIGHT_TAG]
+    num_bands = len(again.getbands())
+    again.im = Image.new(again.mode, size, 1 if num_bands == 1 else (1,) * num_bands).im
+    again.load()
+    return not np.array_equal(end, _end(again, is_turned))
+
+
+def _end(image: Image.Image, is_turned: bool) -> np.ndarray[Any, Any]:
+    """The last two rows, as the last of an interlaced image may be of an early pass; all of one that was turned."""
+    return np.asarray(image if is_turned else image.crop((0, max(0, image.height - 2), *image.size)))
+
+
+def _open(data: bytes, rules: DecodingRules) -> ImageFile.ImageFile:
     """The image with its header read. Refuses a bomb before a pixel is decoded."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image: ImageFile.ImageFile = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > rules.max_pixels:
         raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {rules.max_pixels}")
     return image

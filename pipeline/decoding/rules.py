@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.core.config import Config
 from pipeline.decoding.preprocess import Preprocess
 
 
@@ -15,10 +14,7 @@ class DecodingRules:
     preprocess: Preprocess
     max_pixels: int
     ignore_orientation: bool = False
+    # Whether a picture of which a part is missing, or garbled, is as good as a whole one.
+    accept_damaged: bool = False
     # Processor time: how busy a machine is decides nothing.
     image_timeout_s: float = 30.0
-
-    @classmethod
-    def of(cls, config: Config, preprocess: Preprocess) -> DecodingRules:
-        """The rules of a job."""
-        return cls(preprocess=preprocess, max_pixels=config.max_pixels, ignore_orientation=config.ignore_orientation)

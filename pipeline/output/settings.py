@@ -42,6 +42,7 @@ class OutputSettings:
     keep: tuple[Field, ...]
     image_member: str | None
     ignore_orientation: bool
+    accept_damaged: bool
     max_pixels: int
     max_image_bytes: int
     part_rows: int
@@ -69,7 +70,10 @@ class OutputSettings:
     def rules(self) -> DecodingRules:
         """How its images are decoded."""
         return DecodingRules(
-            preprocess=self.preprocess, max_pixels=self.max_pixels, ignore_orientation=self.ignore_orientation
+            preprocess=self.preprocess,
+            max_pixels=self.max_pixels,
+            ignore_orientation=self.ignore_orientation,
+            accept_damaged=self.accept_damaged,
         )
 
     @property
@@ -141,11 +145,11 @@ class OutputSettings:
 
 _OF_CONFIG = (
     "features", "normalize", "dtype", "precision", "decode", "key", "id", "keep", "image_member",
-    "ignore_orientation", "max_pixels", "max_image_bytes", "part_rows",
+    "ignore_orientation", "accept_damaged", "max_pixels", "max_image_bytes", "part_rows",
 )  # fmt: skip
 _TYPES: dict[str, Any] = {
     "backbone": str, "weights_sha256": str, "normalize": bool, "image_member": str | None, "ignore_orientation": bool,
-    "max_pixels": int, "max_image_bytes": int, "part_rows": int,
+    "accept_damaged": bool, "max_pixels": int, "max_image_bytes": int, "part_rows": int,
 }  # fmt: skip
 _KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "decode": DECODES, "key": KEYS}
 

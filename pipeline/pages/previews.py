@@ -63,7 +63,7 @@ def preview(image: bytes, side: int = SIDE) -> Preview:
     # Mean and standard deviation are for the backbone, and not used here.
     small = Preprocess(max(shape), shape, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), SQUASH)
     try:
-        pixels = Decoder(DecodingRules(preprocess=small, max_pixels=MAX_PIXELS)).decode(image)
+        pixels = Decoder(DecodingRules(preprocess=small, max_pixels=MAX_PIXELS, accept_damaged=True)).decode(image)
     except SampleError as error:
         return Preview(None, str(error))
     buffer = io.BytesIO()
