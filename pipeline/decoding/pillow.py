@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,8 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 FORMATS = (
     "JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO",
 )  # fmt: skip
-_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0102, 0x0112
+_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0102, 0x0106, 0x0112
+_SAMPLE_FORMAT_TAG, _LEAST_TAG, _MOST_TAG = 0x0153, 0x0154, 0x0155
 # Those whose decoders say nothing where there are too few rows, and leave the rest black.
 _MAY_END_EARLY = ("PNG", "TIFF", "GIF", "JPEG2000")
 # The orientations that undo each other; every other undoes itself.
@@ -146,19 +148,50 @@ def _orientation_after_load(image: Image.Image, ignore: bool) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as `Image.convert` gives it, but 16-bit grey is scaled to 8 bits instead of clipped.
+    """RGB as `Image.convert` gives it, but grey of more than 8 bits is scaled to 8, as `_eight_bits` says.
 
     Alpha is dropped, as `weights.transforms()` users do with `convert("RGB")`.
     """
-    if image.mode.startswith("I;16"):
-        wide = np.asarray(image, dtype=np.uint16)
-        return Image.fromarray((wide >> 8).astype(np.uint8), "L").convert("RGB")
-    if image.mode == "I" and not _has_32_bits(image):
-        wide = np.asarray(image)
-        return Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8), "L").convert("RGB")
+    tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    is_signed = tags.get(_SAMPLE_FORMAT_TAG, (1,))[0] == 2
+    if image.mode in ("I", "F") or image.mode.startswith("I;16") or (image.mode == "L" and is_signed):
+        return Image.fromarray(_eight_bits(image, tags, is_signed), "L").convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _has_32_bits(image: Image.Image) -> bool:
-    """Whether it is a TIFF of 32-bit integers, which may be of any range: `convert` clips them, as for all."""
-    return isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_BITS_TAG, (0,))[0] == 32
+def _eight_bits(image: Image.Image, tags: Mapping[int, Any], is_signed: bool) -> Pixels:
+    """Grey of 8 bits: the range that the file declares becomes 0 to 255.
+
+    - Integers of 12 and 16 bits: their upper 8. Of signed ones, from 0 up: what is below black is black.
+    - Integers of 32 bits, which are of any range: clipped to 0 to 255, as Pillow does.
+    - Floats: from the least to the most that a TIFF declares; else 0 to 1, or 0 to 255 where one is above 1.
+
+    Where white is zero, it is turned round. Raises `SampleError` for floats beyond these ranges.
+    """
+    values = np.asarray(image)
+    bits = tags.get(_BITS_TAG, (16,))[0]
+    if image.mode == "F":
+        grey = _of_floats(values, tags)
+    elif bits == 32:
+        grey = np.clip(values, 0, 255)
+    elif bits == 8:
+        grey = np.clip(values.view(np.int8), 0, None).astype(np.uint8) * 2
+    elif is_signed:
+        grey = np.clip(values, 0, 2 ** (bits - 1) - 1) >> (bits - 9)
+    else:
+        grey = np.clip(values, 0, 2**bits - 1) >> (bits - 8)
+    white_is_zero = tags.get(_PHOTOMETRIC_TAG) == 0
+    return (255 - grey if white_is_zero else grey).astype(np.uint8)
+
+
+def _of_floats(values: np.ndarray[Any, Any], tags: Mapping[int, Any]) -> np.ndarray[Any, Any]:
+    low, high = float(values.min()), float(values.max())
+    if _LEAST_TAG in tags and _MOST_TAG in tags:
+        black, white = (float(np.ravel(tags[tag])[0]) for tag in (_LEAST_TAG, _MOST_TAG))
+        if math.isfinite(low) and math.isfinite(high) and -math.inf < black < white < math.inf:
+            return np.rint(np.clip((values.astype(np.float64) - black) / (white - black), 0, 1) * 255)
+    # NaN is within nothing.
+    if not (low >= 0 and high <= 255):
+        raise SampleError(f"grey without a scale: floats of {low:g} to {high:g}, and their range is not declared")
+    # Above 1 as Pillow makes them.
+    return np.rint(values * np.float32(255)) if high <= 1 else np.clip(values, 0, 255)
