@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.core.errors import SampleError
-from pipeline.decoding import jpeg
+from pipeline.decoding import formats, jpeg, png
 from pipeline.decoding.orientation import PILLOW_ERRORS, orientation_of
 from pipeline.decoding.resize import resize_crop, upright
 from pipeline.decoding.rules import DecodingRules
@@ -50,7 +50,7 @@ def _load(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
             header = jpeg.read_header(data)
             return _load_image(data, rules) if header is None else _load_jpeg(data, header, rules)
     except UnidentifiedImageError as error:
-        raise SampleError("not an image of a known format") from error
+        raise _unknown(data) from error
     except Image.DecompressionBombError as error:
         raise SampleError(f"too many pixels: {error}") from error
     except PILLOW_ERRORS as error:
@@ -86,13 +86,28 @@ def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tu
 
 
 def _load_image(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
+    """Only what its pixels need may cost an image: where Pillow gives up on it, it is tried without its metadata."""
     try:
-        image = _open(data, rules)
-    except PILLOW_ERRORS:
-        # For some faults of an EXIF block Pillow gives up on an AVIF, which is there without it.
-        if b"Exif" not in data:
-            raise
-        image = _open(data.replace(b"Exif", b"none"), rules)
+        return _load_as_it_is(data, rules)
+    except PILLOW_ERRORS as error:
+        problem = error.with_traceback(None)
+    for bare in _without_metadata(data):
+        try:
+            return _load_as_it_is(bare, rules)
+        except PILLOW_ERRORS as error:
+            problem = error.with_traceback(None)
+    raise problem
+
+
+def _without_metadata(data: bytes) -> Iterator[bytes]:
+    yield from png.without_metadata(data)
+    # For some faults of an EXIF block Pillow gives up on an AVIF.
+    if formats.broken_format(data) == "AVIF" and b"Exif" in data:
+        yield data.replace(b"Exif", b"none")
+
+
+def _load_as_it_is(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
+    image = _open(data, rules)
     # What lies outside of a GIF's first frame is its background.
     may_end_early = image.format in _MAY_END_EARLY and (
         image.format != "GIF" or image.tile[0].extents == (0, 0, *image.size)
@@ -102,6 +117,13 @@ def _load_image(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
     if not rules.accept_damaged and may_end_early and _ends_early(image, data, rules, is_turned):
         raise _damaged("its data ends before its last row")
     return np.asarray(to_rgb(image)), orientation
+
+
+def _unknown(data: bytes) -> SampleError:
+    broken, other = formats.broken_format(data), formats.other_kind(data)
+    if broken is not None:
+        return SampleError(f"broken image: the {broken} header cannot be read")
+    return SampleError("not an image of a known format" + ("" if other is None else f": {other}"))
 
 
 def _damaged(what: str) -> SampleError:

@@ -148,7 +148,10 @@ def test_a_part_keeps_its_rows_and_the_reasons_that_it_has() -> None:
     assert told["decode_s"] > 0.0
     assert samples.field("image_id").to_pylist() == ["0", "1", "2", "3"]
     assert samples.field(STAGE).to_pylist() == [None, "decode", "read", None]
-    assert samples.field(REASON).to_pylist()[1:3] == ["not an image of a known format", "no image: for the test"]
+    assert samples.field(REASON).to_pylist()[1:3] == [
+        "not an image of a known format: text",
+        "no image: for the test",
+    ]
     found = samples.field(ENCODED).to_pylist()
     assert [value and value["orientation"] for value in found] == [6, None, None, PIXELS_ALREADY]
     np.testing.assert_array_equal(

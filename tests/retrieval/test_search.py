@@ -130,10 +130,10 @@ def test_a_broken_image_is_named_and_the_others_are_answered(
     (images / "000-0001.jpg").write_bytes(b"no image")
     assert main([str(index), str(images), "--json"]) == 1
     printed = capsys.readouterr()
-    assert "000-0001.jpg: not an image of a known format" in printed.err
+    assert "000-0001.jpg: not an image of a known format: text" in printed.err
     hits = json.loads(printed.out)
     assert [len(hit["neighbours"]) for hit in hits] == [5, 0, 5, 5, 5, 5, 5]
-    assert hits[1]["reason"] == "not an image of a known format"
+    assert hits[1]["reason"] == "not an image of a known format: text"
 
 
 def test_more_neighbours_than_there_are_rows_are_all_the_rows(index: Path, images: Path) -> None:
