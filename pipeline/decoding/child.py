@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,13 @@ _START_S = 300.0
 _MAX_WAIT = 20.0
 # A request is the sizes of the rules, which are sent where they have changed, and of the image; then both.
 _REQUEST = struct.Struct("<QQ")
-# A reply is what follows, the processor time that it took, and its size; then that.
-_REPLY = struct.Struct("<cdQ")
+# A reply is what follows, the processor time that it took, whether the child ends with it, and its size; then that.
+_REPLY = struct.Struct("<cd?Q")
 _READY, _PIXELS, _REASON = b"+", b"p", b"r"
 _MAX_REASON = 2**16
+# A child that has grown by so much, whatever the reason, is replaced: its limit of memory would be that much less.
+_MAX_GROWTH = 128 * 2**20
+_VIRTUAL_MEMORY = Path("/proc/self/statm")
 
 
 class _DiedError(Exception):
@@ -72,6 +76,7 @@ class _Child:
         )
         end.close()
         self._rules: DecodingRules | None = None
+        self.is_ending = False
         self._socket.settimeout(_START_S)
         try:
             _receive(self._socket, len(_READY))
@@ -92,7 +97,7 @@ class _Child:
             self._socket.sendall(_REQUEST.pack(len(told), len(data)) + told)
             self._rules = rules
             self._socket.sendall(data)
-            kind, seconds, size = _REPLY.unpack(_receive(self._socket, _REPLY.size))
+            kind, seconds, self.is_ending, size = _REPLY.unpack(_receive(self._socket, _REPLY.size))
             height, width = rules.preprocess.crop
             if size > (_MAX_REASON if kind == _REASON else 3 * height * width):
                 raise _DiedError
@@ -126,6 +131,8 @@ def decode(data: bytes | memoryview, rules: DecodingRules) -> tuple[Pixels, floa
             child = _own.child = _own.child or _Child()
             try:
                 found, seconds = child.decode(data, rules)
+                if child.is_ending:
+                    _own.end()
                 break
             except _SilentError:
                 _own.end()
@@ -189,6 +196,7 @@ def serve(descriptor: int) -> None:
     # A task decodes on one core.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     parent.sendall(_READY)
+    before = _virtual_bytes()
     # What C libraries print of an image is the image's, and goes to no log.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     rules: DecodingRules | None = None
@@ -200,6 +208,8 @@ def serve(descriptor: int) -> None:
         if rules_size:
             rules = pickle.loads(_receive(parent, rules_size))
         assert rules is not None
+        # The file is there twice while it is taken in.
+        _limit_memory(before + rules.memory_bytes + 2 * size)
         data = bytes(_receive(parent, size))
         start = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, rules.image_timeout_s)
@@ -208,7 +218,24 @@ def serve(descriptor: int) -> None:
         except SampleError as error:
             kind, reply = _REASON, str(error).encode(errors="backslashreplace")
         signal.setitimer(signal.ITIMER_PROF, 0)
-        parent.sendall(_REPLY.pack(kind, time.process_time() - start, len(reply)) + reply)
+        del data
+        is_ending = _virtual_bytes() > before + _MAX_GROWTH
+        parent.sendall(_REPLY.pack(kind, time.process_time() - start, is_ending, len(reply)) + reply)
+
+
+def _virtual_bytes() -> int:
+    """The address space of this process; 0 where the system does not say."""
+    try:
+        return int(_VIRTUAL_MEMORY.read_text().split()[0]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 0
+
+
+def _limit_memory(num_bytes: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    if _VIRTUAL_MEMORY.exists():
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _receive(connection: socket.socket, size: int) -> bytearray:
