@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
@@ -18,6 +18,7 @@ from pipeline.decoding.resize import resize_crop, upright
 from pipeline.decoding.rules import DecodingRules
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+_Loaded = TypeVar("_Loaded")
 
 # Formats that Pillow reads by itself; never those that run another program (EPS) or fetch anything.
 FORMATS = (
@@ -40,13 +41,42 @@ def decode(data: bytes, rules: DecodingRules) -> Pixels:
     Raises:
         SampleError: not an image, broken, or larger than the rules allow.
     """
-    try:
-        with _bounded(data, rules):
-            header = jpeg.read_header(data)
-            pixels, orientation = _load_image(data, rules) if header is None else _load_jpeg(data, header, rules)
+    with _judged(data, rules):
+        header = jpeg.read_header(data)
+        pixels, orientation = _load_image(data, rules) if header is None else _load_jpeg(data, header, rules)
         if orientation != 1:
             pixels = upright(pixels, orientation)
         return resize_crop(pixels, rules.preprocess)
+
+
+def upright_size(data: bytes, rules: DecodingRules) -> tuple[int, int]:
+    """Width and height of an encoded image as it is to be seen. Raises `SampleError` as `decode` does."""
+    with _judged(data, rules):
+        header = jpeg.read_header(data)
+        if header is not None:
+            size, orientation = (header.width, header.height), header.orientation
+        else:
+            size, orientation = _with_less_metadata(data, lambda bare: _size(_open(bare, rules), rules))
+        return size[::-1] if orientation > 4 and not rules.ignore_orientation else size
+
+
+def _size(image: Image.Image, rules: DecodingRules) -> tuple[tuple[int, int], int]:
+    """Width and height, and the orientation to turn it by: Pillow has the upright size of a TIFF itself."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.size, orientation_of(image)
+    return _stored_size(image) if rules.ignore_orientation else image.size, 1
+
+
+def _stored_size(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
+    return image.tag_v2[_WIDTH_TAG], image.tag_v2[_HEIGHT_TAG]
+
+
+@contextmanager
+def _judged(data: bytes, rules: DecodingRules) -> Iterator[None]:
+    """Errors become the reasons that samples have."""
+    try:
+        with _bounded(data, rules):
+            yield
     except UnidentifiedImageError as error:
         raise _unknown(data) from error
     except Image.DecompressionBombError as error:
@@ -88,14 +118,18 @@ def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tu
 
 
 def _load_image(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
+    return _with_less_metadata(data, lambda bare: _load_as_it_is(bare, rules))
+
+
+def _with_less_metadata(data: bytes, load: Callable[[bytes], _Loaded]) -> _Loaded:
     """Only what its pixels need may cost an image: where Pillow gives up on it, it is tried without its metadata."""
     try:
-        return _load_as_it_is(data, rules)
+        return load(data)
     except PILLOW_ERRORS as error:
         problem = error.with_traceback(None)
     for bare in _without_metadata(data):
         try:
-            return _load_as_it_is(bare, rules)
+            return load(bare)
         except PILLOW_ERRORS as error:
             problem = error.with_traceback(None)
     raise problem
@@ -138,9 +172,7 @@ def _ends_early(image: Image.Image, data: bytes, rules: DecodingRules, is_turned
     if not is_turned and end.reshape(len(end), -1).any(axis=1).all():
         return False
     again = _open(data, rules)
-    size = again.size
-    if isinstance(again, TiffImagePlugin.TiffImageFile):  # as stored, not as turned
-        size = again.tag_v2[_WIDTH_TAG], again.tag_v2[_HEIGHT_TAG]
+    size = _stored_size(again) if isinstance(again, TiffImagePlugin.TiffImageFile) else again.size
     num_bands = len(again.getbands())
     again.im = Image.new(again.mode, size, 1 if num_bands == 1 else (1,) * num_bands).im
     again.load()

@@ -24,8 +24,9 @@ from pipeline.decoding import child, pillow
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.rules import DecodingRules
+from pipeline.pages.previews import preview
 from tests.conftest import ROOT, child_pid, encode, photo, write_tar
-from tests.decoding.test_decode import every_format
+from tests.decoding.test_decode import every_format, with_orientation
 
 PREPROCESS = Preprocess(64, (56, 48), "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 RULES = DecodingRules(preprocess=PREPROCESS, max_pixels=10_000)
@@ -111,6 +112,27 @@ def test_an_image_that_kills_the_child_is_named_and_the_next_is_decoded(
     with pytest.raises(SampleError, match="decoder crash: it died of the image 2 times: SIGSEGV"):
         decoder.decode(deadly(2))
     np.testing.assert_array_equal(decoder.decode(png(1)), before)
+
+
+def test_a_picture_of_an_image_that_kills_the_child_is_its_reason(
+    faulty_pillow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+    shown = preview(deadly(2))
+    assert (shown.jpeg, shown.reason) == (None, "decoder crash: it died of the image 2 times: SIGSEGV")
+    assert preview(png(1)).jpeg is not None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_size_is_that_of_the_image_as_it_is_seen(orientation: int) -> None:
+    for format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
+        file = with_orientation(photo(1), orientation, format)
+        assert Decoder(RULES).upright_size(file) == ((80, 96) if orientation > 4 else (96, 80)), format
+        unturned = Decoder(replace(RULES, ignore_orientation=True))
+        assert unturned.upright_size(file) == (96, 80)
+    for broken in (b"", b"no image"):
+        with pytest.raises(SampleError, match=r"empty|not an image"):
+            Decoder(RULES).upright_size(broken)
 
 
 def test_a_child_that_is_killed_from_outside_is_started_again() -> None:
