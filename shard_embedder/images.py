@@ -124,7 +124,7 @@ def embed_images(
     network = Network(backbone=name, preprocess=prepared, features=features, normalize=normalize)
     source = SharedWeights.of(load_weights(name, weights))
     runner = source.runner(network, Placement(device=_device(device), precision=precision))
-    rules = DecodingRules.of(Config(input=("-",), output="-"), prepared)
+    rules = DecodingRules(preprocess=prepared, max_pixels=Config.max_pixels)
     return Images(runner, rules)(images)
 
 

@@ -82,9 +82,28 @@ def write_shards(folder: Path, num_shards: int = 3, samples_each: int = 7) -> Pa
     return folder
 
 
-def peak_memory_mib() -> int:
-    """The most memory this process has had; `ru_maxrss` would count that of the process that started it."""
-    status = Path("/proc/self/status").read_text()
+def child_pid() -> int:
+    """The process that decodes for this one."""
+    (found,) = (
+        int(process.name)
+        for process in Path("/proc").iterdir()
+        if process.name.isdigit() and is_decoding_for(process, os.getpid())
+    )
+    return found
+
+
+def is_decoding_for(process: Path, parent: int) -> bool:
+    """Whether a process of /proc decodes for another."""
+    try:
+        command, status = (process / "cmdline").read_bytes(), (process / "stat").read_text()
+    except OSError:
+        return False
+    return b"pipeline.decoding.child" in command and int(status.rpartition(")")[2].split()[1]) == parent
+
+
+def peak_memory_mib(pid: int | str = "self") -> int:
+    """The most memory a process has had; `ru_maxrss` would count that of the process that started it."""
+    status = Path(f"/proc/{pid}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024
 
 

@@ -78,7 +78,7 @@ class Transform:
             except FileNotFoundError as error:
                 raise InputError(f"image {os.fspath(image)} not found") from error
         if isinstance(image, Image.Image):
-            return resize_crop(np.asarray(to_rgb(ImageOps.exif_transpose(image))), self.preprocess)
+            return resize_crop(to_rgb(ImageOps.exif_transpose(image)), self.preprocess)
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise SampleError(f"an image array must be uint8 of shape [H, W, 3], got {_told(image)}")
         return resize_crop(image, self.preprocess)

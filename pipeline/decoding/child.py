@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,16 @@ _START_S = 300.0
 # The child is ended by the clock of its processor time. One that has stopped, which has none, is waited for so many
 # times as long.
 _MAX_WAIT = 20.0
-# A request is the sizes of the rules, which are sent where they have changed, and of the image; then both.
-_REQUEST = struct.Struct("<QQ")
-# A reply is what follows, the processor time that it took, and its size; then that.
-_REPLY = struct.Struct("<cdQ")
-_READY, _PIXELS, _REASON = b"+", b"p", b"r"
+# A request is what is asked, the sizes of the rules, sent where they have changed, and of the image; then both.
+_REQUEST = struct.Struct("<cQQ")
+# A reply is what follows, the processor time that it took, whether the child ends with it, and its size; then that.
+_REPLY = struct.Struct("<cd?Q")
+_READY, _PIXELS, _SIZE, _REASON = b"+", b"p", b"s", b"r"
+_WIDTH_AND_HEIGHT = struct.Struct("<QQ")
 _MAX_REASON = 2**16
+# A child that has grown by so much, whatever the reason, is replaced: its limit of memory would be that much less.
+_MAX_GROWTH = 128 * 2**20
+_VIRTUAL_MEMORY = Path("/proc/self/statm")
 
 
 class _DiedError(Exception):
@@ -72,6 +77,7 @@ class _Child:
         )
         end.close()
         self._rules: DecodingRules | None = None
+        self.is_ending = False
         self._socket.settimeout(_START_S)
         try:
             _receive(self._socket, len(_READY))
@@ -79,8 +85,10 @@ class _Child:
             ending = _ending(self.end())
             raise RuntimeError(f"the process that decodes images did not start: {ending}") from error
 
-    def decode(self, data: bytes | memoryview, rules: DecodingRules) -> tuple[Pixels | str, float]:
-        """The pixels [H, W, 3] of an image or the reason why it has none, and the seconds that it took.
+    def ask(
+        self, what: bytes, data: bytes | memoryview, rules: DecodingRules, answer_size: int
+    ) -> tuple[bytearray | str, float]:
+        """What is asked of an image or the reason why it cannot be had, and the seconds that it took.
 
         Raises:
             _DiedError: the child did.
@@ -89,12 +97,12 @@ class _Child:
         self._socket.settimeout(_MAX_WAIT * rules.image_timeout_s)
         told = b"" if rules == self._rules else pickle.dumps(rules)
         try:
-            self._socket.sendall(_REQUEST.pack(len(told), len(data)) + told)
+            self._socket.sendall(_REQUEST.pack(what, len(told), len(data)) + told)
             self._rules = rules
             self._socket.sendall(data)
-            kind, seconds, size = _REPLY.unpack(_receive(self._socket, _REPLY.size))
-            height, width = rules.preprocess.crop
-            if size > (_MAX_REASON if kind == _REASON else 3 * height * width):
+            kind, seconds, self.is_ending, size = _REPLY.unpack(_receive(self._socket, _REPLY.size))
+            # It has met untrusted files: nothing that it says is taken for more than it may be.
+            if size > _MAX_REASON if kind == _REASON else (kind, size) != (what, answer_size):
                 raise _DiedError
             reply = _receive(self._socket, size)
         except TimeoutError as error:
@@ -103,7 +111,7 @@ class _Child:
             raise _DiedError from error
         if kind == _REASON:
             return reply.decode(errors="replace"), seconds
-        return np.frombuffer(reply, np.uint8).reshape(height, width, 3), seconds
+        return reply, seconds
 
     def end(self) -> int:
         """End the process, if it has not ended, and give its exit status."""
@@ -121,11 +129,25 @@ def decode(data: bytes | memoryview, rules: DecodingRules) -> tuple[Pixels, floa
     Raises:
         SampleError: as `pillow.decode` does, and where the image kills the child.
     """
+    height, width = rules.preprocess.crop
+    pixels, seconds = _answer(_PIXELS, data, rules, 3 * height * width)
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3), seconds
+
+
+def upright_size(data: bytes | memoryview, rules: DecodingRules) -> tuple[int, int]:
+    """Width and height of one image as it is to be seen. Raises `SampleError` as `decode` does."""
+    width, height = _WIDTH_AND_HEIGHT.unpack(_answer(_SIZE, data, rules, _WIDTH_AND_HEIGHT.size)[0])
+    return width, height
+
+
+def _answer(what: bytes, data: bytes | memoryview, rules: DecodingRules, size: int) -> tuple[bytearray, float]:
     with _own.lock:
         for attempt in itertools.count(1):
             child = _own.child = _own.child or _Child()
             try:
-                found, seconds = child.decode(data, rules)
+                found, seconds = child.ask(what, data, rules, size)
+                if child.is_ending:
+                    _own.end()
                 break
             except _SilentError:
                 _own.end()
@@ -189,26 +211,49 @@ def serve(descriptor: int) -> None:
     # A task decodes on one core.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     parent.sendall(_READY)
+    before = _virtual_bytes()
     # What C libraries print of an image is the image's, and goes to no log.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     rules: DecodingRules | None = None
     while True:
         try:
-            rules_size, size = _REQUEST.unpack(_receive(parent, _REQUEST.size))
+            what, rules_size, size = _REQUEST.unpack(_receive(parent, _REQUEST.size))
         except EOFError:
             return
         if rules_size:
             rules = pickle.loads(_receive(parent, rules_size))
         assert rules is not None
+        # The file is there twice while it is taken in.
+        _limit_memory(before + rules.memory_bytes + 2 * size)
         data = bytes(_receive(parent, size))
         start = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, rules.image_timeout_s)
         try:
-            kind, reply = _PIXELS, pillow.decode(data, rules).tobytes()
+            if what == _PIXELS:
+                kind, reply = what, pillow.decode(data, rules).tobytes()
+            else:
+                kind, reply = what, _WIDTH_AND_HEIGHT.pack(*pillow.upright_size(data, rules))
         except SampleError as error:
             kind, reply = _REASON, str(error).encode(errors="backslashreplace")
         signal.setitimer(signal.ITIMER_PROF, 0)
-        parent.sendall(_REPLY.pack(kind, time.process_time() - start, len(reply)) + reply)
+        del data
+        is_ending = _virtual_bytes() > before + _MAX_GROWTH
+        parent.sendall(_REPLY.pack(kind, time.process_time() - start, is_ending, len(reply)) + reply)
+
+
+def _virtual_bytes() -> int:
+    """The address space of this process; 0 where the system does not say."""
+    try:
+        return int(_VIRTUAL_MEMORY.read_text().split()[0]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 0
+
+
+def _limit_memory(num_bytes: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    if _VIRTUAL_MEMORY.exists():
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _receive(connection: socket.socket, size: int) -> bytearray:

@@ -95,9 +95,7 @@ class Decoder:
         Raises:
             SampleError: not an image, broken, larger than `max_pixels`, or it killed the process that decoded it.
         """
-        if len(data) == 0:
-            raise SampleError("empty: 0 bytes")
-        data = bytes(memoryview(data))
+        data = _not_empty(bytes(memoryview(data)))
         header = self.plain_jpeg(data)
         pixels = None if header is None else jpeg.decode(data, header)
         if header is None or pixels is None:
@@ -106,6 +104,14 @@ class Decoder:
             return pixels
         orientation = 1 if self.rules.ignore_orientation else header.orientation
         return resize_crop(upright(pixels, orientation) if orientation != 1 else pixels, self.rules.preprocess)
+
+    def upright_size(self, data: bytes) -> tuple[int, int]:
+        """Width and height of one encoded image as it is to be seen. Raises `SampleError` as `decode` does."""
+        header = self.plain_jpeg(data)
+        if header is None:
+            return child.upright_size(_not_empty(data), self.rules)
+        is_turned = header.orientation > 4 and not self.rules.ignore_orientation
+        return (header.height, header.width) if is_turned else (header.width, header.height)
 
     def plain_jpeg(self, data: bytes) -> jpeg.JpegHeader | None:
         """The header of a JPEG of the common kinds that is cheap enough for this process; None for all else."""
@@ -124,3 +130,9 @@ class Decoder:
             and len(header.exif) + len(header.xmp) <= _MAX_METADATA
         )
         return header if is_plain else None
+
+
+def _not_empty(data: bytes) -> bytes:
+    if not data:
+        raise SampleError("empty: 0 bytes")
+    return data

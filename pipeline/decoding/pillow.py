@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
@@ -18,6 +18,7 @@ from pipeline.decoding.resize import resize_crop, upright
 from pipeline.decoding.rules import DecodingRules
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+_Loaded = TypeVar("_Loaded")
 
 # Formats that Pillow reads by itself; never those that run another program (EPS) or fetch anything.
 FORMATS = (
@@ -25,6 +26,9 @@ FORMATS = (
 )  # fmt: skip
 _WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0102, 0x0106, 0x0112
 _SAMPLE_FORMAT_TAG, _LEAST_TAG, _MOST_TAG = 0x0153, 0x0154, 0x0155
+_ICO = b"\0\0\1\0"
+# Pixels that are converted at once.
+_BAND_PIXELS = 2**22
 # Those whose decoders say nothing where there are too few rows, and leave the rest black.
 _MAY_END_EARLY = ("PNG", "TIFF", "GIF", "JPEG2000")
 # The orientations that undo each other; every other undoes itself.
@@ -35,32 +39,61 @@ def decode(data: bytes, rules: DecodingRules) -> Pixels:
     """One encoded image as uint8 RGB [H, W, 3], as the rules ask.
 
     Raises:
-        SampleError: not an image, broken, or larger than `max_pixels`.
+        SampleError: not an image, broken, or larger than the rules allow.
     """
-    pixels, orientation = _load(data, rules)
-    if orientation != 1:
-        pixels = upright(pixels, orientation)
-    return resize_crop(pixels, rules.preprocess)
+    with _judged(data, rules):
+        header = jpeg.read_header(data)
+        pixels, orientation = _load_image(data, rules) if header is None else _load_jpeg(data, header, rules)
+        if orientation != 1:
+            pixels = upright(pixels, orientation)
+        return resize_crop(pixels, rules.preprocess)
 
 
-def _load(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
-    """The image as RGB [H, W, 3], and the orientation that it has yet to be turned by."""
+def upright_size(data: bytes, rules: DecodingRules) -> tuple[int, int]:
+    """Width and height of an encoded image as it is to be seen. Raises `SampleError` as `decode` does."""
+    with _judged(data, rules):
+        header = jpeg.read_header(data)
+        if header is not None:
+            size, orientation = (header.width, header.height), header.orientation
+        else:
+            size, orientation = _with_less_metadata(data, lambda bare: _size(_open(bare, rules), rules))
+        return size[::-1] if orientation > 4 and not rules.ignore_orientation else size
+
+
+def _size(image: Image.Image, rules: DecodingRules) -> tuple[tuple[int, int], int]:
+    """Width and height, and the orientation to turn it by: Pillow has the upright size of a TIFF itself."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.size, orientation_of(image)
+    return _stored_size(image) if rules.ignore_orientation else image.size, 1
+
+
+def _stored_size(image: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:
+    return image.tag_v2[_WIDTH_TAG], image.tag_v2[_HEIGHT_TAG]
+
+
+@contextmanager
+def _judged(data: bytes, rules: DecodingRules) -> Iterator[None]:
+    """Errors become the reasons that samples have."""
     try:
-        with _bounded(rules.max_pixels):
-            header = jpeg.read_header(data)
-            return _load_image(data, rules) if header is None else _load_jpeg(data, header, rules)
+        with _bounded(data, rules):
+            yield
     except UnidentifiedImageError as error:
         raise _unknown(data) from error
     except Image.DecompressionBombError as error:
         raise SampleError(f"too many pixels: {error}") from error
+    except MemoryError as error:
+        limit = f"{rules.memory_bytes // 2**20} MiB, the limit for {rules.max_pixels} pixels"
+        raise SampleError(f"too much memory: it takes over {limit}") from error
     except PILLOW_ERRORS as error:
         raise SampleError(f"broken image: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 @contextmanager
-def _bounded(max_pixels: int) -> Iterator[None]:
-    """Pillow refuses by the header alone what has over twice `max_pixels`; the process keeps its own limit."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+def _bounded(data: bytes, rules: DecodingRules) -> Iterator[None]:
+    """Pillow refuses by the header alone what has over twice as many pixels; the process keeps its own limit."""
+    # But an ICO is decoded when it is opened.
+    most = rules.max_pixels // 2 if data.startswith(_ICO) else rules.max_pixels
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, most
     try:
         yield
     finally:
@@ -77,23 +110,26 @@ def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tu
     if cost > limit:
         raise SampleError(f"too many scans: {cost // header.coded_pixels} of {header.width}x{header.height} pixels")
     pixels = jpeg.decode(bare, header) if image.mode in ("RGB", "L") else None
-    is_faultless = pixels is not None
     if pixels is None:
-        pixels = np.asarray(to_rgb(image))
-    if not rules.accept_damaged and (damage := jpeg.damage(bare, is_faultless=is_faultless)) is not None:
+        image.load()
+    if not rules.accept_damaged and (damage := jpeg.damage(bare, is_faultless=pixels is not None)) is not None:
         raise _damaged(damage)
-    return pixels, orientation
+    return to_rgb(image) if pixels is None else pixels, orientation
 
 
 def _load_image(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
+    return _with_less_metadata(data, lambda bare: _load_as_it_is(bare, rules))
+
+
+def _with_less_metadata(data: bytes, load: Callable[[bytes], _Loaded]) -> _Loaded:
     """Only what its pixels need may cost an image: where Pillow gives up on it, it is tried without its metadata."""
     try:
-        return _load_as_it_is(data, rules)
+        return load(data)
     except PILLOW_ERRORS as error:
         problem = error.with_traceback(None)
     for bare in _without_metadata(data):
         try:
-            return _load_as_it_is(bare, rules)
+            return load(bare)
         except PILLOW_ERRORS as error:
             problem = error.with_traceback(None)
     raise problem
@@ -116,7 +152,7 @@ def _load_as_it_is(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
     orientation = _orientation_after_load(image, rules.ignore_orientation)
     if not rules.accept_damaged and may_end_early and _ends_early(image, data, rules, is_turned):
         raise _damaged("its data ends before its last row")
-    return np.asarray(to_rgb(image)), orientation
+    return to_rgb(image), orientation
 
 
 def _unknown(data: bytes) -> SampleError:
@@ -136,9 +172,7 @@ def _ends_early(image: Image.Image, data: bytes, rules: DecodingRules, is_turned
     if not is_turned and end.reshape(len(end), -1).any(axis=1).all():
         return False
     again = _open(data, rules)
-    size = again.size
-    if isinstance(again, TiffImagePlugin.TiffImageFile):  # as stored, not as turned
-        size = again.tag_v2[_WIDTH_TAG], again.tag_v2[_HEIGHT_TAG]
+    size = _stored_size(again) if isinstance(again, TiffImagePlugin.TiffImageFile) else again.size
     num_bands = len(again.getbands())
     again.im = Image.new(again.mode, size, 1 if num_bands == 1 else (1,) * num_bands).im
     again.load()
@@ -153,8 +187,9 @@ def _end(image: Image.Image, is_turned: bool) -> np.ndarray[Any, Any]:
 def _open(data: bytes, rules: DecodingRules) -> ImageFile.ImageFile:
     """The image with its header read. Refuses a bomb before a pixel is decoded."""
     image: ImageFile.ImageFile = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > rules.max_pixels:
-        raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {rules.max_pixels}")
+    limit = rules.max_pixels if image.format != "JPEG2000" else min(rules.max_pixels, rules.jpeg_2000_pixels)
+    if image.width * image.height > limit:
+        raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {limit}")
     return image
 
 
@@ -169,31 +204,50 @@ def _orientation_after_load(image: Image.Image, ignore: bool) -> int:
     return _UNDO.get(turned, turned)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as `Image.convert` gives it, but grey of more than 8 bits is scaled to 8, as `_eight_bits` says.
+def to_rgb(image: Image.Image) -> Pixels:
+    """A loaded image as RGB [H, W, 3] as `Image.convert` gives it, but deeper grey as `_eight_bits` gives it.
 
     Alpha is dropped, as `weights.transforms()` users do with `convert("RGB")`.
     """
     tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     is_signed = tags.get(_SAMPLE_FORMAT_TAG, (1,))[0] == 2
-    if image.mode in ("I", "F") or image.mode.startswith("I;16") or (image.mode == "L" and is_signed):
-        return Image.fromarray(_eight_bits(image, tags, is_signed), "L").convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16") or (image.mode == "L" and is_signed)
+    scale = _scale_of_floats(image, tags) if image.mode == "F" else None
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for row, band in _bands(image):
+        if is_deep:
+            pixels[row : row + band.height] = _eight_bits(np.asarray(band), tags, is_signed, scale)[..., None]
+        else:
+            pixels[row : row + band.height] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
+    return pixels
 
 
-def _eight_bits(image: Image.Image, tags: Mapping[int, Any], is_signed: bool) -> Pixels:
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image in bands of rows, and their first rows: what is made of a large image is made of a part at a time."""
+    step = max(1, _BAND_PIXELS // image.width)
+    if step >= image.height:
+        yield 0, image
+        return
+    for row in range(0, image.height, step):
+        yield row, image.crop((0, row, image.width, min(row + step, image.height)))
+
+
+def _eight_bits(
+    values: np.ndarray[Any, Any], tags: Mapping[int, Any], is_signed: bool, scale: tuple[float, float] | None
+) -> Pixels:
     """Grey of 8 bits: the range that the file declares becomes 0 to 255.
 
     - Integers of 12 and 16 bits: their upper 8. Of signed ones, from 0 up: what is below black is black.
     - Integers of 32 bits, which are of any range: clipped to 0 to 255, as Pillow does.
-    - Floats: from the least to the most that a TIFF declares; else 0 to 1, or 0 to 255 where one is above 1.
+    - Floats: by `scale`, the values that are black and white.
 
-    Where white is zero, it is turned round. Raises `SampleError` for floats beyond these ranges.
+    Where white is zero, it is turned round.
     """
-    values = np.asarray(image)
     bits = tags.get(_BITS_TAG, (16,))[0]
-    if image.mode == "F":
-        grey = _of_floats(values, tags)
+    if scale is not None:
+        black, white = scale
+        grey = np.clip((values.astype(np.float64) - black) * (255 / (white - black)), 0, 255)
+        grey = grey if white == 255 else np.rint(grey)
     elif bits == 32:
         grey = np.clip(values, 0, 255)
     elif bits == 8:
@@ -206,14 +260,21 @@ def _eight_bits(image: Image.Image, tags: Mapping[int, Any], is_signed: bool) ->
     return (255 - grey if white_is_zero else grey).astype(np.uint8)
 
 
-def _of_floats(values: np.ndarray[Any, Any], tags: Mapping[int, Any]) -> np.ndarray[Any, Any]:
-    low, high = float(values.min()), float(values.max())
-    if _LEAST_TAG in tags and _MOST_TAG in tags:
-        black, white = (float(np.ravel(tags[tag])[0]) for tag in (_LEAST_TAG, _MOST_TAG))
-        if math.isfinite(low) and math.isfinite(high) and -math.inf < black < white < math.inf:
-            return np.rint(np.clip((values.astype(np.float64) - black) / (white - black), 0, 1) * 255)
-    # NaN is within nothing.
-    if not (low >= 0 and high <= 255):
-        raise SampleError(f"grey without a scale: floats of {low:g} to {high:g}, and their range is not declared")
-    # Above 1 as Pillow makes them.
-    return np.rint(values * np.float32(255)) if high <= 1 else np.clip(values, 0, 255)
+def _scale_of_floats(image: Image.Image, tags: Mapping[int, Any]) -> tuple[float, float]:
+    """The values of black and white: those that a TIFF declares, else 0 and 1, or 0 and 255 where one is above 1.
+
+    Raises:
+        SampleError: there are values beyond these, or that are no numbers.
+    """
+    extremes = [
+        (float(values.min()), float(values.max())) for values in (np.asarray(band) for _, band in _bands(image))
+    ]
+    low, high = np.min(extremes), np.max(extremes)
+    if np.isfinite(low) and np.isfinite(high):
+        if _LEAST_TAG in tags and _MOST_TAG in tags:
+            black, white = (float(np.ravel(tags[tag])[0]) for tag in (_LEAST_TAG, _MOST_TAG))
+            if -math.inf < black < white < math.inf:
+                return black, white
+        if low >= 0 and high <= 255:
+            return 0.0, 1.0 if high <= 1 else 255.0
+    raise SampleError(f"grey without a scale: floats of {low:g} to {high:g}, and their range is not declared")

@@ -20,6 +20,10 @@ INTERPOLATIONS = {
 _SUPPORT = 3.0
 # Pixels of an image between two steps of a resize, where its source has fewer.
 _MAX_BETWEEN = 2**24
+# Pixels that are resized at once: what is copied of a large image.
+_BAND_PIXELS = 2**22
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def upright(pixels: np.ndarray[Any, np.dtype[np.uint8]], orientation: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -77,22 +81,51 @@ def _resize(
     (left, right), (top, bottom) = (
         _reached(box[axis], box[axis + 2], size[axis], pixels.shape[1 - axis]) for axis in (0, 1)
     )
-    width, height = right - left, bottom - top
-    image = ImageData(width, height, PixelType.U8x3, pixels[top:bottom, left:right].tobytes())
-    x, across, y, down = box[0] - left, box[2] - box[0], box[1] - top, box[3] - box[1]
+    seen = pixels[top:bottom, left:right]
+    height, width = seen.shape[:2]
+    x, y = (box[0] - left, box[2] - box[0]), (box[1] - top, box[3] - box[1])
     # In Pillow's order. In the other an eighth of the values is rounded to a neighbour, and embeddings of trained
     # backbones fall to a cosine of 0.9997. But for a few columns, high as a tower, that are made wide: between the
     # steps they would be hundreds of times their size.
     if not height_first and size[0] * height <= max(width * height, _MAX_BETWEEN):
-        steps = ((size[0], height), CropBox(x, 0, across, height)), (size, CropBox(0, y, size[0], down))
-    else:
-        steps = ((width, size[1]), CropBox(0, y, width, down)), (size, CropBox(x, 0, across, size[1]))
-    resizer, method = Resizer(), ResizeAlg.convolution(interpolation)
-    for step, seen in steps:
-        resized = ImageData(*step, PixelType.U8x3)
-        resizer.resize(image, resized, ResizeOptions(method, crop_box=seen))
-        image = resized
-    return np.frombuffer(image.get_buffer(), np.uint8).reshape(size[1], size[0], 3)
+        return _to_height(_to_width(seen, size[0], x, interpolation), size[1], y, interpolation)
+    return _to_width(_to_height(seen, size[1], y, interpolation), size[0], x, interpolation)
+
+
+def _to_width(pixels: Pixels, width: int, span: tuple[float, float], interpolation: FilterType) -> Pixels:
+    """Columns from `span[0]` on, `span[1]` of them, as `width` columns. Rows do not touch each other."""
+    height = len(pixels)
+    resized = np.empty((height, width, 3), np.uint8)
+    step = max(1, _BAND_PIXELS // pixels.shape[1])
+    for row in range(0, height, step):
+        band = pixels[row : row + step]
+        resized[row : row + step] = _convolved(
+            band, (width, len(band)), (span[0], 0, span[1], len(band)), interpolation
+        )
+    return resized
+
+
+def _to_height(pixels: Pixels, height: int, span: tuple[float, float], interpolation: FilterType) -> Pixels:
+    """Rows from `span[0]` on, `span[1]` of them, as `height` rows. Columns do not touch each other."""
+    width = pixels.shape[1]
+    resized = np.empty((height, width, 3), np.uint8)
+    step = max(1, _BAND_PIXELS // len(pixels))
+    for column in range(0, width, step):
+        band = pixels[:, column : column + step]
+        size = band.shape[1], height
+        resized[:, column : column + step] = _convolved(band, size, (0, span[0], size[0], span[1]), interpolation)
+    return resized
+
+
+def _convolved(
+    pixels: Pixels, size: tuple[int, int], box: tuple[float, float, float, float], interpolation: FilterType
+) -> Pixels:
+    """The box (left, top, width, height) at `size` (width, height)."""
+    image = ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
+    resized = ImageData(*size, PixelType.U8x3)
+    options = ResizeOptions(ResizeAlg.convolution(interpolation), crop_box=CropBox(*box))
+    Resizer().resize(image, resized, options)
+    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(size[1], size[0], 3)
 
 
 def _reached(start: float, end: float, size: int, available: int) -> tuple[int, int]:

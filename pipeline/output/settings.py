@@ -149,8 +149,7 @@ _OF_CONFIG = (
 )  # fmt: skip
 _TYPES: dict[str, Any] = {
     "backbone": str, "weights_sha256": str, "normalize": bool, "image_member": str | None, "ignore_orientation": bool,
-    "accept_damaged": bool,
-    "max_pixels": int, "max_image_bytes": int, "part_rows": int,
+    "accept_damaged": bool, "max_pixels": int, "max_image_bytes": int, "part_rows": int,
 }  # fmt: skip
 _KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "decode": DECODES, "key": KEYS}
 

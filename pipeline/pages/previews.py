@@ -6,6 +6,7 @@ import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,8 +16,7 @@ from pipeline.core.errors import InputError, SampleError, ShardError
 from pipeline.core.redact import describe
 from pipeline.core.storage import locate, stat
 from pipeline.core.threads import begin
-from pipeline.decoding.decoder import Decoder, pillow_does_not_warn
-from pipeline.decoding.pillow import FORMATS
+from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.preprocess import SQUASH, Preprocess
 from pipeline.decoding.rules import DecodingRules
 from pipeline.output.names import Place, version_tag
@@ -28,7 +28,6 @@ from pipeline.shards.peek import images
 SIDE = 384
 MAX_PIXELS = 178_956_970
 _QUALITY = 80
-_ORIENTATION_TAG = 0x0112
 
 
 class Preview(NamedTuple):
@@ -57,32 +56,20 @@ def shown(place: Place) -> str:
 
 def preview(image: bytes, side: int = SIDE) -> Preview:
     """The whole of an encoded image, as the job decodes it, in at most `side` by `side` pixels."""
-    width, height = upright_size(image) or (side, side)
-    scale = min(1.0, side / max(width, height))
-    shape = max(1, round(height * scale)), max(1, round(width * scale))
     # Mean and standard deviation are for the backbone, and not used here.
-    small = Preprocess(max(shape), shape, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), SQUASH)
+    small = Preprocess(side, (side, side), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), SQUASH)
+    rules = DecodingRules(preprocess=small, max_pixels=MAX_PIXELS, accept_damaged=True)
     try:
-        pixels = Decoder(DecodingRules(preprocess=small, max_pixels=MAX_PIXELS, accept_damaged=True)).decode(image)
+        width, height = Decoder(rules).upright_size(image)
+        scale = min(1.0, side / max(width, height))
+        shape = max(1, round(height * scale)), max(1, round(width * scale))
+        fitting = replace(small, resize=max(shape), crop=shape)
+        pixels = Decoder(replace(rules, preprocess=fitting)).decode(image)
     except SampleError as error:
         return Preview(None, str(error))
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
     return Preview(buffer.getvalue(), "", width, height, len(image))
-
-
-@pillow_does_not_warn()
-def upright_size(image: bytes) -> tuple[int, int] | None:
-    """Width and height of an encoded image as it is seen; None where Pillow finds none in its header."""
-    try:
-        opened = Image.open(io.BytesIO(image), formats=FORMATS)
-        orientation = opened.getexif().get(_ORIENTATION_TAG, 1)
-    # The decoder says why, in the words of the job.
-    except Exception:
-        return None
-    # Pillow has the upright size of a TIFF itself.
-    is_turned = opened.format != "TIFF" and orientation in (5, 6, 7, 8)
-    return (opened.height, opened.width) if is_turned else opened.size
 
 
 def previews(

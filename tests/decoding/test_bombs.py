@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import SampleError
-from pipeline.decoding import pillow
+from pipeline.decoding import child, pillow
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.rules import DecodingRules
-from tests.conftest import encode, photo
+from tests.conftest import child_pid, encode, peak_memory_mib, photo
 from tests.decoding.test_decode import SMALL, progressive_bomb
 
+MIB = 2**20
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 RULES = DecodingRules(preprocess=SMALL, max_pixels=2**26, image_timeout_s=0.5)
 
 
@@ -71,6 +73,68 @@ def test_an_image_that_takes_too_long_is_an_error_and_the_next_is_decoded(name: 
 def test_metadata_without_end_costs_no_image(file: bytes) -> None:
     rules = replace(RULES, image_timeout_s=20.0)
     np.testing.assert_array_equal(Decoder(rules).decode(file), Decoder(rules).decode(encode(photo(1))))
+
+
+def test_an_image_that_takes_too_much_memory_is_an_error_and_the_next_is_decoded() -> None:
+    decoder = Decoder(replace(RULES, max_pixels=100_000))
+    limit = decoder.rules.memory_bytes // MIB
+    with pytest.raises(
+        SampleError, match=f"^too much memory: it takes over {limit} MiB, the limit for 100000 pixels$"
+    ):
+        decoder.decode(tiff_of_repeated_strips(200, 16_000_000))
+    good = encode(photo(2), "PNG")
+    np.testing.assert_array_equal(decoder.decode(good), pillow.decode(good, decoder.rules))
+    assert peak_memory_mib(child_pid()) < 200 + limit
+
+
+def large(mode: str, side: int = 3000) -> Image.Image:
+    return photo(1, (side, side)).convert(mode)
+
+
+LARGE = {
+    "WebP with alpha": lambda: encode(large("RGBA"), "WEBP", lossless=True, method=0, quality=0),
+    "WebP": lambda: encode(large("RGB"), "WEBP", method=0),
+    "progressive CMYK": lambda: encode(large("CMYK"), progressive=True),
+    "progressive JPEG that its worker does not take": lambda: encode(large("RGB"), progressive=True, subsampling=0),
+    "AVIF with alpha": lambda: encode(large("RGBA"), "AVIF", speed=10),
+    "PNG": lambda: encode(large("RGBA"), "PNG", compress_level=1),
+    "floats": lambda: encode(large("F"), "TIFF"),
+    "32 bits": lambda: encode(large("I"), "TIFF", compression="tiff_lzw"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_grows_with_pixels_as_the_rules_say(name: str) -> None:
+    child.end()
+    file, num_pixels = LARGE[name](), 3000 * 3000
+    rules = replace(RULES, image_timeout_s=60.0)
+    child.decode(encode(photo(1), "PNG"), rules)
+    before = peak_memory_mib(child_pid())
+    child.decode(file, rules)
+    added = (peak_memory_mib(child_pid()) - before) * MIB - 2 * len(file)
+    per_pixel = (
+        replace(rules, max_pixels=2 * num_pixels).memory_bytes - replace(rules, max_pixels=num_pixels).memory_bytes
+    ) / num_pixels
+    assert added <= per_pixel * num_pixels + 64 * MIB
+
+
+def test_a_jpeg_2000_is_refused_sooner_as_it_takes_more_memory() -> None:
+    rules = replace(RULES, max_pixels=50_000_000)
+    assert rules.jpeg_2000_pixels < rules.max_pixels
+    header = bytearray(encode(photo(1), "JPEG2000", no_jp2=True))
+    header[8:16] = struct.pack(">II", 7000, 7000)
+    with pytest.raises(SampleError, match=f"^too many pixels: 7000x7000, the limit is {rules.jpeg_2000_pixels}$"):
+        pillow.decode(bytes(header), rules)
+
+
+def test_an_ico_is_refused_before_it_is_decoded() -> None:
+    png = encode(Image.new("1", (2300, 2300)), "PNG")
+    ico = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(png), 22) + png
+    with pytest.raises(
+        SampleError, match=r"^too many pixels: Image size \(5290000 pixels\) exceeds limit of 4000000 "
+    ):
+        pillow.decode(ico, replace(RULES, max_pixels=4_000_000))
+    assert pillow.decode(ico, replace(RULES, max_pixels=5_290_000)).shape == (32, 32, 3)
 
 
 def test_what_may_take_long_is_not_decoded_in_this_process() -> None:

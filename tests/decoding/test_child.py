@@ -24,8 +24,9 @@ from pipeline.decoding import child, pillow
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.decoding.rules import DecodingRules
-from tests.conftest import ROOT, encode, photo, write_tar
-from tests.decoding.test_decode import every_format
+from pipeline.pages.previews import preview
+from tests.conftest import ROOT, child_pid, encode, photo, write_tar
+from tests.decoding.test_decode import every_format, with_orientation
 
 PREPROCESS = Preprocess(64, (56, 48), "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 RULES = DecodingRules(preprocess=PREPROCESS, max_pixels=10_000)
@@ -68,25 +69,11 @@ def png(seed: int, size: tuple[int, int] = (96, 80)) -> bytes:
     return encode(photo(seed, size), "PNG")
 
 
-def pid() -> int:
-    """That of this process's child."""
-    (found,) = (
-        int(name)
-        for name in os.listdir("/proc")
-        if name.isdigit() and b"pipeline.decoding.child" in cmdline(name) and parent(name) == os.getpid()
-    )
-    return found
-
-
-def cmdline(name: str) -> bytes:
+def is_running(process: Path) -> bool:
     try:
-        return Path("/proc", name, "cmdline").read_bytes()
+        return b"pipeline.decoding.child" in (process / "cmdline").read_bytes()
     except OSError:
-        return b""
-
-
-def parent(name: str) -> int:
-    return int(Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
+        return False
 
 
 def test_pixels_and_reasons_are_those_of_pillow_in_this_process() -> None:
@@ -106,14 +93,14 @@ def test_only_what_is_no_plain_jpeg_meets_the_child() -> None:
         assert decoder.plain_jpeg(data) is not None
         decoder.decode(data)
     with pytest.raises(ValueError, match="not enough values"):
-        pid()
+        child_pid()
     decoder.decode(png(1))
-    first = pid()
+    first = child_pid()
     for name, data in every_format().items():
         if name not in ("jpeg", "jpeg progressive", "jpeg grey", "jpeg exif", "mpo"):
             assert decoder.plain_jpeg(data) is None, name
         decoder.decode(data)
-    assert pid() == first
+    assert child_pid() == first
 
 
 def test_an_image_that_kills_the_child_is_named_and_the_next_is_decoded(
@@ -127,10 +114,31 @@ def test_an_image_that_kills_the_child_is_named_and_the_next_is_decoded(
     np.testing.assert_array_equal(decoder.decode(png(1)), before)
 
 
+def test_a_picture_of_an_image_that_kills_the_child_is_its_reason(
+    faulty_pillow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+    shown = preview(deadly(2))
+    assert (shown.jpeg, shown.reason) == (None, "decoder crash: it died of the image 2 times: SIGSEGV")
+    assert preview(png(1)).jpeg is not None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_size_is_that_of_the_image_as_it_is_seen(orientation: int) -> None:
+    for format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
+        file = with_orientation(photo(1), orientation, format)
+        assert Decoder(RULES).upright_size(file) == ((80, 96) if orientation > 4 else (96, 80)), format
+        unturned = Decoder(replace(RULES, ignore_orientation=True))
+        assert unturned.upright_size(file) == (96, 80)
+    for broken in (b"", b"no image"):
+        with pytest.raises(SampleError, match=r"empty|not an image"):
+            Decoder(RULES).upright_size(broken)
+
+
 def test_a_child_that_is_killed_from_outside_is_started_again() -> None:
     decoder = Decoder(RULES)
     before = decoder.decode(png(1))
-    os.kill(pid(), signal.SIGKILL)
+    os.kill(child_pid(), signal.SIGKILL)
     np.testing.assert_array_equal(decoder.decode(png(1)), before)
 
 
@@ -140,7 +148,7 @@ def test_decoders_of_other_rules_share_the_child() -> None:
     for seed in range(3):
         np.testing.assert_array_equal(one.decode(png(seed)), pillow.decode(png(seed), RULES))
         np.testing.assert_array_equal(two.decode(png(seed)), pillow.decode(png(seed), other))
-    assert pid()
+    assert child_pid()
 
 
 def test_threads_share_the_child() -> None:
@@ -153,31 +161,31 @@ def test_threads_share_the_child() -> None:
 
 def test_a_process_that_was_forked_has_a_child_of_its_own() -> None:
     decoder, data = Decoder(RULES), png(1)
-    expected, first = decoder.decode(data), pid()
+    expected, first = decoder.decode(data), child_pid()
     forked = os.fork()
     if forked == 0:
-        os._exit(0 if np.array_equal(decoder.decode(data), expected) and pid() != first else 1)
+        os._exit(0 if np.array_equal(decoder.decode(data), expected) and child_pid() != first else 1)
     assert os.waitpid(forked, 0)[1] == 0
     np.testing.assert_array_equal(decoder.decode(data), expected)
-    assert pid() == first
+    assert child_pid() == first
 
 
 def test_the_child_ends_with_its_parent() -> None:
     script = """
 import os, signal
 from pipeline.decoding.decoder import Decoder
-from tests.decoding.test_child import RULES, pid, png
+from tests.decoding.test_child import RULES, child_pid, png
 Decoder(RULES).decode(png(1))
-print(pid(), flush=True)
+print(child_pid(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     orphan = Path("/proc", done.stdout.strip())
     assert done.stdout.strip()
     deadline = time.monotonic() + 30
-    while orphan.exists() and b"pipeline" in cmdline(orphan.name) and time.monotonic() < deadline:
+    while is_running(orphan) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert b"pipeline" not in cmdline(orphan.name)
+    assert not is_running(orphan)
 
 
 def test_the_time_of_the_child_counts() -> None:

@@ -7,6 +7,7 @@ import re
 import struct
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pipeline.core.config import parse
 from pipeline.core.errors import SampleError
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.rules import DecodingRules
+from pipeline.output.settings import OutputSettings
 from tests.conftest import encode, photo
 from tests.decoding.test_decode import SMALL, every_format, pixels, png_chunk, with_orientation
 
@@ -160,9 +162,15 @@ def test_the_first_frame_of_a_gif_need_not_fill_it() -> None:
 
 
 def test_a_job_accepts_them_where_it_is_told_to() -> None:
-    settings = {"input": "in", "output": "out"}
-    assert not DecodingRules.of(parse(settings), SMALL).accept_damaged
-    assert DecodingRules.of(parse(settings | {"accept_damaged": "true"}), SMALL).accept_damaged
+    def settings(**values: str) -> OutputSettings:
+        config = parse({"input": "in", "output": "out"} | values)
+        looked_up: dict[str, Any] = {"preprocess": SMALL, "embedding_shape": (8,)}
+        return OutputSettings.of(config, backbone="resnet18", weights_sha256="0", **looked_up)
+
+    strict, lenient = settings(), settings(accept_damaged="true")
+    assert [one.rules.accept_damaged for one in (strict, lenient)] == [False, True]
+    assert OutputSettings.from_json(lenient.to_json()) == lenient
+    assert [difference.name for difference in strict.differences(lenient)] == ["accept_damaged"]
 
 
 def test_every_format_is_whole() -> None:

@@ -36,5 +36,5 @@ def test_a_small_image_is_not_made_larger_and_a_line_stays_one() -> None:
 
 def test_what_is_no_image_has_the_reason_of_the_job() -> None:
     assert preview(b"").reason == "empty: 0 bytes"
-    assert preview(b"x" * 100).reason == "not an image of a known format"
+    assert preview(b"x" * 100).reason == "not an image of a known format: text"
     assert preview(encode(photo(1))[:600]).reason.startswith("broken image")
