@@ -29,6 +29,7 @@ from PIL import AvifImagePlugin, Image
 from pipeline.core.errors import SampleError
 from pipeline.decoding import pillow
 from pipeline.decoding.rules import DecodingRules
+from pipeline.decoding.versions import require_pillow
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -65,6 +66,7 @@ class _Child:
     """A process that decodes one image after the other."""
 
     def __init__(self) -> None:
+        require_pillow()
         self._socket, end = socket.socketpair()
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}

@@ -31,6 +31,7 @@ from pipeline.core.schema import (
 from pipeline.decoding import child, jpeg
 from pipeline.decoding.resize import resize_crop, upright
 from pipeline.decoding.rules import DecodingRules
+from pipeline.decoding.versions import require_pillow
 
 # What a JPEG costs at most that is decoded in the worker's own process: pixels in all its scans, pixels, and bytes of
 # metadata and segments, of which Python reads each.
@@ -61,6 +62,7 @@ class Decoder:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Parts with encoded images in, the same parts with pixels out: one by one, as these may be far larger."""
+        require_pillow()
         for values, samples in part_rows(table):
             yield self._part(values, samples)
 

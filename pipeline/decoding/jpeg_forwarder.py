@@ -28,6 +28,7 @@ from pipeline.core.schema import (
 from pipeline.decoding import jpeg
 from pipeline.decoding.decoder import Decoder, pillow_does_not_warn
 from pipeline.decoding.preprocess import Preprocess, resized_size
+from pipeline.decoding.versions import require_pillow
 
 # `orientation` of what is pixels already.
 PIXELS_ALREADY = 0
@@ -103,6 +104,7 @@ class JpegForwarder:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Parts with encoded images in, the same parts with what a device is to decode (`encoded_field`) out."""
+        require_pillow()
         for values, samples in part_rows(table):
             yield self._part(values, samples)
 

@@ -1,0 +1,50 @@
+"""A node whose Pillow has known faults decodes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from pipeline.core.errors import ClusterError
+from pipeline.decoding.versions import LEAST_PILLOW, require_pillow
+from tests.conftest import ROOT
+
+# Of a Pillow that is loaded: one that is not would refuse to be.
+_DECODE = """
+import PIL.Image
+PIL.__version__ = "12.3.0"
+from pipeline.core.errors import ClusterError
+from pipeline.decoding.decoder import Decoder
+from tests.decoding.test_decode import FILES, make_decoder, part
+for decode in (lambda: next(make_decoder()(part([FILES["jpeg"]]))), lambda: make_decoder().decode(FILES["png"])):
+    try:
+        decode()
+    except ClusterError as error:
+        print(error)
+"""
+
+
+def test_the_version_that_is_checked_is_the_one_that_is_required() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"pillow>={'.'.join(map(str, LEAST_PILLOW))}" in project["dependencies"]
+
+
+@pytest.mark.parametrize("version", ["12.3.0", "9.5.0", "12.99.1.dev0"])
+def test_an_older_one_is_refused(version: str) -> None:
+    with pytest.raises(ClusterError, match=rf"^Pillow must be at least 13\.0 on every node, got {version} on "):
+        require_pillow(version)
+
+
+@pytest.mark.parametrize("version", ["13.0.0", "13.0.0.dev0", "14.1", "100.0"])
+def test_this_one_and_newer_ones_are_taken(version: str) -> None:
+    require_pillow(version)
+
+
+def test_neither_a_worker_nor_a_child_decodes_with_an_older_one() -> None:
+    done = subprocess.run([sys.executable, "-c", _DECODE], capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("Pillow must be at least 13.0 on every node, got 12.3.0 on " in line for line in lines)
