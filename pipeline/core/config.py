@@ -108,7 +108,7 @@ class Config:
     image_member: str | None = None  # extension; None: by the documented order
     ignore_orientation: bool = False
     accept_damaged: bool = False  # images that can be decoded though a part of the picture is missing
-    max_pixels: int = 178_956_970
+    max_pixels: int = 67_108_864
     max_image_bytes: int = 256 * 2**20
     limit: int | None = None  # shards
     max_passes: int = 3

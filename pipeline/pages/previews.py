@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from pipeline.core.config import Config
 from pipeline.core.errors import InputError, SampleError, ShardError
 from pipeline.core.redact import describe
 from pipeline.core.storage import locate, stat
@@ -26,7 +27,6 @@ from pipeline.shards.peek import images
 
 # Of a picture that can be enlarged, in pixels.
 SIDE = 384
-MAX_PIXELS = 178_956_970
 _QUALITY = 80
 
 
@@ -58,7 +58,7 @@ def preview(image: bytes, side: int = SIDE) -> Preview:
     """The whole of an encoded image, as the job decodes it, in at most `side` by `side` pixels."""
     # Mean and standard deviation are for the backbone, and not used here.
     small = Preprocess(side, (side, side), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), SQUASH)
-    rules = DecodingRules(preprocess=small, max_pixels=MAX_PIXELS, accept_damaged=True)
+    rules = DecodingRules(preprocess=small, max_pixels=Config.max_pixels, accept_damaged=True)
     try:
         width, height = Decoder(rules).upright_size(image)
         scale = min(1.0, side / max(width, height))

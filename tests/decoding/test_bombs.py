@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.core.config import Config
 from pipeline.core.errors import SampleError
 from pipeline.decoding import child, pillow
 from pipeline.decoding.decoder import Decoder
@@ -116,6 +117,16 @@ def test_memory_grows_with_pixels_as_the_rules_say(name: str) -> None:
         replace(rules, max_pixels=2 * num_pixels).memory_bytes - replace(rules, max_pixels=num_pixels).memory_bytes
     ) / num_pixels
     assert added <= per_pixel * num_pixels + 64 * MIB
+
+
+def test_what_the_default_lets_pass_takes_a_gibibyte_and_a_half_at_most() -> None:
+    default = replace(RULES, max_pixels=Config.max_pixels)
+    assert default.memory_bytes <= 3 * 2**29
+    # Cameras of 64 megapixels, and the WebP of 118 bytes that took 3.8 GiB.
+    assert default.max_pixels >= 9248 * 6936
+    webp = b"RIFF\x6e\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + (13376).to_bytes(3, "little") * 2
+    with pytest.raises(SampleError, match=r"^too many pixels: "):
+        Decoder(default).decode(webp + bytes(88))
 
 
 def test_a_jpeg_2000_is_refused_sooner_as_it_takes_more_memory() -> None:
