@@ -140,6 +140,8 @@ _INTERRUPTED = """
 import os, signal, sys, time
 from jobs.support.command import Parser, run_command
 number = int(sys.argv[1])
+# What a shell without job control runs in the background ignores it, as does all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 before = signal.getsignal(signal.SIGTERM)
 def run(flags):
     try:

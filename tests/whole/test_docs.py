@@ -96,7 +96,7 @@ def known_options() -> frozenset[str]:
     known |= options_of("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "benchmarks.bench")
     for command in (("start",), ("up",), ("down",), ("dashboard",), ("status",), ("job", "submit"), ("job", "logs")):
         known |= options_of(RAY_COMMAND, *command)
-    return frozenset(known | options_of(UV, "pip", "install"))
+    return frozenset(known | options_of("tar") | options_of(UV, "pip", "install"))
 
 
 @pytest.mark.slow
