@@ -368,7 +368,7 @@ def test_without_conditional_writes_at_most_one_of_many_keeps_the_lease(
     quirks: Quirks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = StoreLimits(request_timeout_s=5.0, retry_s=2.0, settle_s=1.0)
-    times = LeaseTimes(renew_s=0.2, expire_s=60.0, look_s=0.05)  # on a busy machine, a beat may be seconds late
+    times = LeaseTimes(renew_s=2.0, expire_s=60.0, look_s=0.05)  # on a busy machine, a beat may be seconds late
     with OddStore() as store:
         store.quirks = quirks
         for name, value in store.environment.items():
