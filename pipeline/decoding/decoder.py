@@ -124,7 +124,7 @@ class Decoder:
             and header.frame in jpeg.HUFFMAN_FRAMES
             and header.bits == 8
             and len(header.components) in (1, 3)
-            and set(header.first_scan) == set(header.components)
+            and header.first_scan == header.components
             and header.height * header.width <= self.rules.max_pixels
             and header.coded_pixels <= _MAX_PIXELS
             and jpeg.scans_cost(header, data, most_cost) <= most_cost

@@ -83,49 +83,63 @@ def _resize(
     )
     seen = pixels[top:bottom, left:right]
     height, width = seen.shape[:2]
-    x, y = (box[0] - left, box[2] - box[0]), (box[1] - top, box[3] - box[1])
+    x, across, y, down = box[0] - left, box[2] - box[0], box[1] - top, box[3] - box[1]
+    method = ResizeAlg.convolution(interpolation)
     # In Pillow's order. In the other an eighth of the values is rounded to a neighbour, and embeddings of trained
     # backbones fall to a cosine of 0.9997. But for a few columns, high as a tower, that are made wide: between the
     # steps they would be hundreds of times their size.
     if not height_first and size[0] * height <= max(width * height, _MAX_BETWEEN):
-        return _to_height(_to_width(seen, size[0], x, interpolation), size[1], y, interpolation)
-    return _to_width(_to_height(seen, size[1], y, interpolation), size[0], x, interpolation)
+        between = _to_width(seen, size[0], CropBox(x, 0, across, height), method)
+        last = CropBox(0, y, size[0], down)
+    else:
+        between = _to_height(seen, size[1], CropBox(0, y, width, down), method)
+        last = CropBox(x, 0, across, size[1])
+    return _array(_convolved(between, size, last, method))
 
 
-def _to_width(pixels: Pixels, width: int, span: tuple[float, float], interpolation: FilterType) -> Pixels:
-    """Columns from `span[0]` on, `span[1]` of them, as `width` columns. Rows do not touch each other."""
+def _to_width(pixels: Pixels, width: int, box: CropBox, method: ResizeAlg) -> ImageData:
+    """All rows at `width`. Rows do not touch each other: of a large image some at a time are copied."""
     height = len(pixels)
+    rows = max(1, _BAND_PIXELS // pixels.shape[1])
+    if rows >= height:
+        return _convolved(_image(pixels), (width, height), box, method)
     resized = np.empty((height, width, 3), np.uint8)
-    step = max(1, _BAND_PIXELS // pixels.shape[1])
-    for row in range(0, height, step):
-        band = pixels[row : row + step]
-        resized[row : row + step] = _convolved(
-            band, (width, len(band)), (span[0], 0, span[1], len(band)), interpolation
-        )
-    return resized
+    for row in range(0, height, rows):
+        band = pixels[row : row + rows]
+        seen = CropBox(box.left, 0, box.width, len(band))
+        resized[row : row + rows] = _array(_convolved(_image(band), (width, len(band)), seen, method))
+    return _image(resized)
 
 
-def _to_height(pixels: Pixels, height: int, span: tuple[float, float], interpolation: FilterType) -> Pixels:
-    """Rows from `span[0]` on, `span[1]` of them, as `height` rows. Columns do not touch each other."""
+def _to_height(pixels: Pixels, height: int, box: CropBox, method: ResizeAlg) -> ImageData:
+    """All columns at `height`, as `_to_width` does rows."""
     width = pixels.shape[1]
+    columns = max(1, _BAND_PIXELS // len(pixels))
+    if columns >= width:
+        return _convolved(_image(pixels), (width, height), box, method)
     resized = np.empty((height, width, 3), np.uint8)
-    step = max(1, _BAND_PIXELS // len(pixels))
-    for column in range(0, width, step):
-        band = pixels[:, column : column + step]
-        size = band.shape[1], height
-        resized[:, column : column + step] = _convolved(band, size, (0, span[0], size[0], span[1]), interpolation)
+    for column in range(0, width, columns):
+        band = pixels[:, column : column + columns]
+        seen = CropBox(0, box.top, band.shape[1], box.height)
+        resized[:, column : column + columns] = _array(
+            _convolved(_image(band), (band.shape[1], height), seen, method)
+        )
+    return _image(resized)
+
+
+def _convolved(image: ImageData, size: tuple[int, int], box: CropBox, method: ResizeAlg) -> ImageData:
+    """The box of an image at `size` (width, height)."""
+    resized = ImageData(*size, PixelType.U8x3)
+    Resizer().resize(image, resized, ResizeOptions(method, crop_box=box))
     return resized
 
 
-def _convolved(
-    pixels: Pixels, size: tuple[int, int], box: tuple[float, float, float, float], interpolation: FilterType
-) -> Pixels:
-    """The box (left, top, width, height) at `size` (width, height)."""
-    image = ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
-    resized = ImageData(*size, PixelType.U8x3)
-    options = ResizeOptions(ResizeAlg.convolution(interpolation), crop_box=CropBox(*box))
-    Resizer().resize(image, resized, options)
-    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(size[1], size[0], 3)
+def _image(pixels: Pixels) -> ImageData:
+    return ImageData(pixels.shape[1], pixels.shape[0], PixelType.U8x3, pixels.tobytes())
+
+
+def _array(image: ImageData) -> Pixels:
+    return np.frombuffer(image.get_buffer(), np.uint8).reshape(image.height, image.width, 3)
 
 
 def _reached(start: float, end: float, size: int, available: int) -> tuple[int, int]:
