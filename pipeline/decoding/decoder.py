@@ -117,7 +117,7 @@ class Decoder:
 
     def plain_jpeg(self, data: bytes) -> jpeg.JpegHeader | None:
         """The header of a JPEG of the common kinds that is cheap enough for this process; None for all else."""
-        header = jpeg.read_header(data)
+        header = jpeg.read_header(data, _MAX_SEGMENTS)
         most_cost = min(_MAX_COST, jpeg.MAX_SCANS * self.rules.max_pixels)
         is_plain = (
             header is not None
@@ -128,7 +128,6 @@ class Decoder:
             and header.height * header.width <= self.rules.max_pixels
             and header.coded_pixels <= _MAX_PIXELS
             and jpeg.scans_cost(header, data, most_cost) <= most_cost
-            and header.num_segments <= _MAX_SEGMENTS
             and len(header.exif) + len(header.xmp) <= _MAX_METADATA
         )
         return header if is_plain else None

@@ -5,6 +5,7 @@ Source of the markers: ITU-T T.81, annex B; of the colours Adobe Technical Note 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -61,7 +62,6 @@ class JpegHeader(NamedTuple):
     first_scan: tuple[int, ...]
     # Where the first scan's compressed data begins.
     data_start: int
-    num_segments: int
     exif: bytes
     xmp: bytes
 
@@ -76,10 +76,16 @@ class JpegHeader(NamedTuple):
         return orientation_in(self.exif, self.xmp) if self.exif or self.xmp else 1
 
 
-def segments(data: bytes) -> Iterator[Segment]:
-    """The segments of a JPEG up to that of its first scan. What libjpeg skips between them is skipped."""
+def segments(data: bytes, most: int | None = None) -> Iterator[Segment]:
+    """The segments of a JPEG up to that of its first scan. What libjpeg skips between them is skipped.
+
+    With `most`, at most so many markers are looked at, what is skipped included.
+    """
     position = 2
-    while (position := data.find(b"\xff", position)) >= 0 and position + 4 <= len(data):
+    for _ in itertools.count() if most is None else range(most):
+        position = data.find(b"\xff", position)
+        if position < 0 or position + 4 > len(data):
+            return
         kind = data[position + 1]
         if kind == 0xFF:  # padding
             position += 1
@@ -98,13 +104,13 @@ def segments(data: bytes) -> Iterator[Segment]:
             position = end
 
 
-def read_header(data: bytes) -> JpegHeader | None:
-    """The header of a JPEG; None where `data` is none, or has no frame and no scan."""
+def read_header(data: bytes, most_segments: int | None = None) -> JpegHeader | None:
+    """The header of a JPEG; None where `data` is none, or has no frame and no scan within `most_segments`."""
     if data[:3] != b"\xff\xd8\xff":
         return None
     frame, xmp = None, b""
     exif: list[bytes] = []
-    for num_segments, (kind, start, end) in enumerate(segments(data), 1):
+    for kind, start, end in segments(data, most_segments):
         if kind in FRAMES:
             frame = kind, data[start + 4 : end]
         elif kind == _APP1:
@@ -126,7 +132,6 @@ def read_header(data: bytes) -> JpegHeader | None:
                 components=tuple(body[6::3]),
                 first_scan=tuple(scan[1:-3:2]),
                 data_start=end,
-                num_segments=num_segments,
                 exif=b"".join(exif),
                 xmp=xmp,
             )

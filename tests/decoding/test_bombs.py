@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.core.config import Config
 from pipeline.core.errors import SampleError
-from pipeline.decoding import child, pillow
+from pipeline.decoding import child, jpeg, pillow
 from pipeline.decoding.decoder import Decoder
 from pipeline.decoding.rules import DecodingRules
 from tests.conftest import child_pid, encode, peak_memory_mib, photo
@@ -146,6 +146,17 @@ def test_an_ico_is_refused_before_it_is_decoded() -> None:
     ):
         pillow.decode(ico, replace(RULES, max_pixels=4_000_000))
     assert pillow.decode(ico, replace(RULES, max_pixels=5_290_000)).shape == (32, 32, 3)
+
+
+def test_a_header_without_end_is_not_read_to_it_in_this_process() -> None:
+    """Each of these has millions of markers, of which Python would look at every one."""
+    for filler in (segment(0xFE, b""), b"\xff\0", b"\xff", b"\xff\xd0"):
+        file = jpeg_with(filler * 50_000)
+        seen = list(jpeg.segments(file, 1000))
+        assert len(seen) <= 1000
+        assert jpeg.read_header(file, 1000) is None
+        # In the child, which has a limit of time, it is.
+        assert jpeg.read_header(file) is not None
 
 
 def test_what_may_take_long_is_not_decoded_in_this_process() -> None:
