@@ -20,9 +20,10 @@ from pipeline.decoding.rules import DecodingRules
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 _Loaded = TypeVar("_Loaded")
 
-# Formats that Pillow reads by itself; never those that run another program (EPS) or fetch anything.
+# Formats that Pillow reads by itself; never those that run another program (EPS) or fetch anything. TGA, which has no
+# mark, is the last: it would take an ICO of half a mebibyte for its own.
 FORMATS = (
-    "JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "TGA", "ICO",
+    "JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "PPM", "ICO", "TGA",
 )  # fmt: skip
 _WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0102, 0x0106, 0x0112
 _SAMPLE_FORMAT_TAG, _LEAST_TAG, _MOST_TAG = 0x0153, 0x0154, 0x0155

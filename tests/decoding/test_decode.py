@@ -355,6 +355,13 @@ def test_every_format_that_is_opened_is_one_that_pillow_knows() -> None:
     assert set(FORMATS) <= set(Image.OPEN)
 
 
+def test_an_ico_is_none_of_tga_whatever_its_size() -> None:
+    png = FILES["png"]
+    png = png[:33] + png_chunk(b"abCd", bytes(2**19)) + png[33:]
+    ico = struct.pack("<HHHBBBBHHII", 0, 1, 1, 96, 80, 0, 0, 1, 32, len(png), 22) + png
+    assert np.array_equal(make_decoder().decode(ico), pixels(photo(1)))
+
+
 def reason_of(file: bytes, **options: Any) -> str:
     with pytest.raises(SampleError) as caught:
         make_decoder(**options).decode(file)
