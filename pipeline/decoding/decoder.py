@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,6 +49,19 @@ def pillow_does_not_warn() -> Iterator[None]:
         yield
 
 
+def decode_rows(samples: pa.StructArray, decode: Callable[[int, pa.Buffer], None]) -> dict[str, pa.Array]:
+    """Call `decode` with each row and image that has no fault yet; `stage` and `reason` of all rows after that."""
+    stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
+    for row, image in enumerate(samples.field(IMAGE)):
+        if reasons[row] is not None:
+            continue
+        try:
+            decode(row, image.as_buffer())
+        except SampleError as error:
+            stages[row], reasons[row] = STAGE_DECODE, str(error)
+    return {STAGE: pa.array(stages, pa.string()), REASON: pa.array(reasons, pa.string())}
+
+
 class Decoder:
     """Decodes by one set of rules."""
 
@@ -71,24 +84,17 @@ class Decoder:
         start = self.clock()
         height, width = self.rules.preprocess.crop
         pixels = np.zeros((len(samples), height, width, 3), np.uint8)
-        stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
-        for row, image in enumerate(samples.field(IMAGE)):
-            if reasons[row] is not None:
-                continue
-            try:
-                pixels[row] = self.decode(image.as_buffer())
-            except SampleError as error:
-                stages[row], reasons[row] = STAGE_DECODE, str(error)
+
+        def decode(row: int, image: pa.Buffer) -> None:
+            pixels[row] = self.decode(image)
+
+        faults = decode_rows(samples, decode)
         payload = pixels_field(height, width)
-        mask = pa.array([reason is not None for reason in reasons], pa.bool_())
+        mask = faults[REASON].is_valid()
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(pixels.reshape(-1)), type=payload.type, mask=mask if len(mask) else None
         )
-        decoded = with_payload(
-            samples,
-            payload,
-            **{STAGE: pa.array(stages, pa.string()), REASON: pa.array(reasons, pa.string()), PIXELS: column},
-        )
+        decoded = with_payload(samples, payload, **faults, **{PIXELS: column})
         return part_row({**values, "decode_s": self.clock() - start}, decoded)
 
     def decode(self, data: bytes | pa.Buffer) -> np.ndarray[Any, np.dtype[np.uint8]]:

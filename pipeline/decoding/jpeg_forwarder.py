@@ -13,20 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.errors import SampleError, SettingsError
+from pipeline.core.errors import SettingsError
 from pipeline.core.schema import (
     ENCODED,
-    IMAGE,
-    REASON,
-    STAGE,
-    STAGE_DECODE,
     encoded_field,
     part_row,
     part_rows,
     with_payload,
 )
 from pipeline.decoding import jpeg
-from pipeline.decoding.decoder import Decoder, pillow_does_not_warn
+from pipeline.decoding.decoder import Decoder, decode_rows, pillow_does_not_warn
 from pipeline.decoding.preprocess import Preprocess, resized_size
 from pipeline.decoding.versions import require_pillow
 
@@ -111,25 +107,14 @@ class JpegForwarder:
     @pillow_does_not_warn()
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         start = self._decoder.clock()
-        stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
         encoded: list[dict[str, Any] | None] = [None] * len(samples)
-        for row, image in enumerate(samples.field(IMAGE)):
-            if reasons[row] is not None:
-                continue
-            try:
-                encoded[row] = self.forward(bytes(memoryview(image.as_buffer())))
-            except SampleError as error:
-                stages[row], reasons[row] = STAGE_DECODE, str(error)
+
+        def forward(row: int, image: pa.Buffer) -> None:
+            encoded[row] = self.forward(bytes(memoryview(image)))
+
+        faults = decode_rows(samples, forward)
         payload = encoded_field()
-        result = with_payload(
-            samples,
-            payload,
-            **{
-                STAGE: pa.array(stages, pa.string()),
-                REASON: pa.array(reasons, pa.string()),
-                ENCODED: pa.array(encoded, payload.type),
-            },
-        )
+        result = with_payload(samples, payload, **faults, **{ENCODED: pa.array(encoded, payload.type)})
         return part_row({**values, "decode_s": self._decoder.clock() - start}, result)
 
     def forward(self, data: bytes) -> dict[str, Any]:
