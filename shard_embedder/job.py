@@ -17,6 +17,7 @@ from pipeline.planning.plan import check_names, make_plan
 from pipeline.run.in_process import InProcess
 from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
+from pipeline.run.report import has_incomplete_shards
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether nothing is missing."""
-        return bool(self.report["balanced"]) and not self.broken_shards and not self.report["shards"]["vanished"]
+        return bool(self.report["balanced"]) and not has_incomplete_shards(self.report)
 
     @property
     def embeddings(self) -> ds.Dataset:

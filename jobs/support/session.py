@@ -33,7 +33,7 @@ from pipeline.planning.plan import Plan, check_names, make_plan
 from pipeline.planning.resources import Resources
 from pipeline.run.on_ray import OnRay
 from pipeline.run.passes import Watcher, run
-from pipeline.run.report import estimate, tells_of_work
+from pipeline.run.report import estimate, has_incomplete_shards, tells_of_work
 from pipeline.run.tally import Tally
 from pipeline.shards.find import Pending
 
@@ -42,7 +42,7 @@ def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
     """The worst that a report tells."""
     if not report["balanced"] or report.get("report_fault") is not None:
         return EXIT_FAILED
-    if any(report["shards"][kind] for kind in ("broken", "vanished", "refused")):
+    if has_incomplete_shards(report):
         return EXIT_BROKEN_SHARDS
     if report["errors"] > max_error_fraction * report["samples"]:
         return EXIT_TOO_MANY_ERRORS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.core.schema import STAGES
@@ -130,6 +130,11 @@ def make_report(
         # Last, since it is long.
         "timeline": tally.timeline.as_dict(),
     }
+
+
+def has_incomplete_shards(report: Mapping[str, Any]) -> bool:
+    """Whether a report has shards that are not all stored: broken, gone during the run, or refused."""
+    return any(report["shards"][kind] for kind in ("broken", "vanished", "refused"))
 
 
 def mark_uncounted(output: str) -> None:

@@ -39,6 +39,14 @@ def test_a_run_is_the_jobs_and_is_gone_on_with(tmp_path: Path) -> None:
         embed(str(shards / "*.tar"), str(tmp_path / "out"), image_size="64", **{**SETTINGS, "weights": "random:4"})
 
 
+def test_a_run_that_refused_a_shard_is_not_complete(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    # A name of more bytes than a file system takes with what is added to it.
+    write_tar(shards / f"{'n' * 240}.tar", sample_members("long", 7))
+    run = embed(str(shards), str(tmp_path / "out"), image_size="64", **SETTINGS)
+    assert (run.report["balanced"], run.num_embedded, run.complete) == (True, 2, False)
+
+
 def test_images_in_any_form_get_the_embeddings_of_the_job(tmp_path: Path) -> None:
     images = [photo(seed, (90, 70)) for seed in range(3)]
     write_tar(tmp_path / "in" / "s.tar", [(f"{i}.png", encode(image, "PNG")) for i, image in enumerate(images)])
