@@ -69,11 +69,7 @@ def choose_batch_size(
         elif job.is_new:
             rates, note = _measured(job, source, resources, on_wait, wait_s)
             size = best(rates) if rates else None
-    # Of another kind of device it stays: the output may go on there.
-    sizes = {device: told for device, told in job.fingerprint.batch_size.items() if device != resources.device}
-    if size is not None:
-        sizes[resources.device] = size
-    job = replace(job, fingerprint=replace(job.fingerprint, batch_size=sizes))
+    job = job.with_batch_size(resources.device, size)
     return job, replace(resources, batch_size=size, batch_rates=tuple(rates.items())), note
 
 

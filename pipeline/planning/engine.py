@@ -62,6 +62,11 @@ class Engine:
     source: Source
     note: str | None = None
 
+    @property
+    def problems(self) -> list[str]:
+        """The note, as a report tells it."""
+        return [] if self.note is None else [f"slower than it could be: {self.note}"]
+
 
 Choose = Callable[[Job, Sequence[Pending], str, tuple[str, ...], str | None], Engine]
 

@@ -72,6 +72,16 @@ class Job:
         versions = {**self.fingerprint.versions, "engine": engine}
         return replace(self, fingerprint=replace(self.fingerprint, settings=settings, versions=versions))
 
+    def with_batch_size(self, device: str, size: int | None) -> Job:
+        """The job with the images a batch on this kind of device; None for the engine's own.
+
+        Those of other kinds stay: the output may go on there.
+        """
+        sizes = {kind: told for kind, told in self.fingerprint.batch_size.items() if kind != device}
+        if size is not None:
+            sizes[device] = size
+        return replace(self, fingerprint=replace(self.fingerprint, batch_size=sizes))
+
 
 def prepare_job(config: Config) -> Job:
     """Look up backbone, weights, preprocessing, shards, and what the output was made with.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.core.config import KEYS, Config
+from pipeline.core.config import Config
 from pipeline.core.formatting import format_count
 from pipeline.core.schema import MEMBERS_APART, NO_IMAGE
 from pipeline.output.ledger import Counts
 from pipeline.planning.job import Job
 from pipeline.run.tally import Tally
+from pipeline.shards.keys import FIRST_DOT
 from pipeline.shards.left_out import archives_among, format_left_out
 
 
@@ -39,7 +40,7 @@ def _unused_images(config: Config, counts: Counts) -> list[str]:
         return []
     number = format_count(counts.unused_images, "image member")
     said = [f"{number} got no row, since a sample gives one embedding; for example {counts.unused_example}."]
-    if config.key == KEYS[0]:
+    if config.key == FIRST_DOT:
         said.append("--key last-dot, with a new --output, separates names that differ before their last dot.")
     if config.image_member is None:
         said.append("--image-member EXT says which members are the images.")

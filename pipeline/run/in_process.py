@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -49,13 +48,9 @@ class InProcess:
         )
         candidates = ("bf16", "fp16") if self._device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
         engine = self._choose(job, pending, self._device, candidates, None)
-        problems = [] if engine.note is None else [f"slower than it could be: {engine.note}"]
-        job = job.with_engine(engine.name, engine.precision)
-        if resources.batch_size is not None:
-            sizes = {**job.fingerprint.batch_size, self._device: resources.batch_size}
-            job = replace(job, fingerprint=replace(job.fingerprint, batch_size=sizes))
+        job = job.with_engine(engine.name, engine.precision).with_batch_size(self._device, resources.batch_size)
         devices = DeviceTime(Request(STAGE_EMBED, 1.0), 1, since, [{"CPU": 1.0}])
-        return Prepared(job, engine.source, resources, devices, problems)
+        return Prepared(job, engine.source, resources, devices, engine.problems)
 
     def receipts(self, prepared: Prepared, pending: list[Pending], on_wait: Say) -> Iterator[Any]:
         """As `Executor.receipts`."""

@@ -47,11 +47,10 @@ class OnRay:
             processors = processors_of(resources.actor_resource)
             candidates, without = fast_precisions(processors), without_openvino(processors, job.precision)
         engine = self._choose(job, pending, resources.device, candidates, without)
-        problems = [] if engine.note is None else [f"slower than it could be: {engine.note}"]
         source = StoredSource.put(engine.source)
         job = job.with_engine(engine.name, engine.precision)
         job, resources, note = choose_batch_size(job, source, resources, on_wait)
-        return Prepared(job, source, resources, devices, problems + ([] if note is None else [note]))
+        return Prepared(job, source, resources, devices, engine.problems + ([] if note is None else [note]))
 
     def receipts(self, prepared: Prepared, pending: list[Pending], on_wait: Say) -> Iterator[Any]:
         """As `Executor.receipts`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.core.config import KEYS
 
-FIRST_DOT, LAST_DOT = KEYS
+FIRST_DOT = KEYS[0]
 # Which member is the image where a sample has several: the first in this order, then the first in the
 # shard. `x.png` goes before `x.mask.png`, whatever their order.
 IMAGE_EXTENSIONS = (
@@ -17,42 +17,11 @@ IMAGE_EXTENSIONS = (
 # extension may be a user's image, so that of those the list is short.
 _DOCUMENTS = frozenset({"readme", "license", "licence", "copying", "changelog"})
 _DOCUMENT_EXTENSIONS = frozenset({"", "txt", "html"})
-_TABLE_EXTENSIONS = frozenset(
-    {
-        "csv",
-        "tsv",
-        "parquet",
-        "arrow",
-        "feather",
-        "jsonl",
-        "ndjson",
-        "xlsx",
-        "sqlite",
-        "db",
-        "md",
-        "rst",
-        "yaml",
-        "yml",
-    }
-    | {
-        "toml",
-        "ini",
-        "cfg",
-        "log",
-        "idx",
-        "index",
-        "lst",
-        "md5",
-        "sha1",
-        "sha256",
-        "sha512",
-        "cff",
-        "bib",
-        "py",
-        "sh",
-        "ipynb",
-    }
-)
+_TABLE_EXTENSIONS = frozenset({
+    "csv", "tsv", "parquet", "arrow", "feather", "jsonl", "ndjson", "xlsx", "sqlite", "db", "md", "rst", "yaml",
+    "yml", "toml", "ini", "cfg", "log", "idx", "index", "lst", "md5", "sha1", "sha256", "sha512", "cff", "bib", "py",
+    "sh", "ipynb",
+})  # fmt: skip
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 
 
