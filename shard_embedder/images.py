@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import torch
 
 from pipeline.backbones import library_of, load_weights
 from pipeline.core.config import Config
@@ -21,7 +20,7 @@ from pipeline.decoding.rules import DecodingRules
 from pipeline.embedding.embedder import Runner
 from pipeline.embedding.network import Network, Placement
 from pipeline.embedding.recipe import recipe_of
-from pipeline.embedding.torch_runner import SharedWeights
+from pipeline.embedding.torch_runner import SharedWeights, device_here
 from pipeline.output.fingerprint import Fingerprint
 
 Image = str | Path | bytes | PIL.Image.Image | np.ndarray[Any, Any]
@@ -45,7 +44,7 @@ class Images:
             WeightsError: its weights cannot be had.
         """
         recipe = recipe_of(made, weights)
-        placement = Placement(device=_device("auto"), precision=recipe.settings.precision)
+        placement = Placement(device=device_here("auto"), precision=recipe.settings.precision)
         return cls(SharedWeights.of(recipe.weights).runner(recipe.network, placement), recipe.settings.rules)
 
     def __call__(self, images: Image | Sequence[Image]) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
@@ -113,6 +112,7 @@ def embed_images(
 
     Raises:
         BackboneError, WeightsError: unknown, or cannot be had.
+        SettingsError: the device is cuda, and there is none.
         InputError: an image is not found, or an array is none.
         SampleError: an image cannot be decoded.
     """
@@ -123,10 +123,6 @@ def embed_images(
         prepared = prepared.with_size(image_size)
     network = Network(backbone=name, preprocess=prepared, features=features, normalize=normalize)
     source = SharedWeights.of(load_weights(name, weights))
-    runner = source.runner(network, Placement(device=_device(device), precision=precision))
+    runner = source.runner(network, Placement(device=device_here(device), precision=precision))
     rules = DecodingRules(preprocess=prepared, max_pixels=Config.max_pixels)
     return Images(runner, rules)(images)
-
-
-def _device(device: str) -> str:
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
-from pipeline.core.config import Config, parse
+from pipeline.core.config import parse
 from pipeline.core.storage import join, locate
 from pipeline.output.lease import Lease, hold
 from pipeline.output.names import EMBEDDINGS, ERRORS
@@ -69,13 +69,14 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
         StoreError: the disk or the object store failed; run it again to resume.
     """
     inputs = [input] if isinstance(input, str) else [os.fspath(one) for one in input]
-    config: Config = parse({"input": inputs, "output": output, **settings})
+    config = parse({"input": inputs, "output": output, **settings})
+    executor = OnRay() if on_ray else _in_process(config.device)
     job = prepare_job(config)
     with hold(job.config.output, lambda why: None, job.run) as lease:
         job = follow_output(job)
         plan = make_plan(job.shards, job.config.output)
         check_names(job, plan)
-        report = run(job, plan, _watcher(lease), OnRay() if on_ray else InProcess(_device(config)))
+        report = run(job, plan, _watcher(lease), executor)
     return Run(
         output=job.config.output,
         num_samples=report["samples"],
@@ -87,6 +88,13 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
     )
 
 
+def _in_process(device: str) -> InProcess:
+    # torch takes seconds to import, and on a cluster the workers need it first.
+    from pipeline.embedding.torch_runner import device_here  # noqa: PLC0415
+
+    return InProcess(device_here(device))
+
+
 def _watcher(lease: Lease) -> Watcher:
     """Nobody looks on; but a run whose lease was lost ends."""
     return Watcher(
@@ -95,14 +103,6 @@ def _watcher(lease: Lease) -> Watcher:
         on_part=lambda _: lease.check(),
         on_end=lease.confirm,
     )
-
-
-def _device(config: Config) -> str:
-    if config.device != "auto":
-        return config.device
-    import torch  # noqa: PLC0415  only this asks it
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _dataset(output: str, folder: str) -> ds.Dataset:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from pipeline.core.errors import InputError, SampleError, SettingsError
+from pipeline.core.errors import InputError, SampleError
 from pipeline.decoding.decoder import Decoder
 from pipeline.embedding.embedder import Embedder
 from pipeline.embedding.network import Placement
 from pipeline.embedding.recipe import recipe_of
-from pipeline.embedding.torch_runner import SharedWeights
+from pipeline.embedding.torch_runner import SharedWeights, device_here
 from pipeline.output.fingerprint import Fingerprint
 from pipeline.output.stored import PIECE_BYTES
 from pipeline.shards.keys import IMAGE_EXTENSIONS, printable
@@ -73,11 +72,7 @@ class QueryEmbedder:
     """
 
     def __init__(self, made: Fingerprint, weights: str | None = None, device: str = "auto") -> None:
-        has_gpu = torch.cuda.is_available()
-        if device == "cuda" and not has_gpu:
-            raise SettingsError("device must be one that this machine has, got 'cuda': torch sees no GPU here")
-        if device == "auto":
-            device = "cuda" if has_gpu else "cpu"
+        device = device_here(device)
         recipe = recipe_of(made, weights)
         settings = recipe.settings
         self._decoder = Decoder(settings.rules)

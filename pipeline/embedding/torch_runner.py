@@ -18,6 +18,7 @@ from pipeline.backbones import build_backbone
 from pipeline.backbones.base import Backbone
 from pipeline.backbones.transform import Normalize
 from pipeline.backbones.weights_spec import Weights
+from pipeline.core.errors import SettingsError
 from pipeline.decoding.preprocess import Preprocess
 from pipeline.embedding.network import Network, Placement
 
@@ -25,6 +26,20 @@ BATCH_SIZES = {"cuda": 128, "cpu": 16}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Batches on their way through the device at once: one computes while the next is copied in and the last out.
 _IN_FLIGHT = 3
+
+
+def device_here(asked: str) -> str:
+    """`cpu` or `cuda`, where `auto` is the GPU that torch sees, if any.
+
+    Raises:
+        SettingsError: the device is cuda, and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise SettingsError("device must be one that this machine has, got 'cuda': torch sees no GPU here")
+    if asked == "auto":
+        return "cuda" if has_gpu else "cpu"
+    return asked
 
 
 @dataclass(frozen=True)

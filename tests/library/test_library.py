@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import shard_embedder
-from pipeline.core.errors import InputError, SampleError
+from pipeline.core.errors import InputError, SampleError, SettingsError
 from pipeline.output.parts import vectors
 from shard_embedder import build_backbone, embed, embed_images
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
@@ -60,6 +61,17 @@ def test_images_in_any_form_get_the_embeddings_of_the_job(tmp_path: Path) -> Non
     np.testing.assert_allclose(found, stored, rtol=1e-3, atol=1e-5)
     _, one = embed_images(images[1], image_size=(64, 64), device="cpu", **SETTINGS)
     np.testing.assert_allclose(one, found[1:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "in", num_shards=1, samples_each=1)
+    for call in (
+        lambda: embed_images(photo(0), device="cuda", **SETTINGS),
+        lambda: embed(str(shards), str(tmp_path / "out"), device="cuda", **SETTINGS),
+    ):
+        with pytest.raises(SettingsError, match="device must be one that this machine has, got 'cuda'"):
+            call()
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
