@@ -290,7 +290,7 @@ def baseline(settings: Settings, name: str) -> Metrics:
     if settings.image_size is not None:
         options += ["--image-size", str(settings.image_size)]
     start = time.time()
-    _run([sys.executable, str(ROOT / "infra" / "bench" / f"baseline_{name}.py"), *options])
+    _run([sys.executable, "-m", f"benchmarks.baselines.{name}", *options])
     wall_s = time.time() - start
     window = steady(embedded_batches(output) or stored_parts(output))
     return {

@@ -58,6 +58,8 @@ class Fingerprint:
             StoredDataError: not of this version, or changed by hand.
         """
         try:
+            if not isinstance(values, dict):
+                raise TypeError(f"a JSON object is needed, not {type(values).__name__}")
             stated, versions = values["fingerprint"], values["versions"]
             prefix, sizes = values.get("input_prefix", ""), values.get("batch_size", {})
             if not isinstance(prefix, str) or not isinstance(stated, str):
@@ -67,8 +69,10 @@ class Fingerprint:
             if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
                 raise TypeError("batch_size must be whole numbers of at least 1")
             made = cls(OutputSettings.from_json(values["settings"]), dict(versions), prefix, dict(sizes))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise StoredDataError(f"it does not say what made the output: {error!r}") from error
+        except KeyError as error:
+            raise StoredDataError(f"it does not say what made the output: {error} is missing") from error
+        except (TypeError, AttributeError) as error:
+            raise StoredDataError(f"it does not say what made the output: {error}") from error
         if made.digest != stated:
             raise StoredDataError(f"it was changed by hand: its settings do not have the fingerprint {stated}")
         return made

@@ -150,8 +150,9 @@ class Lease:
         if self._renewer.is_alive():
             return  # a disk that hangs would keep this process, too; the lease expires
         # A lease that cannot be removed expires.
+        # Nothing is written here: the disk may be full.
         with contextlib.suppress(OSError, OutputError):
-            self._renew()
+            self._compare()
             if self._lost is None:
                 clear_temporary(self._output)
                 delete(self._output, _files(self._output, self._generation, self._limits), self._limits)
@@ -172,21 +173,25 @@ class Lease:
                 self._trouble = describe(error)
 
     def _renew(self) -> None:
-        """Compare the lease with this run's own, and prove that it lives."""
+        """Prove that this run lives, while the lease is its own."""
         with self._lock:
             began = time.monotonic()
-            newest = max(_generations(self._output, self._limits), default=0)
-            claim = _read(self._output, newest, self._limits) if newest else None
-            if newest != self._generation or claim is None or claim.token != self._claim.token:
-                self._lost = (
-                    f"the lease of {self._output} is gone: another run took it over and ended, or someone removed it"
-                    if claim is None
-                    else f"another run took over {self._output}: {claim}"
-                )
-                return
-            self._beat += 1
-            write_bytes(self._output, self._beat_name, b"%d" % self._beat, self._limits)
-            self._renewed_at = began
+            self._compare()
+            if self._lost is None:
+                self._beat += 1
+                write_bytes(self._output, self._beat_name, b"%d" % self._beat, self._limits)
+                self._renewed_at = began
+
+    def _compare(self) -> None:
+        """Compare the lease with this run's own, and note where it is lost."""
+        newest = max(_generations(self._output, self._limits), default=0)
+        claim = _read(self._output, newest, self._limits) if newest else None
+        if claim is None:
+            self._lost = (
+                f"the lease of {self._output} is gone: another run took it over and ended, or someone removed it"
+            )
+        elif newest != self._generation or claim.token != self._claim.token:
+            self._lost = f"another run took over {self._output}: {claim}"
 
 
 @contextlib.contextmanager

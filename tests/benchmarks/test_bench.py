@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,6 @@ from pipeline.core.schema import IMAGE, IMAGE_ID, part_rows
 from pipeline.planning.plan import make_plan
 from pipeline.shards.find import find_shards
 from pipeline.shards.samples import SampleReader
-
-RunJob = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def images_in(folder: Path) -> dict[str, bytes]:
@@ -139,14 +135,15 @@ def test_an_unknown_case_is_refused_with_the_known_ones(capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_a_small_run_measures_every_case(run_job: RunJob, tmp_path: Path) -> None:
-    done = run_job(
-        "bench.py", "stages", "decode", "no-model", "job", "baselines", "startup", "memory", "tiny",
-        "plan", "sizing", "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64",
-        "--images", "704", "--images-a-shard", "64", "--stage-images", "64",
-        "--tiny-shards", "200", "--plan-shards", "2000", "--repeats", "1", "--output", "bench.json", timeout=1500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_small_run_measures_every_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code = bench.main([
+        "stages", "decode", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
+        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "704",
+        "--images-a-shard", "64", "--stage-images", "64", "--tiny-shards", "200", "--plan-shards", "2000",
+        "--repeats", "1", "--output", str(tmp_path / "bench.json"),
+    ])  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0, printed.out + printed.err
     result = json.loads((tmp_path / "bench.json").read_text())
     fields = "format date command cases hardware versions settings shards repeats figures goals"
     assert set(result) == set(fields.split())
@@ -161,4 +158,4 @@ def test_a_small_run_measures_every_case(run_job: RunJob, tmp_path: Path) -> Non
     assert result["figures"]["sizing_squeezenet1_1_decode_cores"]["median"] > 0
     for name in ("dataloader", "ray_data"):
         assert result["figures"][f"{name}_min_cosine"]["min"] >= 0.999
-    assert "Goals" in done.stdout
+    assert "Goals" in printed.out

@@ -342,10 +342,10 @@ def test_another_setting_is_refused_and_each_difference_named(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace('"part_rows": 4', '"part_rows": 8'), "was changed by hand"),
+        (lambda text: text.replace('"part_rows": 4', '"part_rows": 8'), "cannot be used: it was changed by hand"),
         (lambda text: text[: len(text) // 2], "is not a run.json of this pipeline"),
         (lambda text: "", "is not a run.json of this pipeline"),
-        (lambda text: "[]", "is not a run.json of this pipeline"),
+        (lambda text: "[]", "cannot be used: it does not say what made the output: a JSON object is needed"),
     ],
     ids=["a setting", "cut", "empty", "another JSON"],
 )
