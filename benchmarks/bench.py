@@ -25,9 +25,9 @@ from rich.table import Table
 from benchmarks import runs
 from benchmarks.runs import Metrics, Settings
 from benchmarks.shards import photo_shards, tiny_shards
-from jobs.support.command import Parser, at_least, local_path, run_command
-from jobs.support.exit_codes import EXIT_OK
-from pipeline.core.config import Config
+from shard_embedder.jobs.support.command import Parser, at_least, local_path, run_command
+from shard_embedder.jobs.support.exit_codes import EXIT_OK
+from shard_embedder.pipeline.core.config import Config
 
 FORMAT = 1
 # What is measured, in this order, and repeated in turn. A measurement sees what came before it in its repeat.
@@ -311,7 +311,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
     if "stages" in wanted:
         wanted -= {"decode", "decode_all"}
     if "sizing" in wanted:
-        from pipeline.backbones import library_of  # noqa: PLC0415  imports torch, which no other case needs here
+        from shard_embedder.pipeline.backbones import library_of  # noqa: PLC0415  imports torch, which no other case needs here
 
         for name in flags.sized:
             library_of(name).find(name)  # raises where it is unknown

@@ -17,17 +17,17 @@ import pyarrow as pa
 import ray
 
 from benchmarks.runs import Settings, print_result
-from jobs.support.connection import connect
-from pipeline.core.config import Config
-from pipeline.decoding.decoder import Decoder
-from pipeline.flow import read_and_decode
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.planning.resources import plan_resources
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
-from pipeline.run.tally import Tally
-from pipeline.shards.samples import SampleReader
+from shard_embedder.jobs.support.connection import connect
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.flow import read_and_decode
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.resources import plan_resources
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
+from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.shards.samples import SampleReader
 
 # Workers send the events of their tasks once a second.
 _EVENTS_S = 2.5

@@ -18,10 +18,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from benchmarks.runs import Settings, print_result
-from pipeline.core.schema import END_LAST
-from pipeline.output.names import EMBEDDINGS, PartName, version_tag
-from pipeline.planning.plan import make_plan
-from pipeline.shards.find import find_shards
+from shard_embedder.pipeline.core.schema import END_LAST
+from shard_embedder.pipeline.output.names import EMBEDDINGS, PartName, version_tag
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.shards.find import find_shards
 
 _BUCKET = "bench"
 _PAGE = 1000

@@ -33,8 +33,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.memory import peaks
 from benchmarks.shards import photo_shards
-from pipeline.core.config import Config
-from pipeline.core.errors import PipelineError
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parent.parent
 Metrics = dict[str, float | str]

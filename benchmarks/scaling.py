@@ -26,13 +26,13 @@ from PIL import Image
 
 from benchmarks.runs import Settings, print_result
 from benchmarks.sleep import SleepSource, Start
-from pipeline.core.config import Config
-from pipeline.flow import make_flow
-from pipeline.output.parts import vectors
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.planning.resources import plan_resources
-from pipeline.run.tally import Tally, slowest_stage
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.resources import plan_resources
+from shard_embedder.pipeline.run.tally import Tally, slowest_stage
 
 ACTORS = (1, 2, 4, 8, 16)
 # A shard is a part and a block: images of so many bytes, which are light to decode.

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from jobs.support.photos import PHOTOS
-from pipeline.core.errors import InputError
+from shard_embedder.jobs.support.photos import PHOTOS
+from shard_embedder.pipeline.core.errors import InputError
 
 # The mean image of ImageNet's training set has about these many pixels and bytes.
 PHOTO_SIZE = (500, 375)

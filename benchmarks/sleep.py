@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.embedding.embedder import Runner
-from pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.embedder import Runner
+from shard_embedder.pipeline.embedding.network import Network, Placement
 
 _START_S = 120.0
 

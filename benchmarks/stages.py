@@ -24,20 +24,20 @@ from PIL import Image
 from torchvision.models import get_model_weights
 
 from benchmarks.runs import Settings, print_result
-from pipeline.core.errors import SettingsError
-from pipeline.core.schema import IMAGE, REASON, part_rows
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.jpeg_forwarder import JpegForwarder
-from pipeline.embedding.device_decode import DeviceDecoder
-from pipeline.embedding.embedder import Embedder
-from pipeline.embedding.network import Placement
-from pipeline.output.parts import PartWriter
-from pipeline.planning.cpu import cpu_has_bf16
-from pipeline.planning.engine import choose_engine
-from pipeline.planning.job import Job, prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.shards.find import Pending
-from pipeline.shards.samples import SampleReader
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.schema import IMAGE, REASON, part_rows
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
+from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
+from shard_embedder.pipeline.embedding.embedder import Embedder
+from shard_embedder.pipeline.embedding.network import Placement
+from shard_embedder.pipeline.output.parts import PartWriter
+from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.planning.engine import choose_engine
+from shard_embedder.pipeline.planning.job import Job, prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.samples import SampleReader
 
 # Parts of this size go to the processes that decode at once, so that none waits long for the last one.
 _PART_ROWS = 32

@@ -20,16 +20,16 @@ import rich.console
 import rich.panel
 import rich.text
 
-from jobs.support.command import CommandError, Parser, local_path, run_command
-from jobs.support.exit_codes import EXIT_OK, EXIT_USAGE
-from jobs.support.neighbours import describe_score, draw_sheet, find_neighbours, read_stored
-from jobs.support.photos import NUM_VIEWS, make_views
-from pipeline.core.config import Config, Field
-from pipeline.core.errors import InputError, OutputError, WeightsError
-from pipeline.core.formatting import format_count, format_size
-from pipeline.core.schema import EMBEDDING
-from pipeline.output.names import EMBEDDINGS
-from pipeline.planning.job import prepare_job
+from shard_embedder.jobs.support.command import CommandError, Parser, local_path, run_command
+from shard_embedder.jobs.support.exit_codes import EXIT_OK, EXIT_USAGE
+from shard_embedder.jobs.support.neighbours import describe_score, draw_sheet, find_neighbours, read_stored
+from shard_embedder.jobs.support.photos import NUM_VIEWS, make_views
+from shard_embedder.pipeline.core.config import Config, Field
+from shard_embedder.pipeline.core.errors import InputError, OutputError, WeightsError
+from shard_embedder.pipeline.core.formatting import format_count, format_size
+from shard_embedder.pipeline.core.schema import EMBEDDING
+from shard_embedder.pipeline.output.names import EMBEDDINGS
+from shard_embedder.pipeline.planning.job import prepare_job
 
 NUM_NEIGHBOURS = 5
 # Views are turned, cropped, flipped and blurred: they are less alike than images stored twice.

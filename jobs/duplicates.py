@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.support.command import (
+from shard_embedder.jobs.support.command import (
     Parser,
     add_output_argument,
     add_page_options,
@@ -24,15 +24,15 @@ from jobs.support.command import (
     not_empty,
     run_command,
 )
-from jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
-from jobs.support.progress import plain_console, show_progress
-from pipeline.core.errors import SettingsError
-from pipeline.core.formatting import format_count
+from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from shard_embedder.jobs.support.progress import plain_console, show_progress
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.formatting import format_count
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.duplicates import DuplicateCounts
-    from pipeline.retrieval.group_files import GroupCounts
-    from pipeline.retrieval.index import IndexFacts
+    from shard_embedder.pipeline.retrieval.duplicates import DuplicateCounts
+    from shard_embedder.pipeline.retrieval.group_files import GroupCounts
+    from shard_embedder.pipeline.retrieval.index import IndexFacts
 
 PAIRS_FILE = "duplicates.parquet"
 PAGE_ROWS = 50
@@ -167,10 +167,10 @@ def describe_groups(found: DuplicateCounts, groups: GroupCounts) -> list[str]:
 
 def _run(flags: argparse.Namespace) -> int:
     # PyArrow takes a while to import: --help and usage errors do not need it.
-    from pipeline.pages.near import duplicates_page  # noqa: PLC0415
-    from pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of  # noqa: PLC0415
-    from pipeline.retrieval.group_files import GroupFiles  # noqa: PLC0415
-    from pipeline.retrieval.index import open_index  # noqa: PLC0415
+    from shard_embedder.pipeline.pages.near import duplicates_page  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.group_files import GroupFiles  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.index import open_index  # noqa: PLC0415
 
     wants_groups = flags.groups is not None or flags.drop is not None
     pairs = flags.pairs if flags.pairs is not None or wants_groups else PAIRS_FILE

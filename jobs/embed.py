@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.support.command import Parser
-from jobs.support.console_json import make_console
-from jobs.support.exit_codes import EXIT_USAGE
-from pipeline.core import config as settings
-from pipeline.core.config import Config
-from pipeline.core.errors import SettingsError
-from pipeline.core.schema import KEEP_TYPES
+from shard_embedder.jobs.support.command import Parser
+from shard_embedder.jobs.support.console_json import make_console
+from shard_embedder.jobs.support.exit_codes import EXIT_USAGE
+from shard_embedder.pipeline.core import config as settings
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.schema import KEEP_TYPES
 
 _EPILOG = """\
 Every option may also come from the environment (EMBED_INPUT, EMBED_OUTPUT, EMBED_PART_ROWS ...) or from a
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in unknown_variables(os.environ):
         console.warning(f"the variable {name} names no option: it is not used")
     # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.
-    from jobs.support.session import run_job  # noqa: PLC0415
+    from shard_embedder.jobs.support.session import run_job  # noqa: PLC0415
 
     code = run_job(config, console, dry_run=flags["dry_run"])
     console.end(code)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import rich.console
 
-from jobs.support.command import Parser, add_output_argument, not_empty, run_command
-from jobs.support.exit_codes import EXIT_BUSY, EXIT_FAILED, EXIT_OK, EXIT_USAGE
-from jobs.support.progress import plain_console, show_progress
-from pipeline.core.errors import SettingsError
-from pipeline.core.formatting import format_size
+from shard_embedder.jobs.support.command import Parser, add_output_argument, not_empty, run_command
+from shard_embedder.jobs.support.exit_codes import EXIT_BUSY, EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from shard_embedder.jobs.support.progress import plain_console, show_progress
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.formatting import format_size
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.build import Built
+    from shard_embedder.pipeline.retrieval.build import Built
 
 _EPILOG = """\
 Without --kind, the number of rows and --memory choose the kind:
@@ -91,7 +91,7 @@ def show(built: Built, index: str, out: rich.console.Console) -> None:
 
 def _run(flags: argparse.Namespace) -> int:
     # PyArrow takes a while to import: --help and usage errors do not need it.
-    from pipeline.retrieval.build import Options, build  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.build import Options, build  # noqa: PLC0415
 
     if not math.isfinite(flags.memory):
         raise SettingsError(f"--memory must be a number of GiB, got {flags.memory}")

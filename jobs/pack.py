@@ -7,13 +7,21 @@ import argparse
 import re
 import sys
 
-from jobs.support.command import Parser, at_least, local_path, run_command
-from jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
-from jobs.support.progress import plain_console, show_progress
-from pipeline.core.errors import SettingsError
-from pipeline.core.formatting import format_count, format_size
-from pipeline.shards.keys import IMAGE_EXTENSIONS, printable
-from pipeline.shards.pack import Found, PackConfig, Packed, check_old_shards, describe_left_out, find_images, pack
+from shard_embedder.jobs.support.command import Parser, at_least, local_path, run_command
+from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from shard_embedder.jobs.support.progress import plain_console, show_progress
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.formatting import format_count, format_size
+from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, printable
+from shard_embedder.pipeline.shards.pack import (
+    Found,
+    PackConfig,
+    Packed,
+    check_old_shards,
+    describe_left_out,
+    find_images,
+    pack,
+)
 
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NOTHING_WHOLE = "SHARDS has no whole new set of shards"

@@ -14,12 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.support.command import Parser, add_page_options, at_least, check_page_options, not_empty, run_command
-from jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
-from pipeline.core.formatting import one_line
+from shard_embedder.jobs.support.command import (
+    Parser,
+    add_page_options,
+    at_least,
+    check_page_options,
+    not_empty,
+    run_command,
+)
+from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from shard_embedder.pipeline.core.formatting import one_line
 
 if TYPE_CHECKING:
-    from pipeline.retrieval.search import Hit
+    from shard_embedder.pipeline.retrieval.search import Hit
 
 EXIT_SOME_FAILED = 1
 _EXIT_CODES = {
@@ -62,10 +69,10 @@ def as_dict(hit: Hit) -> dict[str, object]:
 
 def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
     # torch takes seconds to import: --help and usage errors do not need it.
-    from pipeline.embedding.queries import QueryEmbedder, find_images  # noqa: PLC0415
-    from pipeline.pages.near import search_page  # noqa: PLC0415
-    from pipeline.retrieval.index import open_index  # noqa: PLC0415
-    from pipeline.retrieval.search import score_name, search_images  # noqa: PLC0415
+    from shard_embedder.pipeline.embedding.queries import QueryEmbedder, find_images  # noqa: PLC0415
+    from shard_embedder.pipeline.pages.near import search_page  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.index import open_index  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.search import score_name, search_images  # noqa: PLC0415
 
     check_page_options(flags)
     images = find_images(flags.images)

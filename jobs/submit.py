@@ -21,11 +21,11 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.support.command import CommandError, Parser, run_command, tell
-from jobs.support.exit_codes import EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
-from jobs.support.upload import check_size
-from pipeline.core.errors import SettingsError
-from pipeline.core.redact import REFUSAL, has_secret, show
+from shard_embedder.jobs.support.command import CommandError, Parser, run_command, tell
+from shard_embedder.jobs.support.exit_codes import EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
+from shard_embedder.jobs.support.upload import check_size
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.redact import REFUSAL, has_secret, show
 
 _PROG = "submit.py"
 EXIT_FAILED = 1

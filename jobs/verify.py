@@ -14,15 +14,22 @@ from pathlib import Path
 
 import rich.console
 
-from jobs.support.command import Parser, add_output_argument, at_least, check_file, not_empty, run_command
-from jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
-from jobs.support.progress import plain_console, show_progress
-from pipeline.core.errors import SettingsError
-from pipeline.core.formatting import format_count, format_size, one_line
-from pipeline.core.storage import join
-from pipeline.verify.findings import RULES, Verdict
-from pipeline.verify.proof import THREADS, verify
-from pipeline.verify.recompute import RECOMPUTE_IMAGES, Recompute
+from shard_embedder.jobs.support.command import (
+    Parser,
+    add_output_argument,
+    at_least,
+    check_file,
+    not_empty,
+    run_command,
+)
+from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
+from shard_embedder.jobs.support.progress import plain_console, show_progress
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.formatting import format_count, format_size, one_line
+from shard_embedder.pipeline.core.storage import join
+from shard_embedder.pipeline.verify.findings import RULES, Verdict
+from shard_embedder.pipeline.verify.proof import THREADS, verify
+from shard_embedder.pipeline.verify.recompute import RECOMPUTE_IMAGES, Recompute
 
 EXIT_WRONG = 1
 _RULES = "\n".join(f"  {name:<16}{meaning}" for name, meaning in RULES.items())

@@ -10,15 +10,15 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from pipeline.core.schema import SHARD_SCHEMA
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.jpeg_forwarder import JpegForwarder
-from pipeline.embedding.embedder import Embedder, Source
-from pipeline.output.parts import PartWriter
-from pipeline.planning.job import Job
-from pipeline.planning.resources import Resources
-from pipeline.shards.find import Pending
-from pipeline.shards.samples import SampleReader
+from shard_embedder.pipeline.core.schema import SHARD_SCHEMA
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
+from shard_embedder.pipeline.embedding.embedder import Embedder, Source
+from shard_embedder.pipeline.output.parts import PartWriter
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.samples import SampleReader
 
 # Small shards are read many to a task, and those of a huge input too: neither a task for every ten
 # images, nor a million tasks.

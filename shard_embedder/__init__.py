@@ -10,24 +10,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.backbones import build_backbone, list_backbones
-    from pipeline.core.errors import PipelineError
     from shard_embedder.images import embed_images
     from shard_embedder.job import Run, embed
     from shard_embedder.neighbours import build_index, open_index
+    from shard_embedder.pipeline.backbones import build_backbone, list_backbones
+    from shard_embedder.pipeline.core.errors import PipelineError
 
 __all__ = [
     "PipelineError", "Run", "build_backbone", "build_index", "embed", "embed_images", "list_backbones", "open_index",
 ]  # fmt: skip
 
 _HOMES = {
-    "PipelineError": "pipeline.core.errors",
+    "PipelineError": "shard_embedder.pipeline.core.errors",
     "Run": "shard_embedder.job",
-    "build_backbone": "pipeline.backbones",
+    "build_backbone": "shard_embedder.pipeline.backbones",
     "build_index": "shard_embedder.neighbours",
     "embed": "shard_embedder.job",
     "embed_images": "shard_embedder.images",
-    "list_backbones": "pipeline.backbones",
+    "list_backbones": "shard_embedder.pipeline.backbones",
     "open_index": "shard_embedder.neighbours",
 }
 

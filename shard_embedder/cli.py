@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 
 _COMMANDS = {
     "embed": "embed every image of WebDataset shards into Parquet: the job",
@@ -18,21 +17,7 @@ _COMMANDS = {
     "demo": "show it all on sample photos",
     "version": "print the version",
 }
-# Its folders have names that other projects use, too.
-_ROOMS = ("pipeline", "jobs")
 EXIT_USAGE = 2
-
-
-def hidden_by(folder: Path, own: Path) -> str | None:
-    """Which of our packages a folder of the same name in `folder` hides, where `own` holds ours; None for none.
-
-    Ray puts the working directory first on the path of every worker, and so do `python -m` and notebooks.
-    """
-    for room in _ROOMS:
-        other = folder / room
-        if other.is_dir() and other.resolve() != (own / room).resolve():
-            return str(other)
-    return None
 
 
 def _usage() -> str:
@@ -54,15 +39,7 @@ def main() -> int:
         known = ", ".join(_COMMANDS)
         print(f"shard-embedder: error: the command must be one of {known}, got {name!r}", file=sys.stderr)
         return EXIT_USAGE
-    hidden = hidden_by(Path.cwd(), Path(__file__).resolve().parent.parent)
-    if hidden is not None:
-        print(
-            f"shard-embedder: error: the folder {hidden} hides a package of the same name that shard-embedder needs, "
-            "in the workers too: run the command from another folder",
-            file=sys.stderr,
-        )
-        return EXIT_USAGE
     # Usage and errors name what was typed.
     sys.argv[0] = f"shard-embedder {name}"
-    code: int = import_module(f"jobs.{name}").main(arguments[1:])
+    code: int = import_module(f"shard_embedder.jobs.{name}").main(arguments[1:])
     return code

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from pipeline.backbones import library_of, load_weights
-from pipeline.core.config import Config
-from pipeline.core.errors import InputError
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.resize import resize_crop
-from pipeline.decoding.rules import DecodingRules
-from pipeline.embedding.embedder import Runner
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.recipe import recipe_of
-from pipeline.embedding.torch_runner import SharedWeights, device_here
-from pipeline.output.fingerprint import Fingerprint
+from shard_embedder.pipeline.backbones import library_of, load_weights
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import InputError
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.resize import resize_crop
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.embedding.embedder import Runner
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.recipe import recipe_of
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, device_here
+from shard_embedder.pipeline.output.fingerprint import Fingerprint
 
 Image = str | Path | bytes | PIL.Image.Image | np.ndarray[Any, Any]
 # At once in memory.

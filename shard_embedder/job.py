@@ -8,16 +8,16 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
-from pipeline.core.config import parse
-from pipeline.core.storage import join, locate
-from pipeline.output.lease import Lease, hold
-from pipeline.output.names import EMBEDDINGS, ERRORS
-from pipeline.planning.job import follow_output, prepare_job
-from pipeline.planning.plan import check_names, make_plan
-from pipeline.run.in_process import InProcess
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
-from pipeline.run.report import has_incomplete_shards
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.storage import join, locate
+from shard_embedder.pipeline.output.lease import Lease, hold
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS
+from shard_embedder.pipeline.planning.job import follow_output, prepare_job
+from shard_embedder.pipeline.planning.plan import check_names, make_plan
+from shard_embedder.pipeline.run.in_process import InProcess
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
+from shard_embedder.pipeline.run.report import has_incomplete_shards
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
 
 def _in_process(device: str) -> InProcess:
     # torch takes seconds to import, and on a cluster the workers need it first.
-    from pipeline.embedding.torch_runner import device_here  # noqa: PLC0415
+    from shard_embedder.pipeline.embedding.torch_runner import device_here  # noqa: PLC0415
 
     return InProcess(device_here(device))
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.retrieval.build import Options, build
-from pipeline.retrieval.index import Index, Neighbour
-from pipeline.retrieval.index import open_index as open_stored
 from shard_embedder.images import Image, Images
+from shard_embedder.pipeline.retrieval.build import Options, build
+from shard_embedder.pipeline.retrieval.index import Index, Neighbour
+from shard_embedder.pipeline.retrieval.index import open_index as open_stored
 
 
 class ImageIndex:

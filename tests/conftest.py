@@ -98,7 +98,7 @@ def is_decoding_for(process: Path, parent: int) -> bool:
         command, status = (process / "cmdline").read_bytes(), (process / "stat").read_text()
     except OSError:
         return False
-    return b"pipeline.decoding.child" in command and int(status.rpartition(")")[2].split()[1]) == parent
+    return b".decoding.child" in command and int(status.rpartition(")")[2].split()[1]) == parent
 
 
 def peak_memory_mib(pid: int | str = "self") -> int:

@@ -8,18 +8,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.config import Config, parse
-from pipeline.core.schema import PART_FIELDS
-from pipeline.decoding.decoder import Decoder
-from pipeline.embedding.embedder import Embedder
-from pipeline.embedding.network import Placement
-from pipeline.embedding.torch_runner import SharedWeights
-from pipeline.output.fingerprint import write_fingerprint
-from pipeline.output.parts import PartWriter
-from pipeline.planning.job import Job, prepare_job
-from pipeline.run.passes import Watcher
-from pipeline.shards.find import Pending
-from pipeline.shards.samples import SampleReader
+from shard_embedder.pipeline.core.config import Config, parse
+from shard_embedder.pipeline.core.schema import PART_FIELDS
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.embedding.embedder import Embedder
+from shard_embedder.pipeline.embedding.network import Placement
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
+from shard_embedder.pipeline.output.fingerprint import write_fingerprint
+from shard_embedder.pipeline.output.parts import PartWriter
+from shard_embedder.pipeline.planning.job import Job, prepare_job
+from shard_embedder.pipeline.run.passes import Watcher
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.samples import SampleReader
 
 SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
 UNHEARD = Watcher(lambda *_: None, lambda *_: None, lambda *_: None)

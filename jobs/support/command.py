@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jobs.support.exit_codes import EXIT_TERMINATED, code_of
-from pipeline.core.errors import PipelineError, SettingsError
-from pipeline.core.redact import show
+from shard_embedder.jobs.support.exit_codes import EXIT_TERMINATED, code_of
+from shard_embedder.pipeline.core.errors import PipelineError, SettingsError
+from shard_embedder.pipeline.core.redact import show
 
 _SCRIPT = "shard-embedder "
 
@@ -124,7 +124,7 @@ def add_page_options(parser: Parser, page: str, *, also_for: str = "") -> None:
 def check_page_options(flags: argparse.Namespace) -> None:
     """Raise `SettingsError` where --html cannot be written, or --input names no shard."""
     # PyArrow and fsspec take a while to import: --help does not need them.
-    from pipeline.shards.find import find_shards  # noqa: PLC0415
+    from shard_embedder.pipeline.shards.find import find_shards  # noqa: PLC0415
 
     if flags.html is not None:
         check_file("--html", flags.html)

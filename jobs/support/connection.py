@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
-from pipeline.core.errors import ClusterError
-from pipeline.core.formatting import format_size
-from pipeline.core.redact import describe
+from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.core.formatting import format_size
+from shard_embedder.pipeline.core.redact import describe
 
 _SHARED_MEMORY = "/dev/shm"
 

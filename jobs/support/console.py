@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from jobs.support.progress import LINE_EVERY_S, plain_console
-from pipeline.core.config import AUTO
-from pipeline.core.formatting import format_count, format_size
-from pipeline.core.redact import show
-from pipeline.core.schema import SHARD_FAULT
-from pipeline.shards.left_out import format_left_out
+from shard_embedder.jobs.support.progress import LINE_EVERY_S, plain_console
+from shard_embedder.pipeline.core.config import AUTO
+from shard_embedder.pipeline.core.formatting import format_count, format_size
+from shard_embedder.pipeline.core.redact import show
+from shard_embedder.pipeline.core.schema import SHARD_FAULT
+from shard_embedder.pipeline.shards.left_out import format_left_out
 
 if TYPE_CHECKING:
-    from pipeline.planning.job import Job
-    from pipeline.planning.plan import Plan
-    from pipeline.planning.resources import Resources
-    from pipeline.run.report import Estimate
-    from pipeline.run.tally import Tally
-    from pipeline.shards.find import Pending
+    from shard_embedder.pipeline.planning.job import Job
+    from shard_embedder.pipeline.planning.plan import Plan
+    from shard_embedder.pipeline.planning.resources import Resources
+    from shard_embedder.pipeline.run.report import Estimate
+    from shard_embedder.pipeline.run.tally import Tally
+    from shard_embedder.pipeline.shards.find import Pending
 
 # A line says so where no part was stored for this long.
 _SILENT_S = 120.0

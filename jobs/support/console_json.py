@@ -8,15 +8,15 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from jobs.support.console import Console
-from pipeline.core.redact import redact
+from shard_embedder.jobs.support.console import Console
+from shard_embedder.pipeline.core.redact import redact
 
 if TYPE_CHECKING:
-    from pipeline.planning.job import Job
-    from pipeline.planning.plan import Plan
-    from pipeline.planning.resources import Resources
-    from pipeline.run.report import Estimate
-    from pipeline.shards.find import Pending
+    from shard_embedder.pipeline.planning.job import Job
+    from shard_embedder.pipeline.planning.plan import Plan
+    from shard_embedder.pipeline.planning.resources import Resources
+    from shard_embedder.pipeline.run.report import Estimate
+    from shard_embedder.pipeline.shards.find import Pending
 
 _INFO, _WARNING, _ERROR = "info", "warning", "error"
 # Of the report, what the line of the summary has; the rest is in report.json.

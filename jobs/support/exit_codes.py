@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from pipeline.core.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
+from shard_embedder.pipeline.core.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
 
 EXIT_OK = 0
 EXIT_USAGE = 2

@@ -6,8 +6,8 @@ from collections import Counter as Counts
 
 from ray.util.metrics import Counter, Gauge
 
-from pipeline.planning.resources import Resources
-from pipeline.run.tally import Tally
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.run.tally import Tally
 
 
 class Metrics:

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.core.errors import InputError
-from pipeline.core.schema import IMAGE_ID
-from pipeline.output.names import EMBEDDINGS
-from pipeline.output.parts import vectors
-from pipeline.output.stored import unit
-from pipeline.pages.sheet import Sheet
+from shard_embedder.pipeline.core.errors import InputError
+from shard_embedder.pipeline.core.schema import IMAGE_ID
+from shard_embedder.pipeline.output.names import EMBEDDINGS
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.output.stored import unit
+from shard_embedder.pipeline.pages.sheet import Sheet
 
 MAX_ROWS = 8
 # Of more images than this, so many are drawn at random as queries.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from pipeline.core.errors import InputError
+from shard_embedder.pipeline.core.errors import InputError
 
 NUM_VIEWS = 12
 # Photos in scikit-image's wheel that its documentation declares CC0 or public domain, by file name.

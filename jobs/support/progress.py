@@ -11,8 +11,8 @@ import rich.console
 import rich.progress
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-from pipeline.core.progress import Progress
-from pipeline.core.redact import show
+from shard_embedder.pipeline.core.progress import Progress
+from shard_embedder.pipeline.core.redact import show
 
 LINE_EVERY_S = 30.0
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import ray
 
-from jobs.support.connection import connect
-from jobs.support.console import Console
-from jobs.support.exit_codes import (
+from shard_embedder.jobs.support.connection import connect
+from shard_embedder.jobs.support.console import Console
+from shard_embedder.jobs.support.exit_codes import (
     EXIT_BROKEN_SHARDS,
     EXIT_FAILED,
     EXIT_OK,
@@ -21,21 +21,21 @@ from jobs.support.exit_codes import (
     EXIT_TOO_MANY_ERRORS,
     code_of,
 )
-from jobs.support.metrics import Metrics
-from pipeline.core.config import Config
-from pipeline.core.errors import PipelineError
-from pipeline.core.redact import describe
-from pipeline.output.lease import Lease, hold
-from pipeline.pages.run_page import write_page
-from pipeline.planning.engine import choose_meanwhile
-from pipeline.planning.job import Job, follow_output, prepare_job
-from pipeline.planning.plan import Plan, check_names, make_plan
-from pipeline.planning.resources import Resources
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
-from pipeline.run.report import estimate, has_incomplete_shards, tells_of_work
-from pipeline.run.tally import Tally
-from pipeline.shards.find import Pending
+from shard_embedder.jobs.support.metrics import Metrics
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import PipelineError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.output.lease import Lease, hold
+from shard_embedder.pipeline.pages.run_page import write_page
+from shard_embedder.pipeline.planning.engine import choose_meanwhile
+from shard_embedder.pipeline.planning.job import Job, follow_output, prepare_job
+from shard_embedder.pipeline.planning.plan import Plan, check_names, make_plan
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
+from shard_embedder.pipeline.run.report import estimate, has_incomplete_shards, tells_of_work
+from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.shards.find import Pending
 
 
 def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, RAY_RUNTIME_ENV_IGNORE_GITIGNORE
 from ray._private.runtime_env import packaging
 
-from pipeline.core.errors import SettingsError
-from pipeline.core.formatting import format_size
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.formatting import format_size
 
 MAX_BYTES = DASHBOARD_CLIENT_MAX_SIZE
 # A file stands in a zip between headers of so many bytes, which have its name twice.

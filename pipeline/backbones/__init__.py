@@ -10,12 +10,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, overload
 
-from pipeline.backbones.weights_spec import Weights, spec_of
-from pipeline.core.errors import BackboneError
-from pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.backbones.weights_spec import Weights, spec_of
+from shard_embedder.pipeline.core.errors import BackboneError
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
 if TYPE_CHECKING:
-    from pipeline.backbones.base import Backbone, FeatureMaps
+    from shard_embedder.pipeline.backbones.base import Backbone, FeatureMaps
 
 _TIMM = "timm/"
 
@@ -32,11 +32,11 @@ def library_of(name: str) -> ModuleType:
     """
     # Both import torch, which takes seconds; whoever only asks for `Weights` need not wait for it.
     if not name.startswith(_TIMM):
-        from pipeline.backbones import torchvision_models  # noqa: PLC0415
+        from shard_embedder.pipeline.backbones import torchvision_models  # noqa: PLC0415
 
         return torchvision_models
     try:
-        from pipeline.backbones import timm_models  # noqa: PLC0415
+        from shard_embedder.pipeline.backbones import timm_models  # noqa: PLC0415
     except ImportError as error:
         raise BackboneError(f"backbone {name!r} needs timm, which is not here ({error}): pip install timm") from error
     return timm_models

@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.transform import Transform
-from pipeline.core.config import FEATURES
-from pipeline.core.errors import BackboneError, WeightsError
-from pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.backbones.transform import Transform
+from shard_embedder.pipeline.core.config import FEATURES
+from shard_embedder.pipeline.core.errors import BackboneError, WeightsError
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
 DEFAULT = "DEFAULT"
 

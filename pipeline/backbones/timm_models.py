@@ -29,7 +29,7 @@ from timm.models import (
 )
 from torch import Tensor
 
-from pipeline.backbones.base import (
+from shard_embedder.pipeline.backbones.base import (
     DEFAULT,
     Backbone,
     FeatureMaps,
@@ -45,11 +45,18 @@ from pipeline.backbones.base import (
     unknown_layer,
     wrong_size,
 )
-from pipeline.backbones.weights import StateDict, check_fit, load_file, published, random_weights, weights_from
-from pipeline.backbones.weights_spec import Weights, is_file, random_seed
-from pipeline.core.errors import BackboneError, WeightsError
-from pipeline.decoding.preprocess import CENTER, SQUASH, Preprocess
-from pipeline.decoding.resize import INTERPOLATIONS
+from shard_embedder.pipeline.backbones.weights import (
+    StateDict,
+    check_fit,
+    load_file,
+    published,
+    random_weights,
+    weights_from,
+)
+from shard_embedder.pipeline.backbones.weights_spec import Weights, is_file, random_seed
+from shard_embedder.pipeline.core.errors import BackboneError, WeightsError
+from shard_embedder.pipeline.decoding.preprocess import CENTER, SQUASH, Preprocess
+from shard_embedder.pipeline.decoding.resize import INTERPOLATIONS
 
 PREFIX = "timm/"
 # What the weights are called in a repository of the hub: the first that is there is taken.

@@ -27,8 +27,8 @@ from torchvision.models import (
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.models.vgg import VGG
 
-from pipeline.backbones.base import Backbone, FeatureMaps, unknown_layer
-from pipeline.core.errors import BackboneError
+from shard_embedder.pipeline.backbones.base import Backbone, FeatureMaps, unknown_layer
+from shard_embedder.pipeline.core.errors import BackboneError
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 from torchvision.models import VisionTransformer
 
-from pipeline.backbones.base import (
+from shard_embedder.pipeline.backbones.base import (
     DEFAULT,
     Backbone,
     FeatureMaps,
@@ -33,8 +33,8 @@ from pipeline.backbones.base import (
     unknown_backbone,
     wrong_size,
 )
-from pipeline.backbones.torchvision_anatomy import ANATOMY, TRANSFORMS_INPUT, LayerMaps, without_head
-from pipeline.backbones.weights import (
+from shard_embedder.pipeline.backbones.torchvision_anatomy import ANATOMY, TRANSFORMS_INPUT, LayerMaps, without_head
+from shard_embedder.pipeline.backbones.weights import (
     StateDict,
     check_fit,
     load_file,
@@ -43,9 +43,9 @@ from pipeline.backbones.weights import (
     weights_from,
     without_values,
 )
-from pipeline.backbones.weights_spec import Weights, is_file, random_seed
-from pipeline.core.errors import WeightsError
-from pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.backbones.weights_spec import Weights, is_file, random_seed
+from shard_embedder.pipeline.core.errors import WeightsError
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from pipeline.core.config import Config
-from pipeline.core.errors import InputError, SampleError
-from pipeline.core.storage import read_bytes
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.pillow import to_rgb
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.resize import resize_crop
-from pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import InputError, SampleError
+from shard_embedder.pipeline.core.storage import read_bytes
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.pillow import to_rgb
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.resize import resize_crop
+from shard_embedder.pipeline.decoding.rules import DecodingRules
 
 # A path or URL, an encoded image, an image of Pillow, or uint8 RGB of shape [H, W, 3].
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, np.dtype[np.uint8]]

@@ -19,8 +19,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
-from pipeline.backbones.weights_spec import Weights, read_file, shown
-from pipeline.core.errors import WeightsError
+from shard_embedder.pipeline.backbones.weights_spec import Weights, read_file, shown
+from shard_embedder.pipeline.core.errors import WeightsError
 
 StateDict = dict[str, Tensor]
 # A download that shows no byte for this long is given up.

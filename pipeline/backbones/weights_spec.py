@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.core.errors import SettingsError, WeightsError
-from pipeline.core.storage import read_bytes
+from shard_embedder.pipeline.core.errors import SettingsError, WeightsError
+from shard_embedder.pipeline.core.storage import read_bytes
 
 _RANDOM = re.compile(r"random(?::([0-9]+))?")
 _MAX_SEED = 2**64 - 1  # torch.manual_seed takes no larger one

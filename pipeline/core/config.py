@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.core.errors import SettingsError
-from pipeline.core.redact import REFUSAL, has_secret
-from pipeline.core.schema import KEEP_TYPES, RESERVED_COLUMNS
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.redact import REFUSAL, has_secret
+from shard_embedder.pipeline.core.schema import KEEP_TYPES, RESERVED_COLUMNS
 
 FEATURES = ("pooled", "map")
 DTYPES = ("float32", "float16")

@@ -18,8 +18,8 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-from pipeline.core.errors import PipelineError, StoreError
-from pipeline.core.redact import describe
+from shard_embedder.pipeline.core.errors import PipelineError, StoreError
+from shard_embedder.pipeline.core.redact import describe
 
 # Refusals (4xx) that do not mean what was asked, only how it went.
 _PASSING_STATUSES = frozenset({408, 409, 425, 429})

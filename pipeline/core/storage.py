@@ -26,10 +26,10 @@ import fsspec
 import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import SettingsError, StoreError
-from pipeline.core.redact import REFUSAL, has_secret
-from pipeline.core.retries import LIMITS, StoreLimits, is_lasting, refusal, with_retries
-from pipeline.core.threads import call_within
+from shard_embedder.pipeline.core.errors import SettingsError, StoreError
+from shard_embedder.pipeline.core.redact import REFUSAL, has_secret
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits, is_lasting, refusal, with_retries
+from shard_embedder.pipeline.core.threads import call_within
 
 TEMPORARY_FOLDER = ".tmp"
 _S3 = ("s3", "s3a")

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from PIL import AvifImagePlugin, Image
 
-from pipeline.core.errors import SampleError
-from pipeline.decoding import pillow
-from pipeline.decoding.rules import DecodingRules
-from pipeline.decoding.versions import require_pillow
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.decoding import pillow
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.versions import require_pillow
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -72,7 +72,7 @@ class _Child:
         environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             # -P: no module of whatever folder this is run in.
-            [sys.executable, "-P", "-c", f"from pipeline.decoding.child import serve; serve({end.fileno()})"],
+            [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({end.fileno()})"],
             pass_fds=[end.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.errors import SampleError
-from pipeline.core.schema import (
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.core.schema import (
     IMAGE,
     PIXELS,
     REASON,
@@ -28,10 +28,10 @@ from pipeline.core.schema import (
     pixels_field,
     with_payload,
 )
-from pipeline.decoding import child, jpeg
-from pipeline.decoding.resize import resize_crop, upright
-from pipeline.decoding.rules import DecodingRules
-from pipeline.decoding.versions import require_pillow
+from shard_embedder.pipeline.decoding import child, jpeg
+from shard_embedder.pipeline.decoding.resize import resize_crop, upright
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.versions import require_pillow
 
 # What a JPEG costs at most that is decoded in the worker's own process: pixels in all its scans, pixels, and bytes of
 # metadata and segments, of which Python reads each.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 
-from pipeline.decoding.orientation import orientation_in
+from shard_embedder.pipeline.decoding.orientation import orientation_in
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.errors import SettingsError
-from pipeline.core.schema import (
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.schema import (
     ENCODED,
     encoded_field,
     part_row,
     part_rows,
     with_payload,
 )
-from pipeline.decoding import jpeg
-from pipeline.decoding.decoder import Decoder, decode_rows, pillow_does_not_warn
-from pipeline.decoding.preprocess import Preprocess, resized_size
-from pipeline.decoding.versions import require_pillow
+from shard_embedder.pipeline.decoding import jpeg
+from shard_embedder.pipeline.decoding.decoder import Decoder, decode_rows, pillow_does_not_warn
+from shard_embedder.pipeline.decoding.preprocess import Preprocess, resized_size
+from shard_embedder.pipeline.decoding.versions import require_pillow
 
 # `orientation` of what is pixels already.
 PIXELS_ALREADY = 0

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
-from pipeline.core.errors import SampleError
-from pipeline.decoding import formats, jpeg, png
-from pipeline.decoding.orientation import PILLOW_ERRORS, orientation_of
-from pipeline.decoding.resize import resize_crop, upright
-from pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.decoding import formats, jpeg, png
+from shard_embedder.pipeline.decoding.orientation import PILLOW_ERRORS, orientation_of
+from shard_embedder.pipeline.decoding.resize import resize_crop, upright
+from shard_embedder.pipeline.decoding.rules import DecodingRules
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 _Loaded = TypeVar("_Loaded")

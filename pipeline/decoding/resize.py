@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
 
-from pipeline.decoding.preprocess import Preprocess, resized_size
+from shard_embedder.pipeline.decoding.preprocess import Preprocess, resized_size
 
 # What weights may ask for, by torchvision's names. Pillow's bicubic is Catmull and Rom's: a = -0.5.
 INTERPOLATIONS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
 # What decoding takes at most for each pixel, which is that of a WebP with alpha: 19.3 bytes were measured. But for
 # JPEG 2000, whose decoder has 32 bits for each component: 24.6 bytes.

@@ -7,7 +7,7 @@ import socket
 
 import PIL
 
-from pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.core.errors import ClusterError
 
 # The first without GHSA-8g5g-8vmr-9782 (JPEG decoder, buffer overflow), CVE-2026-96639 (storage that is used after a
 # change of mode) and GHSA-462x-pgg6-55fp (TIFF decoder, read out of bounds). pyproject.toml requires it too.

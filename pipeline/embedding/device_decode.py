@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.core.errors import SampleError
-from pipeline.core.schema import ENCODED
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
-from pipeline.decoding.preprocess import Preprocess, resized_size
-from pipeline.decoding.resize import TURNS, is_height_first
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.core.schema import ENCODED
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
+from shard_embedder.pipeline.decoding.preprocess import Preprocess, resized_size
+from shard_embedder.pipeline.decoding.resize import TURNS, is_height_first
 
 # What is decoded at once: enough to fill the device's decoder, and bounded whatever the images' size.
 _GROUP_IMAGES = 64

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.schema import (
+from shard_embedder.pipeline.core.schema import (
     EMBEDDING,
     PIXELS,
     REASON,
@@ -21,8 +21,8 @@ from pipeline.core.schema import (
     part_rows,
     with_payload,
 )
-from pipeline.decoding.decoder import Decoder
-from pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.embedding.network import Network, Placement
 
 
 class Runner(Protocol):
@@ -185,6 +185,6 @@ class Embedder:
 
 
 def _device_intake(decoder: Decoder, device: str) -> Intake:
-    from pipeline.embedding.device_decode import DeviceDecoder  # noqa: PLC0415  whoever computes without torch shall not load it
+    from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder  # noqa: PLC0415  whoever computes without torch shall not load it
 
     return DeviceDecoder(decoder, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)

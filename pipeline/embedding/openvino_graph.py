@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.embedding.openvino_runner import SharedGraph
-from pipeline.embedding.quiet_openvino import ov
-from pipeline.embedding.torch_runner import NetworkModule
+from shard_embedder.pipeline.embedding.openvino_runner import SharedGraph
+from shard_embedder.pipeline.embedding.quiet_openvino import ov
+from shard_embedder.pipeline.embedding.torch_runner import NetworkModule
 
 
 def convert(network: NetworkModule, crop: tuple[int, int]) -> SharedGraph:

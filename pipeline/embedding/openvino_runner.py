@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.core.errors import PrecisionError
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.quiet_openvino import ov
+from shard_embedder.pipeline.core.errors import PrecisionError
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.quiet_openvino import ov
 
 # Larger batches are no faster, and small ones waste less where a part ends.
 BATCH_SIZE = 4

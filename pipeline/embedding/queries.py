@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.core.errors import InputError, SampleError
-from pipeline.decoding.decoder import Decoder
-from pipeline.embedding.embedder import Embedder
-from pipeline.embedding.network import Placement
-from pipeline.embedding.recipe import recipe_of
-from pipeline.embedding.torch_runner import SharedWeights, device_here
-from pipeline.output.fingerprint import Fingerprint
-from pipeline.output.stored import PIECE_BYTES
-from pipeline.shards.keys import IMAGE_EXTENSIONS, printable
+from shard_embedder.pipeline.core.errors import InputError, SampleError
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.embedding.embedder import Embedder
+from shard_embedder.pipeline.embedding.network import Placement
+from shard_embedder.pipeline.embedding.recipe import recipe_of
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, device_here
+from shard_embedder.pipeline.output.fingerprint import Fingerprint
+from shard_embedder.pipeline.output.stored import PIECE_BYTES
+from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, printable
 
 BATCH_SIZE = 16
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.backbones import load_weights
-from pipeline.backbones.weights_spec import Weights, spec_of
-from pipeline.core.errors import WeightsError
-from pipeline.embedding.network import Network
-from pipeline.output.fingerprint import Fingerprint
-from pipeline.output.settings import OutputSettings
+from shard_embedder.pipeline.backbones import load_weights
+from shard_embedder.pipeline.backbones.weights_spec import Weights, spec_of
+from shard_embedder.pipeline.core.errors import WeightsError
+from shard_embedder.pipeline.embedding.network import Network
+from shard_embedder.pipeline.output.fingerprint import Fingerprint
+from shard_embedder.pipeline.output.settings import OutputSettings
 
 
 @dataclass(frozen=True)

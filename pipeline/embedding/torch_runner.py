@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pipeline.backbones import build_backbone
-from pipeline.backbones.base import Backbone
-from pipeline.backbones.transform import Normalize
-from pipeline.backbones.weights_spec import Weights
-from pipeline.core.errors import SettingsError
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.backbones import build_backbone
+from shard_embedder.pipeline.backbones.base import Backbone
+from shard_embedder.pipeline.backbones.transform import Normalize
+from shard_embedder.pipeline.backbones.weights_spec import Weights
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.embedding.network import Network, Placement
 
 BATCH_SIZES = {"cuda": 128, "cpu": 16}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,12 +14,12 @@ import numpy
 import PIL
 import pyarrow
 
-from pipeline.core.errors import OtherSettingsError, StoredDataError, StoreError
-from pipeline.core.redact import describe
-from pipeline.core.retries import LIMITS, StoreLimits
-from pipeline.core.storage import create, join, read_bytes
-from pipeline.output.names import RUN_FILE
-from pipeline.output.settings import OutputSettings, canonical_json
+from shard_embedder.pipeline.core.errors import OtherSettingsError, StoredDataError, StoreError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
+from shard_embedder.pipeline.core.storage import create, join, read_bytes
+from shard_embedder.pipeline.output.names import RUN_FILE
+from shard_embedder.pipeline.output.settings import OutputSettings, canonical_json
 
 
 @dataclass(frozen=True)

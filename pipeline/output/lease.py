@@ -32,10 +32,10 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
-from pipeline.core.redact import describe
-from pipeline.core.retries import LIMITS, StoreLimits
-from pipeline.core.storage import (
+from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
+from shard_embedder.pipeline.core.storage import (
     clear_temporary,
     create,
     delete,
@@ -46,7 +46,7 @@ from pipeline.core.storage import (
     remove_folder,
     write_bytes,
 )
-from pipeline.output.names import LEASE_FOLDER
+from shard_embedder.pipeline.output.names import LEASE_FOLDER
 
 _CLAIM = re.compile(r"(\d{8})\.json", re.ASCII)
 _TOKEN = re.compile(r"[0-9a-f]{32}", re.ASCII)

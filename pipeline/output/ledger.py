@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from pipeline.core.errors import StoredDataError, StoreError
-from pipeline.core.formatting import format_count
-from pipeline.core.redact import describe
-from pipeline.core.retries import LIMITS, StoreLimits
-from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
-from pipeline.core.storage import FileInfo, join, list_files, locate, without_gc
-from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
-from pipeline.output.parts import read_facts
-from pipeline.shards.find import Shard
+from shard_embedder.pipeline.core.errors import StoredDataError, StoreError
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
+from shard_embedder.pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
+from shard_embedder.pipeline.core.storage import FileInfo, join, list_files, locate, without_gc
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
+from shard_embedder.pipeline.output.parts import read_facts
+from shard_embedder.pipeline.shards.find import Shard
 
 MAX_WORST = 10
 _COUNTERS = 32

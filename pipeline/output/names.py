@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
+from shard_embedder.pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
 
 RUN_FILE = "run.json"
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.config import Config
-from pipeline.core.errors import StoredDataError, StoreError
-from pipeline.core.redact import describe
-from pipeline.core.retries import LIMITS, StoreLimits
-from pipeline.core.schema import (
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import StoredDataError, StoreError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
+from shard_embedder.pipeline.core.schema import (
     EMBEDDING,
     END_BROKEN,
     END_NONE,
@@ -39,10 +39,10 @@ from pipeline.core.schema import (
     embeddings_schema,
     part_rows,
 )
-from pipeline.core.storage import delete, join, read_tail, refuses_name, write_bytes
-from pipeline.output.fingerprint import Fingerprint
-from pipeline.output.names import EMBEDDINGS, ERRORS, METADATA_PREFIX, PartName, version_tag
-from pipeline.output.settings import canonical_json
+from shard_embedder.pipeline.core.storage import delete, join, read_tail, refuses_name, write_bytes
+from shard_embedder.pipeline.output.fingerprint import Fingerprint
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, METADATA_PREFIX, PartName, version_tag
+from shard_embedder.pipeline.output.settings import canonical_json
 
 ROW_GROUP_ROWS = 1024
 _FOOTER_BYTES = 16 * 2**10

@@ -7,11 +7,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.core.config import DECODES, DTYPES, FEATURES, KEYS, PRECISIONS, Config, Field
-from pipeline.core.errors import SettingsError, StoredDataError
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.rules import DecodingRules
-from pipeline.shards.keys import Naming
+from shard_embedder.pipeline.core.config import DECODES, DTYPES, FEATURES, KEYS, PRECISIONS, Config, Field
+from shard_embedder.pipeline.core.errors import SettingsError, StoredDataError
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.shards.keys import Naming
 
 FORMAT = 2
 

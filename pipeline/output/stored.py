@@ -12,15 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import OutputError, StoredDataError
-from pipeline.core.formatting import format_count
-from pipeline.core.redact import describe
-from pipeline.core.schema import EMBEDDING, END_NONE, IMAGE_ID, SAMPLE_INDEX, SHARD
-from pipeline.core.storage import join, read_bytes
-from pipeline.output.fingerprint import Fingerprint, read_fingerprint
-from pipeline.output.ledger import list_parts
-from pipeline.output.names import EMBEDDINGS, RUN_FILE, PartName
-from pipeline.output.parts import read_facts, vectors
+from shard_embedder.pipeline.core.errors import OutputError, StoredDataError
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.schema import EMBEDDING, END_NONE, IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.core.storage import join, read_bytes
+from shard_embedder.pipeline.output.fingerprint import Fingerprint, read_fingerprint
+from shard_embedder.pipeline.output.ledger import list_parts
+from shard_embedder.pipeline.output.names import EMBEDDINGS, RUN_FILE, PartName
+from shard_embedder.pipeline.output.parts import read_facts, vectors
 
 ID_COLUMNS = (IMAGE_ID, SHARD, SAMPLE_INDEX)
 # Embeddings handed on at once; a part may be larger.

@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.core.formatting import format_count, format_duration, format_share, format_size
-from pipeline.core.redact import describe
-from pipeline.pages.charts import number
+from shard_embedder.pipeline.core.formatting import format_count, format_duration, format_share, format_size
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.pages.charts import number
 
 # A key may have thousands of characters, and a page many of them.
 MAX_TEXT = 300

@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import PipelineError
-from pipeline.core.storage import join, locate
-from pipeline.output.names import PAGE_FILE
+from shard_embedder.pipeline.core.errors import PipelineError
+from shard_embedder.pipeline.core.storage import join, locate
+from shard_embedder.pipeline.output.names import PAGE_FILE
 
 RUN, SEARCH, DUPLICATES = "run", "search", "duplicates"
 MAX_LINKS = 20

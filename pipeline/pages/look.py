@@ -10,13 +10,23 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.core.formatting import format_share
-from pipeline.pages.charts import Axis, axis, round_step
-from pipeline.pages.html import cut, render_or_reason
-from pipeline.pages.previews import Preview, Tile, preview, read_fronts, shown
-from pipeline.pages.sample import SEED, Near, Plane, Sample, evenly, neighbours, norms, plane, take_sample
-from pipeline.shards.find import Shard
-from pipeline.shards.keys import Naming
+from shard_embedder.pipeline.core.formatting import format_share
+from shard_embedder.pipeline.pages.charts import Axis, axis, round_step
+from shard_embedder.pipeline.pages.html import cut, render_or_reason
+from shard_embedder.pipeline.pages.previews import Preview, Tile, preview, read_fronts, shown
+from shard_embedder.pipeline.pages.sample import (
+    SEED,
+    Near,
+    Plane,
+    Sample,
+    evenly,
+    neighbours,
+    norms,
+    plane,
+    take_sample,
+)
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.keys import Naming
 
 NUM_QUERIES = 6
 NUM_NEAR = 5

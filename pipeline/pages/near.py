@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline.output.fingerprint import Fingerprint
-from pipeline.output.names import Place
-from pipeline.output.stored import open_output
-from pipeline.pages.html import render
-from pipeline.pages.links import DUPLICATES, SEARCH, TITLES, links
-from pipeline.pages.previews import Preview, Tile, preview, previews, shown
-from pipeline.retrieval.duplicates import DuplicateCounts, Duplicates
-from pipeline.retrieval.index import Index, Neighbour
-from pipeline.retrieval.search import Hit, score_name
+from shard_embedder.pipeline.output.fingerprint import Fingerprint
+from shard_embedder.pipeline.output.names import Place
+from shard_embedder.pipeline.output.stored import open_output
+from shard_embedder.pipeline.pages.html import render
+from shard_embedder.pipeline.pages.links import DUPLICATES, SEARCH, TITLES, links
+from shard_embedder.pipeline.pages.previews import Preview, Tile, preview, previews, shown
+from shard_embedder.pipeline.retrieval.duplicates import DuplicateCounts, Duplicates
+from shard_embedder.pipeline.retrieval.index import Index, Neighbour
+from shard_embedder.pipeline.retrieval.search import Hit, score_name
 
 
 def duplicates_page(

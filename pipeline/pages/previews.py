@@ -12,18 +12,18 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.core.config import Config
-from pipeline.core.errors import InputError, SampleError, ShardError
-from pipeline.core.redact import describe
-from pipeline.core.storage import locate, stat
-from pipeline.core.threads import begin
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.preprocess import SQUASH, Preprocess
-from pipeline.decoding.rules import DecodingRules
-from pipeline.output.names import Place, version_tag
-from pipeline.shards.find import Shard, find_shards, shards_below
-from pipeline.shards.keys import Naming
-from pipeline.shards.peek import images
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import InputError, SampleError, ShardError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.storage import locate, stat
+from shard_embedder.pipeline.core.threads import begin
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.preprocess import SQUASH, Preprocess
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.output.names import Place, version_tag
+from shard_embedder.pipeline.shards.find import Shard, find_shards, shards_below
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.shards.peek import images
 
 # Of a picture that can be enlarged, in pixels.
 SIDE = 384

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from pipeline.core.formatting import format_count
-from pipeline.core.schema import SHARD_FAULT
-from pipeline.core.storage import write_bytes
-from pipeline.output.ledger import MAX_WORST
-from pipeline.output.names import PAGE_FILE
-from pipeline.pages import look, speed
-from pipeline.pages.html import render, render_or_reason
-from pipeline.pages.links import RUN, links, local_path
-from pipeline.shards.find import Shard
-from pipeline.shards.keys import Naming
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.schema import SHARD_FAULT
+from shard_embedder.pipeline.core.storage import write_bytes
+from shard_embedder.pipeline.output.ledger import MAX_WORST
+from shard_embedder.pipeline.output.names import PAGE_FILE
+from shard_embedder.pipeline.pages import look, speed
+from shard_embedder.pipeline.pages.html import render, render_or_reason
+from shard_embedder.pipeline.pages.links import RUN, links, local_path
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.keys import Naming
 
 MAX_REASONS = 20
 MAX_INPUTS = 5

@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.redact import describe
-from pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
-from pipeline.core.storage import join, locate
-from pipeline.output.ledger import list_parts
-from pipeline.output.names import EMBEDDINGS, PartName, Place, version_tag
-from pipeline.output.parts import vectors
-from pipeline.output.stored import unit
-from pipeline.shards.find import Shard
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.core.storage import join, locate
+from shard_embedder.pipeline.output.ledger import list_parts
+from shard_embedder.pipeline.output.names import EMBEDDINGS, PartName, Place, version_tag
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.output.stored import unit
+from shard_embedder.pipeline.shards.find import Shard
 
 MAX_ROWS = 2000
 MAX_PARTS = 20

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from pipeline.core.formatting import format_duration, format_share
-from pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE, STAGES
-from pipeline.pages.charts import axis
-from pipeline.pages.html import render_or_reason
+from shard_embedder.pipeline.core.formatting import format_duration, format_share
+from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE, STAGES
+from shard_embedder.pipeline.pages.charts import axis
+from shard_embedder.pipeline.pages.html import render_or_reason
 
 MAX_BINS = 80
 # A stage busy for less than this held nothing up.

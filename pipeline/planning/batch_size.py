@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 import ray
 
-from pipeline.core.config import AUTO
-from pipeline.embedding.embedder import Runner, Source
-from pipeline.embedding.network import Network, Placement
-from pipeline.planning.job import Job
-from pipeline.planning.nodes import SAY_EVERY_S
-from pipeline.planning.resources import Resources
+from shard_embedder.pipeline.core.config import AUTO
+from shard_embedder.pipeline.embedding.embedder import Runner, Source
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.planning.nodes import SAY_EVERY_S
+from shard_embedder.pipeline.planning.resources import Resources
 
 SMALLEST, LARGEST = 16, 1024
 # Less is noise, and a larger batch has its price: memory, and padding where a part ends.

@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.errors import PrecisionError
-from pipeline.core.schema import PIXELS, REASON, part_rows
-from pipeline.decoding.decoder import Decoder
-from pipeline.embedding.embedder import Runner, Source
-from pipeline.embedding.network import Placement
-from pipeline.planning.cpu import cpu_has_bf16
-from pipeline.planning.job import Job
-from pipeline.shards.find import Pending
-from pipeline.shards.samples import SampleReader
+from shard_embedder.pipeline.core.errors import PrecisionError
+from shard_embedder.pipeline.core.schema import PIXELS, REASON, part_rows
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.embedding.embedder import Runner, Source
+from shard_embedder.pipeline.embedding.network import Placement
+from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.samples import SampleReader
 
 openvino_runner: ModuleType | None
 try:
-    from pipeline.embedding import openvino_runner
+    from shard_embedder.pipeline.embedding import openvino_runner
 except ImportError:  # it has no wheel for this machine
     openvino_runner = None
 
@@ -92,7 +92,7 @@ def choose_engine(
             precision = trial.precision(graph, candidates, fp32)
             return Engine(f"openvino {version('openvino')}", precision, graph, trial.doubt(candidates))
     # torch takes seconds to import: whoever only asks for help shall not wait for it.
-    from pipeline.embedding.torch_runner import SharedWeights  # noqa: PLC0415
+    from shard_embedder.pipeline.embedding.torch_runner import SharedWeights  # noqa: PLC0415
 
     weights = SharedWeights.of(job.weights)
     name = f"torch {job.fingerprint.versions['torch']}{', compiled' if job.config.compile else ''}"
@@ -122,13 +122,13 @@ def _converted(
         return None, None, "OpenVINO is not installed"
     if job.precision != "auto" and not openvino_runner.computes(job.precision):
         return None, None, f"OpenVINO computes no {job.precision} on this processor"
-    from pipeline.embedding import torch_runner  # noqa: PLC0415  as above
+    from shard_embedder.pipeline.embedding import torch_runner  # noqa: PLC0415  as above
 
     backbone, crop = job.network.backbone, job.network.preprocess.crop
     network = torch_runner.build_network(job.network, job.weights)
     expected = trial.run(torch_runner.TorchRunner(network, crop, Placement()), _EAGER_EVERY)
     try:
-        from pipeline.embedding.openvino_graph import convert  # noqa: PLC0415  as above
+        from shard_embedder.pipeline.embedding.openvino_graph import convert  # noqa: PLC0415  as above
 
         graph = convert(network, crop)
         every = 1 if candidates and job.precision == "auto" else _EAGER_EVERY

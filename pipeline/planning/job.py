@@ -7,21 +7,26 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from pipeline.backbones import library_of
-from pipeline.backbones.weights_spec import Weights
-from pipeline.core.config import Config
-from pipeline.core.errors import StoredDataError
-from pipeline.core.storage import locate, to_url
-from pipeline.decoding.jpeg_forwarder import require_device_resize
-from pipeline.decoding.rules import DecodingRules
-from pipeline.embedding.network import Network
-from pipeline.output.fingerprint import Fingerprint, check_against_output, make_fingerprint, read_fingerprint
-from pipeline.output.ledger import list_parts
-from pipeline.output.names import EMBEDDINGS, RUN_FILE
-from pipeline.output.parts import read_facts
-from pipeline.output.settings import OutputSettings
-from pipeline.shards.find import Refused, Shard, find_shards
-from pipeline.shards.samples import bound_part_rows
+from shard_embedder.pipeline.backbones import library_of
+from shard_embedder.pipeline.backbones.weights_spec import Weights
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import StoredDataError
+from shard_embedder.pipeline.core.storage import locate, to_url
+from shard_embedder.pipeline.decoding.jpeg_forwarder import require_device_resize
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.embedding.network import Network
+from shard_embedder.pipeline.output.fingerprint import (
+    Fingerprint,
+    check_against_output,
+    make_fingerprint,
+    read_fingerprint,
+)
+from shard_embedder.pipeline.output.ledger import list_parts
+from shard_embedder.pipeline.output.names import EMBEDDINGS, RUN_FILE
+from shard_embedder.pipeline.output.parts import read_facts
+from shard_embedder.pipeline.output.settings import OutputSettings
+from shard_embedder.pipeline.shards.find import Refused, Shard, find_shards
+from shard_embedder.pipeline.shards.samples import bound_part_rows
 
 # Of an output without run.json, so many parts at most are asked for what made them.
 _MAX_PARTS_ASKED = 100

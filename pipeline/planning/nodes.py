@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import ray
 
-from pipeline.core.errors import ClusterError
-from pipeline.core.formatting import format_duration
+from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.core.formatting import format_duration
 
 # How often somebody is told of a wait that goes on.
 SAY_EVERY_S = 60.0

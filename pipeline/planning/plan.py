@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from pipeline.core.errors import InputError
-from pipeline.core.retries import LIMITS, StoreLimits
-from pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
-from pipeline.core.storage import without_gc
-from pipeline.output.ledger import list_parts
-from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
-from pipeline.planning.job import Job
-from pipeline.shards.find import Pending, Shard
+from shard_embedder.pipeline.core.errors import InputError
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
+from shard_embedder.pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
+from shard_embedder.pipeline.core.storage import without_gc
+from shard_embedder.pipeline.output.ledger import list_parts
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.shards.find import Pending, Shard
 
 # A part's number and end as one integer: number * 3 + position of the end here.
 _ENDS = (END_NONE, END_LAST, END_BROKEN)

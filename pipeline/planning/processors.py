@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.core.errors import ClusterError
-from pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
 
 # For a worker to start on each node.
 _ANSWER_S = 120.0
@@ -29,7 +29,7 @@ class Processor:
 def look_at_processor() -> Processor:
     """That of this machine."""
     try:
-        from pipeline.embedding.openvino_runner import computes  # noqa: PLC0415  it has no wheel for each machine
+        from shard_embedder.pipeline.embedding.openvino_runner import computes  # noqa: PLC0415  it has no wheel for each machine
     except ImportError:
         return Processor(gethostname(), cpu_has_bf16(), ())
     return Processor(

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import ray
 from ray.util import placement_group, remove_placement_group
 
-from pipeline.core.config import Config
-from pipeline.core.errors import ClusterError
-from pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
-from pipeline.embedding.network import Placement
-from pipeline.planning.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
+from shard_embedder.pipeline.embedding.network import Placement
+from shard_embedder.pipeline.planning.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
 
 # Cores that one CPU actor uses; more actors scale better than more threads.
 _CORES_PER_ACTOR = 16

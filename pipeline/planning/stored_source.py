@@ -7,8 +7,8 @@ from typing import Any
 
 import ray
 
-from pipeline.embedding.embedder import Runner, Source
-from pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.embedder import Runner, Source
+from shard_embedder.pipeline.embedding.network import Network, Placement
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core.errors import OtherSettingsError, OutputError, SettingsError
-from pipeline.core.formatting import format_count
-from pipeline.core.progress import Progress, no_progress
-from pipeline.output.stored import Output, StoredPart, list_stored, open_output, unfinished, with_facts
-from pipeline.retrieval.folder import local_folder, lock_folder, remove_old_data
-from pipeline.retrieval.index import (
+from shard_embedder.pipeline.core.errors import OtherSettingsError, OutputError, SettingsError
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.progress import Progress, no_progress
+from shard_embedder.pipeline.output.stored import Output, StoredPart, list_stored, open_output, unfinished, with_facts
+from shard_embedder.pipeline.retrieval.folder import local_folder, lock_folder, remove_old_data
+from shard_embedder.pipeline.retrieval.index import (
     DATA_NAME,
     PARTS_FILE,
     IndexFacts,
@@ -23,8 +23,8 @@ from pipeline.retrieval.index import (
     read_index_facts,
     read_parts,
 )
-from pipeline.retrieval.kinds import KINDS, METRICS, choose_kind, load_faiss, num_lists
-from pipeline.retrieval.write import write_data
+from shard_embedder.pipeline.retrieval.kinds import KINDS, METRICS, choose_kind, load_faiss, num_lists
+from shard_embedder.pipeline.retrieval.write import write_data
 
 DEFAULT_MEMORY_BYTES = 4 * 2**30
 # An ivf index gets new lists when it has this many times the rows that they were made for.

@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import OutputError, SettingsError
-from pipeline.core.progress import Progress, no_progress
-from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
-from pipeline.output.names import Place
-from pipeline.output.stored import Output, list_stored, open_output, stream, unit, with_facts
-from pipeline.retrieval.compare import (
+from shard_embedder.pipeline.core.errors import OutputError, SettingsError
+from shard_embedder.pipeline.core.progress import Progress, no_progress
+from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.output.names import Place
+from shard_embedder.pipeline.output.stored import Output, list_stored, open_output, stream, unit, with_facts
+from shard_embedder.pipeline.retrieval.compare import (
     BLOCK_ROWS,
     MAX_PAIRS,
     Pairs,
@@ -36,9 +36,9 @@ from pipeline.retrieval.compare import (
     connect_all,
     connect_nearest,
 )
-from pipeline.retrieval.group_files import GroupCounts, GroupFiles, shards_to_measure, write_groups
-from pipeline.retrieval.index import Index, Neighbour, read_parts
-from pipeline.retrieval.whole_files import name_in_errors, write_whole
+from shard_embedder.pipeline.retrieval.group_files import GroupCounts, GroupFiles, shards_to_measure, write_groups
+from shard_embedder.pipeline.retrieval.index import Index, Neighbour, read_parts
+from shard_embedder.pipeline.retrieval.whole_files import name_in_errors, write_whole
 
 PAIRS_SCHEMA = pa.schema(
     [

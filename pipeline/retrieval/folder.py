@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core.errors import OutputBusyError, OutputError, SettingsError
-from pipeline.core.storage import TEMPORARY_FOLDER, clear_temporary
-from pipeline.retrieval.index import (
+from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, SettingsError
+from shard_embedder.pipeline.core.storage import TEMPORARY_FOLDER, clear_temporary
+from shard_embedder.pipeline.retrieval.index import (
     INDEX_FILE,
     LISTS_FILE,
     PARTS_FILE,

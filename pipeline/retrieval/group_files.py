@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import SettingsError, ShardError
-from pipeline.core.progress import Progress
-from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
-from pipeline.output.names import version_tag
-from pipeline.output.stored import Output, list_stored
-from pipeline.retrieval.groups import Components, Groups, Rows, choose_kept
-from pipeline.retrieval.whole_files import write_whole
-from pipeline.shards.find import Shard, find_shards, shards_below
-from pipeline.shards.peek import image_sizes
+from shard_embedder.pipeline.core.errors import SettingsError, ShardError
+from shard_embedder.pipeline.core.progress import Progress
+from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.output.names import version_tag
+from shard_embedder.pipeline.output.stored import Output, list_stored
+from shard_embedder.pipeline.retrieval.groups import Components, Groups, Rows, choose_kept
+from shard_embedder.pipeline.retrieval.whole_files import write_whole
+from shard_embedder.pipeline.shards.find import Shard, find_shards, shards_below
+from shard_embedder.pipeline.shards.peek import image_sizes
 
 KEEP_ONE = ("first", "largest")
 GROUPS_SCHEMA = pa.schema(

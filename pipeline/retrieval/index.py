@@ -27,11 +27,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.errors import OutputError, SettingsError, StoredDataError
-from pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
-from pipeline.output.fingerprint import Fingerprint
-from pipeline.output.stored import StoredPart
-from pipeline.retrieval.kinds import BUILD_AGAIN, KINDS, METRICS, Vectors, prepare_vectors, read_index, search_rows
+from shard_embedder.pipeline.core.errors import OutputError, SettingsError, StoredDataError
+from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.output.fingerprint import Fingerprint
+from shard_embedder.pipeline.output.stored import StoredPart
+from shard_embedder.pipeline.retrieval.kinds import (
+    BUILD_AGAIN,
+    KINDS,
+    METRICS,
+    Vectors,
+    prepare_vectors,
+    read_index,
+    search_rows,
+)
 
 INDEX_FILE = "index.json"
 VECTORS_FILE = "vectors.faiss"

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.errors import SettingsError, StoredDataError
-from pipeline.output.stored import unit
+from shard_embedder.pipeline.core.errors import SettingsError, StoredDataError
+from shard_embedder.pipeline.output.stored import unit
 
 KINDS = ("flat", "hnsw", "ivf")
 METRICS = ("cosine", "ip", "l2")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.retrieval.kinds import Vectors, iterate_rows, load_faiss, search_rows, search_widths
+from shard_embedder.pipeline.retrieval.kinds import Vectors, iterate_rows, load_faiss, search_rows, search_widths
 
 NEAREST = 10
 NUM_QUERIES = 100

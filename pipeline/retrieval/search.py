@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.embedding.queries import BATCH_SIZE, Query, QueryEmbedder
-from pipeline.retrieval.index import Index, Neighbour
+from shard_embedder.pipeline.embedding.queries import BATCH_SIZE, Query, QueryEmbedder
+from shard_embedder.pipeline.retrieval.index import Index, Neighbour
 
 
 class Hit(NamedTuple):

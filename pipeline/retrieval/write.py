@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.progress import Progress
-from pipeline.core.storage import write_bytes
-from pipeline.output.stored import Output, StoredPart, stream
-from pipeline.retrieval.folder import PIECE_FILE, PIECE_NAME
-from pipeline.retrieval.index import (
+from shard_embedder.pipeline.core.progress import Progress
+from shard_embedder.pipeline.core.storage import write_bytes
+from shard_embedder.pipeline.output.stored import Output, StoredPart, stream
+from shard_embedder.pipeline.retrieval.folder import PIECE_FILE, PIECE_NAME
+from shard_embedder.pipeline.retrieval.index import (
     INDEX_FILE,
     LISTS_FILE,
     PARTS_FILE,
@@ -29,7 +29,7 @@ from pipeline.retrieval.index import (
     IndexFacts,
     sha256_of,
 )
-from pipeline.retrieval.kinds import (
+from shard_embedder.pipeline.retrieval.kinds import (
     IVF_TRAIN_ROWS,
     Vectors,
     add_rows,
@@ -40,7 +40,7 @@ from pipeline.retrieval.kinds import (
     read_index,
     write_index,
 )
-from pipeline.retrieval.recall import measure_recall
+from shard_embedder.pipeline.retrieval.recall import measure_recall
 
 # Parts that the rows to train lists are drawn from: enough to see all of a sorted output.
 _TRAIN_PARTS = 256

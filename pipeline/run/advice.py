@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.core.config import Config
-from pipeline.core.formatting import format_count
-from pipeline.core.schema import MEMBERS_APART, NO_IMAGE
-from pipeline.output.ledger import Counts
-from pipeline.planning.job import Job
-from pipeline.run.tally import Tally
-from pipeline.shards.keys import FIRST_DOT
-from pipeline.shards.left_out import archives_among, format_left_out
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.schema import MEMBERS_APART, NO_IMAGE
+from shard_embedder.pipeline.output.ledger import Counts
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.shards.keys import FIRST_DOT
+from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out
 
 
 def make_warnings(job: Job, counts: Counts, tally: Tally) -> list[str]:

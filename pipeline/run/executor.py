@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from pipeline.core.errors import PipelineError
-from pipeline.embedding.embedder import Source
-from pipeline.planning.job import Job
-from pipeline.planning.nodes import DeviceTime
-from pipeline.planning.resources import Resources
-from pipeline.shards.find import Pending
+from shard_embedder.pipeline.core.errors import PipelineError
+from shard_embedder.pipeline.embedding.embedder import Source
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.planning.nodes import DeviceTime
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.shards.find import Pending
 
 Say = Callable[[str], object]
 

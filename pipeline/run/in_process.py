@@ -8,16 +8,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.redact import describe
-from pipeline.core.schema import STAGE_EMBED
-from pipeline.flow import Stages
-from pipeline.planning.cpu import cpu_has_bf16
-from pipeline.planning.engine import Choose, choose_engine
-from pipeline.planning.job import Job
-from pipeline.planning.nodes import DeviceTime, Request
-from pipeline.planning.resources import Resources
-from pipeline.run.executor import PassError, Prepared, Say
-from pipeline.shards.find import Pending
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.schema import STAGE_EMBED
+from shard_embedder.pipeline.flow import Stages
+from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.planning.engine import Choose, choose_engine
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.planning.nodes import DeviceTime, Request
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.run.executor import PassError, Prepared, Say
+from shard_embedder.pipeline.shards.find import Pending
 
 
 class InProcess:

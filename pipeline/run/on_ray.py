@@ -11,17 +11,17 @@ import ray
 from ray.data import Dataset
 from ray.data.exceptions import ExecutionTimeoutError
 
-from pipeline.core.redact import redact
-from pipeline.flow import make_flow
-from pipeline.planning.batch_size import choose_batch_size
-from pipeline.planning.engine import Choose, choose_engine
-from pipeline.planning.job import Job
-from pipeline.planning.nodes import DeviceTime, NodeWatch, StallWatch, alive_nodes
-from pipeline.planning.processors import fast_precisions, processors_of, without_openvino
-from pipeline.planning.resources import plan_resources
-from pipeline.planning.stored_source import StoredSource
-from pipeline.run.executor import PassError, Prepared, Say
-from pipeline.shards.find import Pending
+from shard_embedder.pipeline.core.redact import redact
+from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.planning.batch_size import choose_batch_size
+from shard_embedder.pipeline.planning.engine import Choose, choose_engine
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.planning.nodes import DeviceTime, NodeWatch, StallWatch, alive_nodes
+from shard_embedder.pipeline.planning.processors import fast_precisions, processors_of, without_openvino
+from shard_embedder.pipeline.planning.resources import plan_resources
+from shard_embedder.pipeline.planning.stored_source import StoredSource
+from shard_embedder.pipeline.run.executor import PassError, Prepared, Say
+from shard_embedder.pipeline.shards.find import Pending
 
 # Spot machines may stay away for many minutes.
 _NODE_WAIT_S = 1800

@@ -9,19 +9,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core.errors import ClusterError, SettingsError
-from pipeline.core.formatting import format_count, one_line
-from pipeline.core.redact import describe
-from pipeline.core.storage import clear_temporary, delete
-from pipeline.output.fingerprint import write_fingerprint
-from pipeline.output.ledger import Counts, count
-from pipeline.planning.job import Job
-from pipeline.planning.plan import Plan, make_plan
-from pipeline.planning.resources import Resources
-from pipeline.run.executor import Executor, PassError
-from pipeline.run.report import last_counts, make_report, mark_counted, mark_uncounted, tells_of_work, write_report
-from pipeline.run.tally import Tally
-from pipeline.shards.find import Pending, Shard, find_shards
+from shard_embedder.pipeline.core.errors import ClusterError, SettingsError
+from shard_embedder.pipeline.core.formatting import format_count, one_line
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.storage import clear_temporary, delete
+from shard_embedder.pipeline.output.fingerprint import write_fingerprint
+from shard_embedder.pipeline.output.ledger import Counts, count
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.planning.plan import Plan, make_plan
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.run.executor import Executor, PassError
+from shard_embedder.pipeline.run.report import (
+    last_counts,
+    make_report,
+    mark_counted,
+    mark_uncounted,
+    tells_of_work,
+    write_report,
+)
+from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.shards.find import Pending, Shard, find_shards
 
 # How an error says that there is no space, and will be none in the next pass either.
 _FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))

@@ -7,18 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipeline.core.schema import STAGES
-from pipeline.core.storage import delete, join, read_bytes, write_bytes
-from pipeline.output.ledger import Counts
-from pipeline.output.names import REPORT_FILE, UNCOUNTED_FILE
-from pipeline.planning.job import Job
-from pipeline.planning.plan import Plan
-from pipeline.planning.resources import Resources
-from pipeline.run.advice import make_warnings
-from pipeline.run.tally import Tally, slowest_stage
-from pipeline.shards.find import Pending, Shard
-from pipeline.shards.keys import Naming
-from pipeline.shards.peek import mean_sample_bytes
+from shard_embedder.pipeline.core.schema import STAGES
+from shard_embedder.pipeline.core.storage import delete, join, read_bytes, write_bytes
+from shard_embedder.pipeline.output.ledger import Counts
+from shard_embedder.pipeline.output.names import REPORT_FILE, UNCOUNTED_FILE
+from shard_embedder.pipeline.planning.job import Job
+from shard_embedder.pipeline.planning.plan import Plan
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.run.advice import make_warnings
+from shard_embedder.pipeline.run.tally import Tally, slowest_stage
+from shard_embedder.pipeline.shards.find import Pending, Shard
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.shards.peek import mean_sample_bytes
 
 MAX_LISTED = 100
 _TOO_MANY = 10**18

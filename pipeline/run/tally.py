@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.core.schema import END_BROKEN, END_LAST, STAGE_EMBED, STAGES
-from pipeline.planning.nodes import DeviceTime
-from pipeline.planning.resources import Resources
-from pipeline.run.timeline import Timeline
+from shard_embedder.pipeline.core.schema import END_BROKEN, END_LAST, STAGE_EMBED, STAGES
+from shard_embedder.pipeline.planning.nodes import DeviceTime
+from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.run.timeline import Timeline
 
 
 @dataclass

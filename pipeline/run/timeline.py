@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.core.schema import STAGES
+from shard_embedder.pipeline.core.schema import STAGES
 
 MAX_STEPS = 240
 _FIRST_STEP_S = 0.5

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline.core.config import Field
-from pipeline.core.errors import SampleError
-from pipeline.shards.grouping import Sample, brief
-from pipeline.shards.tars import Member
+from shard_embedder.pipeline.core.config import Field
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.shards.grouping import Sample, brief
+from shard_embedder.pipeline.shards.tars import Member
 
 MAX_METADATA_BYTES = 16 * 2**20
 _INT64 = range(-(2**63), 2**63)

@@ -17,11 +17,11 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import InputError, SettingsError, StoreError
-from pipeline.core.formatting import format_count
-from pipeline.core.redact import REFUSAL, describe, has_secret
-from pipeline.core.retries import LIMITS, StoreLimits, with_retries
-from pipeline.core.storage import (
+from shard_embedder.pipeline.core.errors import InputError, SettingsError, StoreError
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.redact import REFUSAL, describe, has_secret
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits, with_retries
+from shard_embedder.pipeline.core.storage import (
     UNKNOWN_SIZE,
     FileInfo,
     is_http,
@@ -32,8 +32,15 @@ from pipeline.core.storage import (
     to_url,
     without_gc,
 )
-from pipeline.shards.keys import printable
-from pipeline.shards.left_out import SUFFIX, add_left_out, archives_among, format_left_out, is_hidden, is_tar
+from shard_embedder.pipeline.shards.keys import printable
+from shard_embedder.pipeline.shards.left_out import (
+    SUFFIX,
+    add_left_out,
+    archives_among,
+    format_left_out,
+    is_hidden,
+    is_tar,
+)
 
 
 class Pending(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.core.errors import ShardError
-from pipeline.shards.keys import IMAGE_EXTENSIONS, Naming, image_rank, split_key, tells_of_shard
+from shard_embedder.pipeline.core.errors import ShardError
+from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, Naming, image_rank, split_key, tells_of_shard
 
 # Members of one sample; what it may keep in memory has a bound, whatever a shard says.
 MAX_SAMPLE_MEMBERS = 10_000

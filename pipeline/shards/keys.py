@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.core.config import KEYS
+from shard_embedder.pipeline.core.config import KEYS
 
 FIRST_DOT = KEYS[0]
 # Which member is the image where a sample has several: the first in this order, then the first in the

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from webdataset import ShardWriter
 
-from pipeline.core.errors import InputError, OutputError, SettingsError
-from pipeline.core.formatting import format_count
-from pipeline.core.progress import Progress, no_progress
-from pipeline.shards.keys import IMAGE_EXTENSIONS, printable, split_key
-from pipeline.shards.left_out import SUFFIX
+from shard_embedder.pipeline.core.errors import InputError, OutputError, SettingsError
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.progress import Progress, no_progress
+from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, printable, split_key
+from shard_embedder.pipeline.shards.left_out import SUFFIX
 
 # No `.tar` at its end, so that nothing below it can be taken for a shard.
 _TEMPORARY_PREFIX = ".packing-"

@@ -17,13 +17,13 @@ from typing import BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.core.errors import ShardError
-from pipeline.core.storage import locate
-from pipeline.shards.find import Shard
-from pipeline.shards.grouping import Sample, brief, iter_samples
-from pipeline.shards.keys import Naming
-from pipeline.shards.stream import ShardStream
-from pipeline.shards.tars import (
+from shard_embedder.pipeline.core.errors import ShardError
+from shard_embedder.pipeline.core.storage import locate
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.grouping import Sample, brief, iter_samples
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.shards.stream import ShardStream
+from shard_embedder.pipeline.shards.tars import (
     BLOCK,
     LONG_TYPES,
     MAX_EXTENSION_BYTES,

@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.config import Config, Field
-from pipeline.core.errors import SampleError, ShardChangedError, ShardError
-from pipeline.core.schema import (
+from shard_embedder.pipeline.core.config import Config, Field
+from shard_embedder.pipeline.core.errors import SampleError, ShardChangedError, ShardError
+from shard_embedder.pipeline.core.schema import (
     END_BROKEN,
     END_LAST,
     END_NONE,
@@ -32,12 +32,12 @@ from pipeline.core.schema import (
     part_row,
     sample_type,
 )
-from pipeline.shards.fields import find_user_id, kept_field, why_lost
-from pipeline.shards.find import Pending
-from pipeline.shards.grouping import Ignored, Sample, brief, iter_samples
-from pipeline.shards.keys import Naming, image_rank, printable, split_key
-from pipeline.shards.stream import ShardStream
-from pipeline.shards.tars import Member, iter_members
+from shard_embedder.pipeline.shards.fields import find_user_id, kept_field, why_lost
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.grouping import Ignored, Sample, brief, iter_samples
+from shard_embedder.pipeline.shards.keys import Naming, image_rank, printable, split_key
+from shard_embedder.pipeline.shards.stream import ShardStream
+from shard_embedder.pipeline.shards.tars import Member, iter_members
 
 # A part ends early, by content alone, where its images and texts would take more memory than this.
 MAX_PART_BYTES = 512 * 2**20

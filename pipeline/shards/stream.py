@@ -5,11 +5,11 @@ from __future__ import annotations
 from concurrent.futures import Future
 from functools import partial
 
-from pipeline.core.errors import ShardChangedError, ShardError, StoreError
-from pipeline.core.redact import describe
-from pipeline.core.retries import LIMITS, StoreLimits, with_retries
-from pipeline.core.storage import FileInfo, ShortReadError, locate, read_range, stat
-from pipeline.core.threads import begin
+from shard_embedder.pipeline.core.errors import ShardChangedError, ShardError, StoreError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits, with_retries
+from shard_embedder.pipeline.core.storage import FileInfo, ShortReadError, locate, read_range, stat
+from shard_embedder.pipeline.core.threads import begin
 
 
 class ShardStream:

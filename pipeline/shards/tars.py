@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipeline.core.errors import ShardError
+from shard_embedder.pipeline.core.errors import ShardError
 
 BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(BLOCK)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from pipeline.core.formatting import one_line
+from shard_embedder.pipeline.core.formatting import one_line
 
 RULES = {
     "no-parts": "an output holds at least one part",

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.config import Field
-from pipeline.core.errors import OutputError, StoredDataError
-from pipeline.core.redact import describe
-from pipeline.core.schema import (
+from shard_embedder.pipeline.core.config import Field
+from shard_embedder.pipeline.core.errors import OutputError, StoredDataError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.schema import (
     EMBEDDING,
     END_BROKEN,
     ERRORS_SCHEMA,
@@ -25,12 +25,12 @@ from pipeline.core.schema import (
     SHARD,
     embeddings_schema,
 )
-from pipeline.core.storage import join, read_bytes
-from pipeline.output.fingerprint import Fingerprint, read_fingerprint
-from pipeline.output.names import EMBEDDINGS, ERRORS, RUN_FILE, PartName, version_tag
-from pipeline.output.parts import content_sha256, fingerprint_of, vectors
-from pipeline.shards.keys import Naming
-from pipeline.verify.findings import Finding, first_few
+from shard_embedder.pipeline.core.storage import join, read_bytes
+from shard_embedder.pipeline.output.fingerprint import Fingerprint, read_fingerprint
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, RUN_FILE, PartName, version_tag
+from shard_embedder.pipeline.output.parts import content_sha256, fingerprint_of, vectors
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.verify.findings import Finding, first_few
 
 PIECE_BYTES = 32 * 2**20
 _LENGTH_TOLERANCE = {"float32": 1e-4, "float16": 2e-3}

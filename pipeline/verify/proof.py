@@ -12,19 +12,19 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.core.errors import StoreError
-from pipeline.core.formatting import format_count, one_line
-from pipeline.core.progress import Progress, no_progress
-from pipeline.core.redact import describe
-from pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
-from pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
-from pipeline.shards.find import Shard, find_shards
-from pipeline.shards.left_out import archives_among, format_left_out
-from pipeline.verify.findings import Verdict
-from pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
-from pipeline.verify.recompute import Recompute, ShardPart, build_reference, draw_rows, recompute_rows
-from pipeline.verify.shards import ShardVersion, check_shard_version, compare_with_tar
-from pipeline.verify.tars import Tar, read_tar
+from shard_embedder.pipeline.core.errors import StoreError
+from shard_embedder.pipeline.core.formatting import format_count, one_line
+from shard_embedder.pipeline.core.progress import Progress, no_progress
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
+from shard_embedder.pipeline.shards.find import Shard, find_shards
+from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out
+from shard_embedder.pipeline.verify.findings import Verdict
+from shard_embedder.pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
+from shard_embedder.pipeline.verify.recompute import Recompute, ShardPart, build_reference, draw_rows, recompute_rows
+from shard_embedder.pipeline.verify.shards import ShardVersion, check_shard_version, compare_with_tar
+from shard_embedder.pipeline.verify.tars import Tar, read_tar
 
 THREADS = 8
 _EXPECTED_FILES = (RUN_FILE, ".uncounted", "report.json", "report.html")

@@ -15,23 +15,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipeline.backbones import build_backbone
-from pipeline.core.config import DECODES
-from pipeline.core.errors import SampleError, SettingsError, ShardError
-from pipeline.core.progress import Progress
-from pipeline.core.redact import describe
-from pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX
-from pipeline.core.storage import join, read_bytes
-from pipeline.decoding.decoder import Decoder
-from pipeline.embedding.recipe import recipe_of
-from pipeline.output.fingerprint import Fingerprint
-from pipeline.output.names import EMBEDDINGS, PartName
-from pipeline.output.parts import vectors
-from pipeline.shards.find import Shard
-from pipeline.shards.keys import Naming
-from pipeline.shards.peek import images
-from pipeline.verify.findings import Verdict, first_few
-from pipeline.verify.parts import PIECE_BYTES
+from shard_embedder.pipeline.backbones import build_backbone
+from shard_embedder.pipeline.core.config import DECODES
+from shard_embedder.pipeline.core.errors import SampleError, SettingsError, ShardError
+from shard_embedder.pipeline.core.progress import Progress
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX
+from shard_embedder.pipeline.core.storage import join, read_bytes
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.embedding.recipe import recipe_of
+from shard_embedder.pipeline.output.fingerprint import Fingerprint
+from shard_embedder.pipeline.output.names import EMBEDDINGS, PartName
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.shards.peek import images
+from shard_embedder.pipeline.verify.findings import Verdict, first_few
+from shard_embedder.pipeline.verify.parts import PIECE_BYTES
 
 RECOMPUTE_IMAGES = 8
 # Least cosine of a stored embedding with the one computed again in fp32.

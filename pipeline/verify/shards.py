@@ -8,16 +8,16 @@ from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
-from pipeline.core.errors import ShardError
-from pipeline.core.formatting import format_count
-from pipeline.core.schema import END_BROKEN, END_NONE
-from pipeline.output.names import EMBEDDINGS, ERRORS, PartName
-from pipeline.shards.find import Shard
-from pipeline.shards.keys import Naming
-from pipeline.shards.peek import is_one_image
-from pipeline.verify.findings import Verdict, first_few
-from pipeline.verify.parts import CheckedPart
-from pipeline.verify.tars import Tar
+from shard_embedder.pipeline.core.errors import ShardError
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.schema import END_BROKEN, END_NONE
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.shards.peek import is_one_image
+from shard_embedder.pipeline.verify.findings import Verdict, first_few
+from shard_embedder.pipeline.verify.parts import CheckedPart
+from shard_embedder.pipeline.verify.tars import Tar
 
 # Fewer equal embeddings may well be of one image.
 _ALIKE_AT_LEAST = 5

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from pipeline.core.config import Field
-from pipeline.core.errors import SampleError, ShardError
-from pipeline.core.redact import describe
-from pipeline.shards.fields import MAX_METADATA_BYTES, literal
-from pipeline.shards.find import Shard
-from pipeline.shards.grouping import Sample
-from pipeline.shards.keys import Naming, printable
-from pipeline.shards.peek import Entry, TarReader, open_tar
+from shard_embedder.pipeline.core.config import Field
+from shard_embedder.pipeline.core.errors import SampleError, ShardError
+from shard_embedder.pipeline.core.redact import describe
+from shard_embedder.pipeline.shards.fields import MAX_METADATA_BYTES, literal
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.grouping import Sample
+from shard_embedder.pipeline.shards.keys import Naming, printable
+from shard_embedder.pipeline.shards.peek import Entry, TarReader, open_tar
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from pipeline.backbones import build_backbone, library_of, load_weights
-from pipeline.backbones.torchvision_models import (
+from shard_embedder.pipeline.backbones import build_backbone, library_of, load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import (
     ALIASES,
     BACKBONES,
     find,
@@ -23,8 +23,8 @@ from pipeline.backbones.torchvision_models import (
     preprocess_for,
     versions,
 )
-from pipeline.backbones.weights import Weights
-from pipeline.core.errors import BackboneError, WeightsError
+from shard_embedder.pipeline.backbones.weights import Weights
+from shard_embedder.pipeline.core.errors import BackboneError, WeightsError
 
 # The table of docs/backbones.md: name, second name, C, side of the feature map at 224.
 TABLE = [

@@ -13,9 +13,9 @@ from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FeaturePyramidNetwork
 
-from pipeline.backbones import build_backbone, library_of, list_backbones
-from pipeline.backbones.weights import Weights
-from pipeline.core.errors import BackboneError
+from shard_embedder.pipeline.backbones import build_backbone, library_of, list_backbones
+from shard_embedder.pipeline.backbones.weights import Weights
+from shard_embedder.pipeline.core.errors import BackboneError
 from tests.backbones.test_backbones import images, torchvision_model, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,25 +21,25 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save as save_safetensors
 
-from pipeline import backbones
-from pipeline.backbones import build_backbone, library_of, load_weights
-from pipeline.backbones.weights import Weights
-from pipeline.core.errors import BackboneError, WeightsError
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.resize import resize_crop
-from pipeline.embedding.network import Network
-from pipeline.embedding.queries import QueryEmbedder
-from pipeline.embedding.torch_runner import build_network
-from pipeline.output.fingerprint import read_fingerprint
-from pipeline.verify.proof import verify
-from pipeline.verify.recompute import Recompute
+from shard_embedder.pipeline import backbones
+from shard_embedder.pipeline.backbones import build_backbone, library_of, load_weights
+from shard_embedder.pipeline.backbones.weights import Weights
+from shard_embedder.pipeline.core.errors import BackboneError, WeightsError
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.resize import resize_crop
+from shard_embedder.pipeline.embedding.network import Network
+from shard_embedder.pipeline.embedding.queries import QueryEmbedder
+from shard_embedder.pipeline.embedding.torch_runner import build_network
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint
+from shard_embedder.pipeline.verify.proof import verify
+from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import ROOT, encode, photo, write_shards
 from tests.embedding.test_parity import CENTRED, ENGINES, assert_parity, assorted, cosine, ours, source
 from tests.outputs import embed
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 
-from pipeline.backbones.timm_models import find, output_shape, preprocess_for, versions  # noqa: E402  needs timm
+from shard_embedder.pipeline.backbones.timm_models import find, output_shape, preprocess_for, versions  # noqa: E402  needs timm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -337,7 +337,7 @@ def test_without_timm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.delitem(sys.modules, "pipeline.backbones.timm_models")
+    monkeypatch.delitem(sys.modules, "shard_embedder.pipeline.backbones.timm_models")
     monkeypatch.delattr(backbones, "timm_models")
     assert library_of("resnet18").find("resnet18") == "resnet18"
     for call in (library_of, build_backbone, lambda name: load_weights(name, "random")):
@@ -392,8 +392,8 @@ def hub() -> Iterator[Any]:
 
 LOAD = """
 import json, sys
-from pipeline.backbones import load_weights
-from pipeline.core.errors import WeightsError
+from shard_embedder.pipeline.backbones import load_weights
+from shard_embedder.pipeline.core.errors import WeightsError
 told = []
 for name, spec in json.loads(sys.argv[1]):
     try:

@@ -24,11 +24,11 @@ from torch import nn
 from torchvision import models
 from torchvision.models._api import BUILTIN_MODELS
 
-from pipeline.backbones import build_backbone, load_weights
-from pipeline.backbones.torchvision_models import BACKBONES, Entry, preprocess_for
-from pipeline.backbones.weights import HASH_IN_NAME, StateDict, published, state_sha256
-from pipeline.core.errors import SettingsError, WeightsError
-from pipeline.core.storage import locate
+from shard_embedder.pipeline.backbones import build_backbone, load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import BACKBONES, Entry, preprocess_for
+from shard_embedder.pipeline.backbones.weights import HASH_IN_NAME, StateDict, published, state_sha256
+from shard_embedder.pipeline.core.errors import SettingsError, WeightsError
+from shard_embedder.pipeline.core.storage import locate
 from tests.conftest import ROOT
 
 NAME = "squeezenet1_1"  # small: 5 MB
@@ -465,7 +465,7 @@ def test_a_header_that_claims_terabytes_is_refused(tmp_path: Path) -> None:
 
 def test_whoever_only_names_weights_does_not_wait_for_torch() -> None:
     script = (
-        "import sys, pipeline.backbones, pipeline.backbones.weights_spec; "
+        "import sys, shard_embedder.pipeline.backbones, shard_embedder.pipeline.backbones.weights_spec; "
         "print(sorted({'torch', 'torchvision', 'timm'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

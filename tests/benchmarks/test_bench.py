@@ -17,12 +17,12 @@ from benchmarks import bench
 from benchmarks import runs as bench_runs
 from benchmarks.runs import BenchError, Settings, Window, steady
 from benchmarks.shards import PHOTO_BYTES, PHOTO_SIZE, photo_shards, tiny_shards
-from pipeline.core.config import Config
-from pipeline.core.errors import InputError
-from pipeline.core.schema import IMAGE, IMAGE_ID, part_rows
-from pipeline.planning.plan import make_plan
-from pipeline.shards.find import find_shards
-from pipeline.shards.samples import SampleReader
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import InputError
+from shard_embedder.pipeline.core.schema import IMAGE, IMAGE_ID, part_rows
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.shards.find import find_shards
+from shard_embedder.pipeline.shards.samples import SampleReader
 
 
 def images_in(folder: Path) -> dict[str, bytes]:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.config import Config, Field, parse, parse_pair
-from pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.config import Config, Field, parse, parse_pair
+from shard_embedder.pipeline.core.errors import SettingsError
 
 GIVEN = {"input": ["s3://bkt/in"], "output": "s3://bkt/out"}
 

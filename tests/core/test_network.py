@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import retries, storage
-from pipeline.core.errors import InputError, ShardChangedError, ShardError, StoreError
-from pipeline.core.retries import StoreLimits
-from pipeline.core.storage import delete, list_files, locate, read_bytes, write_bytes
-from pipeline.output.fingerprint import read_fingerprint
-from pipeline.output.ledger import list_parts
-from pipeline.output.parts import read_facts
-from pipeline.planning.plan import make_plan
-from pipeline.shards.find import Shard, find_shards
-from pipeline.shards.stream import ShardStream
+from shard_embedder.pipeline.core import retries, storage
+from shard_embedder.pipeline.core.errors import InputError, ShardChangedError, ShardError, StoreError
+from shard_embedder.pipeline.core.retries import StoreLimits
+from shard_embedder.pipeline.core.storage import delete, list_files, locate, read_bytes, write_bytes
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint
+from shard_embedder.pipeline.output.ledger import list_parts
+from shard_embedder.pipeline.output.parts import read_facts
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.shards.find import Shard, find_shards
+from shard_embedder.pipeline.shards.stream import ShardStream
 from tests.conftest import S3Server
 from tests.faults.proxy import FaultProxy
 

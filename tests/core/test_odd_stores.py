@@ -12,11 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import storage
-from pipeline.core.errors import InputError, StoreError
-from pipeline.core.retries import StoreLimits
-from pipeline.core.storage import FileInfo, create, delete, list_files, locate, read_bytes, stat, write_bytes
-from pipeline.shards.find import find_shards
+from shard_embedder.pipeline.core import storage
+from shard_embedder.pipeline.core.errors import InputError, StoreError
+from shard_embedder.pipeline.core.retries import StoreLimits
+from shard_embedder.pipeline.core.storage import (
+    FileInfo,
+    create,
+    delete,
+    list_files,
+    locate,
+    read_bytes,
+    stat,
+    write_bytes,
+)
+from shard_embedder.pipeline.shards.find import find_shards
 from tests.conftest import ROOT
 from tests.faults.odd_store import OddStore, Quirks
 
@@ -179,8 +188,8 @@ def test_a_link_that_fails_for_another_reason_is_an_error(tmp_path: Path, monkey
 
 
 _USES_ALL = """
-from pipeline.core.storage import create, delete, read_bytes, write_bytes
-from pipeline.shards.find import find_shards
+from shard_embedder.pipeline.core.storage import create, delete, read_bytes, write_bytes
+from shard_embedder.pipeline.shards.find import find_shards
 write_bytes("s3://bkt/in", "a.tar", b"x")
 assert create("s3://bkt/in", "b.tar", b"x")
 assert [shard.name for shard in find_shards(["s3://bkt/in"]).shards] == ["a", "b"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.redact import describe, has_secret, redact, show
+from shard_embedder.pipeline.core.redact import describe, has_secret, redact, show
 
 SECRET = "wJalrXUtnFEMI"
 CARRIERS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from pipeline.core.schema import (
+from shard_embedder.pipeline.core.schema import (
     ENCODED,
     ERRORS_SCHEMA,
     IMAGE,

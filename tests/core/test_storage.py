@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import verify
-from jobs.support.exit_codes import EXIT_FAILED
-from pipeline.core import storage
-from pipeline.core.errors import SettingsError, ShardChangedError, ShardError, StoreError
-from pipeline.core.retries import LIMITS, StoreLimits, with_retries
-from pipeline.core.storage import (
+from shard_embedder.jobs import verify
+from shard_embedder.jobs.support.exit_codes import EXIT_FAILED
+from shard_embedder.pipeline.core import storage
+from shard_embedder.pipeline.core.errors import SettingsError, ShardChangedError, ShardError, StoreError
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits, with_retries
+from shard_embedder.pipeline.core.storage import (
     FileInfo,
     clear_temporary,
     delete,
@@ -32,7 +32,7 @@ from pipeline.core.storage import (
     to_url,
     write_bytes,
 )
-from pipeline.shards.stream import ShardStream
+from shard_embedder.pipeline.shards.stream import ShardStream
 from tests.conftest import ROOT
 
 SMALL_CHUNKS = StoreLimits(chunk_bytes=100)
@@ -288,10 +288,10 @@ def test_a_file_that_became_a_pipe_is_an_error_and_not_waited_for(tmp_path: Path
 
 _HUNG = """
 import os, sys, threading
-from pipeline.core.errors import ShardError
-from pipeline.core.retries import StoreLimits
-from pipeline.core.storage import locate, stat
-from pipeline.shards.stream import ShardStream
+from shard_embedder.pipeline.core.errors import ShardError
+from shard_embedder.pipeline.core.retries import StoreLimits
+from shard_embedder.pipeline.core.storage import locate, stat
+from shard_embedder.pipeline.shards.stream import ShardStream
 
 limits = StoreLimits(chunk_bytes=10, request_timeout_s=0.2, retry_s=0.2, slowest_bytes_per_s=1000)
 info = stat(*locate(sys.argv[1]), limits)
@@ -368,7 +368,7 @@ def test_clearing_leaves_no_temporary_folder_and_is_no_fault_twice(place: str) -
 
 _WRITER = """
 import sys
-from pipeline.core.storage import write_bytes
+from shard_embedder.pipeline.core.storage import write_bytes
 print("ready", flush=True)
 number = 0
 while True:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.config import Config
-from pipeline.core.errors import SampleError
-from pipeline.decoding import child, jpeg, pillow
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.decoding import child, jpeg, pillow
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import child_pid, encode, peak_memory_mib, photo
 from tests.decoding.test_decode import SMALL, progressive_bomb
 

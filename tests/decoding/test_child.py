@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.core.errors import SampleError
-from pipeline.decoding import child, pillow
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.rules import DecodingRules
-from pipeline.pages.previews import preview
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.decoding import child, pillow
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.pages.previews import preview
 from tests.conftest import ROOT, child_pid, encode, photo, write_tar
 from tests.decoding.test_decode import every_format, with_orientation
 
@@ -71,7 +71,7 @@ def png(seed: int, size: tuple[int, int] = (96, 80)) -> bytes:
 
 def is_running(process: Path) -> bool:
     try:
-        return b"pipeline.decoding.child" in (process / "cmdline").read_bytes()
+        return b"shard_embedder.pipeline.decoding.child" in (process / "cmdline").read_bytes()
     except OSError:
         return False
 
@@ -173,7 +173,7 @@ def test_a_process_that_was_forked_has_a_child_of_its_own() -> None:
 def test_the_child_ends_with_its_parent() -> None:
     script = """
 import os, signal
-from pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.decoder import Decoder
 from tests.decoding.test_child import RULES, child_pid, png
 Decoder(RULES).decode(png(1))
 print(child_pid(), flush=True)

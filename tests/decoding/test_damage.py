@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.config import parse
-from pipeline.core.errors import SampleError
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.rules import DecodingRules
-from pipeline.output.settings import OutputSettings
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.output.settings import OutputSettings
 from tests.conftest import encode, photo
 from tests.decoding.test_decode import SMALL, every_format, pixels, png_chunk, with_orientation
 

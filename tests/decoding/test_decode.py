@@ -26,15 +26,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from pipeline.core.errors import SampleError
-from pipeline.core.schema import IMAGE, PIXELS, REASON, STAGE, image_field, part_row, part_rows, sample_type
-from pipeline.decoding import jpeg, pillow
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.orientation import orientation_of
-from pipeline.decoding.pillow import FORMATS
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.resize import is_height_first, resize_crop
-from pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.core.schema import (
+    IMAGE,
+    PIXELS,
+    REASON,
+    STAGE,
+    image_field,
+    part_row,
+    part_rows,
+    sample_type,
+)
+from shard_embedder.pipeline.decoding import jpeg, pillow
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.orientation import orientation_of
+from shard_embedder.pipeline.decoding.pillow import FORMATS
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.resize import is_height_first, resize_crop
+from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import child_pid, encode, peak_memory_mib, photo
 
 FUZZ_INPUTS = int(os.environ.get("EMBED_FUZZ_INPUTS", "5000"))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.errors import SampleError
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode
 from tests.decoding.test_decode import SMALL
 

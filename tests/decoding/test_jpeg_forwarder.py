@@ -9,18 +9,27 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.core.errors import SampleError, SettingsError
-from pipeline.core.schema import ENCODED, IMAGE, REASON, STAGE, image_field, part_row, part_rows, sample_type
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.jpeg_forwarder import (
+from shard_embedder.pipeline.core.errors import SampleError, SettingsError
+from shard_embedder.pipeline.core.schema import (
+    ENCODED,
+    IMAGE,
+    REASON,
+    STAGE,
+    image_field,
+    part_row,
+    part_rows,
+    sample_type,
+)
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg_forwarder import (
     MAX_DEVICE_PIXELS,
     PIXELS_ALREADY,
     JpegForwarder,
     is_whole,
     require_device_resize,
 )
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, photo
 from tests.decoding.test_decode import SMALL, every_format, with_orientation
 

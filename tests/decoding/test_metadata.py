@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, photo
 from tests.decoding.test_decode import SMALL, pixels, png_chunk, with_orientation
 

@@ -8,16 +8,16 @@ import tomllib
 
 import pytest
 
-from pipeline.core.errors import ClusterError
-from pipeline.decoding.versions import LEAST_PILLOW, require_pillow
+from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.decoding.versions import LEAST_PILLOW, require_pillow
 from tests.conftest import ROOT
 
 # Of a Pillow that is loaded: one that is not would refuse to be.
 _DECODE = """
 import PIL.Image
 PIL.__version__ = "12.3.0"
-from pipeline.core.errors import ClusterError
-from pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.decoding.decoder import Decoder
 from tests.decoding.test_decode import FILES, make_decoder, part
 for decode in (lambda: next(make_decoder()(part([FILES["jpeg"]]))), lambda: make_decoder().decode(FILES["png"])):
     try:

@@ -8,17 +8,17 @@ import simplejpeg
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from pipeline.backbones import library_of, load_weights
-from pipeline.backbones.torchvision_models import preprocess_for
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.torch_runner import build_network
+from shard_embedder.pipeline.backbones import library_of, load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import preprocess_for
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.torch_runner import build_network
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_openvino_graph_still_has_its_tracer_and_its_decoder() -> None:
     """`pipeline.embedding.openvino_graph`: without these a job falls back to eager torch, at half the speed."""
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
-    from pipeline.embedding.openvino_graph import convert
+    from shard_embedder.pipeline.embedding.openvino_graph import convert
 
     with pytest.warns(FutureWarning) as told:
         torch.jit.freeze(torch.jit.trace(torch.nn.ReLU().eval(), torch.zeros(1, 3), check_trace=False))
@@ -40,8 +40,8 @@ def test_torch_export_still_loses_networks_that_the_tracer_takes() -> None:
     """Why `pipeline.embedding.openvino_graph` does not use it; where this fails, it may be time."""
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
     pytest.importorskip("timm", reason="timm is not installed: pip install timm")
-    from pipeline.embedding.openvino_graph import convert
-    from pipeline.embedding.quiet_openvino import ov
+    from shard_embedder.pipeline.embedding.openvino_graph import convert
+    from shard_embedder.pipeline.embedding.quiet_openvino import ov
 
     name, crop = "timm/test_vit", (160, 160)
     preprocess = library_of(name).preprocess_for(name, "random")

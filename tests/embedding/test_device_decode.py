@@ -19,31 +19,31 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.backbones import build_backbone, load_weights
-from pipeline.backbones.torchvision_models import output_shape, preprocess_for
-from pipeline.core.config import parse
-from pipeline.core.errors import SampleError
-from pipeline.core.schema import encoded_field
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY, JpegForwarder
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.decoding.resize import resize_crop as on_cpu
-from pipeline.decoding.rules import DecodingRules
-from pipeline.embedding.device_decode import DeviceDecoder, resize_crop
-from pipeline.embedding.embedder import Embedder
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.queries import QueryEmbedder
-from pipeline.embedding.recipe import recipe_of
-from pipeline.embedding.torch_runner import SharedWeights
-from pipeline.flow import make_flow
-from pipeline.output.fingerprint import read_fingerprint, write_fingerprint
-from pipeline.output.parts import vectors
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.planning.resources import plan_resources
-from pipeline.planning.stored_source import StoredSource
-from pipeline.verify.proof import verify
-from pipeline.verify.recompute import Recompute
+from shard_embedder.pipeline.backbones import build_backbone, load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import output_shape, preprocess_for
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.core.schema import encoded_field
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY, JpegForwarder
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.resize import resize_crop as on_cpu
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder, resize_crop
+from shard_embedder.pipeline.embedding.embedder import Embedder
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.queries import QueryEmbedder
+from shard_embedder.pipeline.embedding.recipe import recipe_of
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
+from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint, write_fingerprint
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.resources import plan_resources
+from shard_embedder.pipeline.planning.stored_source import StoredSource
+from shard_embedder.pipeline.verify.proof import verify
+from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import encode, photo, write_tar
 from tests.decoding.test_decode import every_format, with_orientation
 
@@ -203,7 +203,7 @@ def test_images_are_decoded_in_groups_of_a_bounded_size(monkeypatch: pytest.Monk
         return decode(self, group)
 
     monkeypatch.setattr(DeviceDecoder, "_decode", counted)
-    monkeypatch.setattr("pipeline.embedding.device_decode._GROUP_PIXELS", 2 * 96 * 80)
+    monkeypatch.setattr("shard_embedder.pipeline.embedding.device_decode._GROUP_PIXELS", 2 * 96 * 80)
     assert np.array_equal(on_device(images)[0], whole)
     # The first is what the device is tried with.
     assert sizes == [1, 2, 2, 2, 2, 1]
@@ -248,7 +248,7 @@ def test_a_device_that_decodes_nothing_is_told_of_at_once(monkeypatch: pytest.Mo
     def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("Failed to initialize nvjpeg")
 
-    monkeypatch.setattr("pipeline.embedding.device_decode.decode_jpeg", broken)
+    monkeypatch.setattr("shard_embedder.pipeline.embedding.device_decode.decode_jpeg", broken)
     with pytest.raises(RuntimeError, match="Failed to initialize nvjpeg"):
         DeviceDecoder(decoder(), "cpu")
 
@@ -267,7 +267,7 @@ def test_a_device_that_decodes_nothing_is_told_of_at_once(monkeypatch: pytest.Mo
 def test_what_would_take_much_of_the_device_is_decoded_on_the_cpu(
     size: tuple[int, int], mode: str, by_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.decoding.jpeg_forwarder.MAX_DEVICE_PIXELS", 2**20)
+    monkeypatch.setattr("shard_embedder.pipeline.decoding.jpeg_forwarder.MAX_DEVICE_PIXELS", 2**20)
     cpu = decoder(replace(SMALL, crop=(32, 32), resize=32, mode=mode))
     for orientation in (1, 6):
         given = with_orientation(photo(1, size), orientation, "JPEG")

@@ -15,10 +15,10 @@ import pytest
 import ray
 import torch
 
-from pipeline.backbones import build_backbone, load_weights
-from pipeline.backbones.torchvision_models import output_shape, preprocess_for
-from pipeline.backbones.weights import Weights
-from pipeline.core.schema import (
+from shard_embedder.pipeline.backbones import build_backbone, load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import output_shape, preprocess_for
+from shard_embedder.pipeline.backbones.weights import Weights
+from shard_embedder.pipeline.core.schema import (
     EMBEDDING,
     IMAGE_ID,
     PIXELS,
@@ -33,11 +33,11 @@ from pipeline.core.schema import (
     sample_type,
     with_payload,
 )
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.embedding.embedder import Embedder, Source
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
-from pipeline.planning.stored_source import StoredSource
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.embedding.embedder import Embedder, Source
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
+from shard_embedder.pipeline.planning.stored_source import StoredSource
 from tests.outputs import part_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +74,7 @@ def embedder(
     crop = network.preprocess.crop
     source: Source = SharedWeights.of(weights)
     if ENGINE["name"] == "openvino":
-        from pipeline.embedding.openvino_graph import convert
+        from shard_embedder.pipeline.embedding.openvino_graph import convert
 
         source = convert(build_network(network, weights), crop)
     shape = output_shape(backbone, network.features, crop)

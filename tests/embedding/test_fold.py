@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import build_backbone
-from pipeline.embedding.torch_runner import fold_batch_norms
+from shard_embedder.pipeline.backbones import build_backbone
+from shard_embedder.pipeline.embedding.torch_runner import fold_batch_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,10 +22,10 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision import models
 
-from pipeline.backbones import library_of, load_weights
-from pipeline.backbones.torchvision_models import BACKBONES
-from pipeline.backbones.weights import Weights
-from pipeline.core.schema import (
+from shard_embedder.pipeline.backbones import library_of, load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import BACKBONES
+from shard_embedder.pipeline.backbones.weights import Weights
+from shard_embedder.pipeline.core.schema import (
     EMBEDDING,
     REASON,
     SAMPLE_INDEX,
@@ -34,11 +34,11 @@ from pipeline.core.schema import (
     part_rows,
     sample_type,
 )
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.rules import DecodingRules
-from pipeline.embedding.embedder import Embedder, Source
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.torch_runner import SharedWeights, build_network
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.embedding.embedder import Embedder, Source
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
 from tests.conftest import encode, photo
 from tests.outputs import part_values
 
@@ -119,7 +119,7 @@ def source(engine: str, backbone: str, weights: Weights) -> Source:
     if engine == "torch":
         return SharedWeights.of(weights)
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
-    from pipeline.embedding.openvino_graph import convert
+    from shard_embedder.pipeline.embedding.openvino_graph import convert
 
     preprocess = library_of(backbone).preprocess_for(backbone, "random")
     return convert(build_network(Network(backbone=backbone, preprocess=preprocess), weights), preprocess.crop)
@@ -204,7 +204,7 @@ def test_real_weights_give_torchvisions_vectors(
     (path,) = (test_data / "weights").glob(pattern)
     if engine == "openvino":
         runner = pytest.importorskip(
-            "pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
+            "shard_embedder.pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
         )
         if not runner.computes(precision):
             pytest.skip(f"OpenVINO computes no {precision} on this processor: jobs take torch")

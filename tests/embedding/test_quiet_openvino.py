@@ -21,12 +21,12 @@ def hear(event, arguments):
 sys.addaudithook(hear)
 import torch
 asked.clear()
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.openvino_graph import convert
-from pipeline.embedding.torch_runner import build_network
-from pipeline.backbones import load_weights
-from pipeline.backbones.torchvision_models import preprocess_for
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.openvino_graph import convert
+from shard_embedder.pipeline.embedding.torch_runner import build_network
+from shard_embedder.pipeline.backbones import load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import preprocess_for
 import numpy as np
 preprocess = preprocess_for("squeezenet1_1", "random").with_size((64, 64))
 network = Network(backbone="squeezenet1_1", preprocess=preprocess)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import models
 
-from pipeline.backbones import build_backbone, load_weights
-from pipeline.backbones.weights import Weights
-from pipeline.core.errors import InputError, SampleError, WeightsError
+from shard_embedder.pipeline.backbones import build_backbone, load_weights
+from shard_embedder.pipeline.backbones.weights import Weights
+from shard_embedder.pipeline.core.errors import InputError, SampleError, WeightsError
 from tests.conftest import encode, photo
 from tests.embedding.test_parity import ENGINES, assorted, ours, source
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.backbones import build_backbone
-from pipeline.backbones.torchvision_models import output_shape, preprocess_for
-from pipeline.core.errors import SampleError
-from pipeline.core.schema import encoded_field
-from pipeline.decoding.decoder import Decoder
-from pipeline.decoding.jpeg_forwarder import JpegForwarder
-from pipeline.decoding.rules import DecodingRules
-from pipeline.embedding.device_decode import DeviceDecoder
-from pipeline.embedding.embedder import Embedder
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.torch_runner import SharedWeights
-from pipeline.planning.batch_size import best, ladder, measure
+from shard_embedder.pipeline.backbones import build_backbone
+from shard_embedder.pipeline.backbones.torchvision_models import output_shape, preprocess_for
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.core.schema import encoded_field
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
+from shard_embedder.pipeline.embedding.embedder import Embedder
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
+from shard_embedder.pipeline.planning.batch_size import best, ladder, measure
 
 pytestmark = [
     pytest.mark.gpu,

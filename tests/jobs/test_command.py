@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.support.command import CommandError, Parser, run_command
-from jobs.support.progress import plain_console, show_progress
-from pipeline.core.errors import (
+from shard_embedder.jobs.support.command import CommandError, Parser, run_command
+from shard_embedder.jobs.support.progress import plain_console, show_progress
+from shard_embedder.pipeline.core.errors import (
     ClusterError,
     InputError,
     OutputBusyError,
@@ -138,7 +138,7 @@ def test_a_commands_last_word_shows_no_secret(capsys: pytest.CaptureFixture[str]
 
 _INTERRUPTED = """
 import os, signal, sys, time
-from jobs.support.command import Parser, run_command
+from shard_embedder.jobs.support.command import Parser, run_command
 number = int(sys.argv[1])
 # What a shell without job control runs in the background ignores it, as does all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from jobs import embed
-from jobs.support import console
-from jobs.support.console import Console, has_unused_gpu, human_s
-from jobs.support.console_json import JsonConsole
-from pipeline.core.formatting import format_size
-from pipeline.run.tally import Tally
-from pipeline.shards.find import Pending
+from shard_embedder.jobs import embed
+from shard_embedder.jobs.support import console
+from shard_embedder.jobs.support.console import Console, has_unused_gpu, human_s
+from shard_embedder.jobs.support.console_json import JsonConsole
+from shard_embedder.pipeline.core.formatting import format_size
+from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.shards.find import Pending
 from tests.conftest import sample_members, write_shards, write_tar
 
 

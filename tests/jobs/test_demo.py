@@ -15,10 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.demo import claim_folder
-from jobs.support.neighbours import Neighbours, Score, Stored, choose_rows, draw_sheet, find_neighbours, score
-from jobs.support.photos import NUM_VIEWS, PHOTOS, augmented, make_views
-from pipeline.core.errors import InputError
+from shard_embedder.jobs.demo import claim_folder
+from shard_embedder.jobs.support.neighbours import (
+    Neighbours,
+    Score,
+    Stored,
+    choose_rows,
+    draw_sheet,
+    find_neighbours,
+    score,
+)
+from shard_embedder.jobs.support.photos import NUM_VIEWS, PHOTOS, augmented, make_views
+from shard_embedder.pipeline.core.errors import InputError
 from tests.conftest import ROOT, photo, write_shards
 
 GREEN, RED, BLACK = (26, 127, 55), (207, 34, 46), (31, 35, 40)
@@ -144,8 +152,8 @@ def test_a_folder_that_is_not_the_demos_own_is_left_alone(tmp_path: Path) -> Non
 def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_were_asked_for(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards", num_shards=1, samples_each=1)
     script = (
-        "import sys; from pathlib import Path; from jobs.demo import choose_weights\n"
-        "from pipeline.core.errors import WeightsError\n"
+        "import sys; from pathlib import Path; from shard_embedder.jobs.demo import choose_weights\n"
+        "from shard_embedder.pipeline.core.errors import WeightsError\n"
         "shards, output = Path(sys.argv[1]), Path(sys.argv[2])\n"
         "assert choose_weights('resnet18', None, shards, output) == 'random:0'\n"
         "assert choose_weights('resnet18', 'random:7', shards, output) == 'random:7'\n"

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from jobs.embed import gather, parser
-from jobs.support.session import exit_code
-from pipeline.core.errors import SettingsError
-from pipeline.output.lease import hold
+from shard_embedder.jobs.embed import gather, parser
+from shard_embedder.jobs.support.session import exit_code
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.output.lease import hold
 from tests.conftest import ROOT, encode, photo, write_shards, write_tar
 
 RunJob = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.support.metrics import Metrics
-from pipeline.core.config import parse
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
+from shard_embedder.jobs.support.metrics import Metrics
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
 from tests.conftest import ROOT, sample_members, write_shards, write_tar
 
 _SAMPLE = re.compile(r"(?P<name>\w+)\{(?P<tags>[^}]*)\} (?P<value>\S+)")

@@ -40,7 +40,7 @@ ENVIRONMENT = {
 LESS_PATIENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from jobs import submit
+from shard_embedder.jobs import submit
 wait_s = float(sys.argv[2])
 sys.exit(submit.main(sys.argv[3:], submit.Patience(quiet_s=2.0, answer_s=wait_s, lost_s=wait_s)))
 """

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from jobs import submit
-from jobs.support.upload import MAX_BYTES, check_size, upload_sizes
-from pipeline.core.errors import SettingsError
+from shard_embedder.jobs import submit
+from shard_embedder.jobs.support.upload import MAX_BYTES, check_size, upload_sizes
+from shard_embedder.pipeline.core.errors import SettingsError
 
 
 def test_a_working_folder_that_ray_would_refuse_is_told_with_what_is_large(tmp_path: Path) -> None:

@@ -1,18 +1,17 @@
-"""The one command: it runs the others, names itself, and says when a folder hides it."""
+"""The one command: it runs the others, names itself, and works in any folder."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import setuptools
 
-from shard_embedder.cli import hidden_by
-from tests.conftest import ROOT
-
-SCRIPT = Path(sys.executable).with_name("shard-embedder")
+from tests.conftest import ROOT, write_shards
 
 
 def run(folder: Path, *arguments: str) -> Any:
@@ -40,15 +39,24 @@ def test_usage_and_errors_name_what_was_typed(tmp_path: Path, command: str) -> N
     assert wrong.stderr.startswith(f"shard-embedder {command}: error: ")
 
 
-def test_a_folder_that_hides_a_package_is_named(tmp_path: Path) -> None:
-    assert hidden_by(tmp_path, ROOT) is None
-    assert hidden_by(ROOT, ROOT) is None
-    (tmp_path / "jobs").mkdir()
-    assert hidden_by(tmp_path, ROOT) == str(tmp_path / "jobs")
-    done = (
-        subprocess.run([str(SCRIPT), "verify", "x"], cwd=tmp_path, capture_output=True, text=True, check=False)
-        if SCRIPT.exists()
-        else run(tmp_path, "verify", "x")
-    )
-    assert done.returncode == 2
-    assert f"the folder {tmp_path / 'jobs'} hides a package" in done.stderr
+def test_one_package_is_installed_and_it_has_every_room() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"][
+        "include"
+    ]
+    packages = set(setuptools.find_packages(ROOT, include=patterns))
+    assert {name.partition(".")[0] for name in packages} == {"shard_embedder"}
+    for folder in ("pipeline", "jobs"):
+        rooms = {path.parent.relative_to(ROOT) for path in (ROOT / folder).rglob("__init__.py")}
+        assert {f"shard_embedder.{'.'.join(room.parts)}" for room in rooms} <= packages
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_project_with_folders_of_the_same_names_can_run_the_job(tmp_path: Path) -> None:
+    for folder in ("jobs", "pipeline"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").write_text("raise ImportError('this is the project, and no other')")
+    write_shards(tmp_path / "in", 1, 4)
+    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+    done = run(tmp_path, "embed", "--input", "in", "--output", "out", *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run(tmp_path, "verify", "out", "--input", "in").returncode == 0

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import shard_embedder
-from pipeline.core.errors import InputError, SampleError, SettingsError
-from pipeline.output.parts import vectors
 from shard_embedder import build_backbone, embed, embed_images
+from shard_embedder.pipeline.core.errors import InputError, SampleError, SettingsError
+from shard_embedder.pipeline.output.parts import vectors
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import rows
 

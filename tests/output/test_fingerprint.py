@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.config import parse
-from pipeline.core.errors import OutputError, StoredDataError
-from pipeline.decoding.preprocess import Preprocess
-from pipeline.output.fingerprint import (
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.errors import OutputError, StoredDataError
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.output.fingerprint import (
     Fingerprint,
     check_against_output,
     make_fingerprint,
     read_fingerprint,
     write_fingerprint,
 )
-from pipeline.output.names import RUN_FILE
-from pipeline.output.settings import OutputSettings
+from shard_embedder.pipeline.output.names import RUN_FILE
+from shard_embedder.pipeline.output.settings import OutputSettings
 from tests.conftest import ROOT
 
 PREPROCESS = Preprocess(256, (224, 224), "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

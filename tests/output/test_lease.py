@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import storage
-from pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
-from pipeline.core.retries import StoreLimits
-from pipeline.core.storage import create, list_files, locate, read_bytes, write_bytes
-from pipeline.output import lease
-from pipeline.output.lease import LeaseTimes, hold
-from pipeline.output.names import LEASE_FOLDER
+from shard_embedder.pipeline.core import storage
+from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
+from shard_embedder.pipeline.core.retries import StoreLimits
+from shard_embedder.pipeline.core.storage import create, list_files, locate, read_bytes, write_bytes
+from shard_embedder.pipeline.output import lease
+from shard_embedder.pipeline.output.lease import LeaseTimes, hold
+from shard_embedder.pipeline.output.names import LEASE_FOLDER
 from tests.conftest import ROOT, S3Server
 from tests.faults.odd_store import OddStore, Quirks
 
@@ -112,7 +112,7 @@ def test_a_lease_of_another_machine_that_stands_still_expires(place: str) -> Non
 
 _HOLDER = """
 import sys, time
-from pipeline.output.lease import hold
+from shard_embedder.pipeline.output.lease import hold
 with hold(sys.argv[1], print):
     print("held", flush=True)
     time.sleep(60)
@@ -250,8 +250,8 @@ def test_of_many_who_create_a_file_at_once_one_does(place: str) -> None:
 
 _PAUSED = """
 import signal, sys, time
-from pipeline.core.errors import OutputBusyError
-from pipeline.output import lease
+from shard_embedder.pipeline.core.errors import OutputBusyError
+from shard_embedder.pipeline.output import lease
 name, place, hold_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
 lease._machine = lambda: name  # as on a host of its own
 times = lease.LeaseTimes(renew_s=0.2, expire_s=1.0, look_s=0.05)

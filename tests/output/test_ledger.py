@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.errors import StoreError
-from pipeline.core.schema import UNKNOWN_INDEX
-from pipeline.core.storage import FileInfo, delete, write_bytes
-from pipeline.output import ledger
-from pipeline.output.ledger import count, list_parts
-from pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
-from pipeline.planning import plan as plan_module
-from pipeline.planning.plan import Plan, make_plan
-from pipeline.shards.find import Shard
+from shard_embedder.pipeline.core.errors import StoreError
+from shard_embedder.pipeline.core.schema import UNKNOWN_INDEX
+from shard_embedder.pipeline.core.storage import FileInfo, delete, write_bytes
+from shard_embedder.pipeline.output import ledger
+from shard_embedder.pipeline.output.ledger import count, list_parts
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
+from shard_embedder.pipeline.planning import plan as plan_module
+from shard_embedder.pipeline.planning.plan import Plan, make_plan
+from shard_embedder.pipeline.shards.find import Shard
 from tests.output.test_parts import FINGERPRINT, embedded, writer
 
 SHARDS = [Shard(name, f"s3://bkt/{name}.tar", 1000, "etag") for name in ("a", "b/c", "d.e")]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.output.names import PartName, escape, unescape
+from shard_embedder.pipeline.output.names import PartName, escape, unescape
 
 # Text that has what is special more often than not.
 ODD_TEXT = st.text(

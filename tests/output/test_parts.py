@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core import storage
-from pipeline.core.config import parse
-from pipeline.core.errors import OutputError
-from pipeline.core.schema import UNKNOWN_INDEX, part_row, sample_type
-from pipeline.core.storage import read_bytes
-from pipeline.output import parts
-from pipeline.output.names import EMBEDDINGS, PartName, version_tag
-from pipeline.output.parts import PartWriter, content_sha256, read_facts, vectors
+from shard_embedder.pipeline.core import storage
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.errors import OutputError
+from shard_embedder.pipeline.core.schema import UNKNOWN_INDEX, part_row, sample_type
+from shard_embedder.pipeline.core.storage import read_bytes
+from shard_embedder.pipeline.output import parts
+from shard_embedder.pipeline.output.names import EMBEDDINGS, PartName, version_tag
+from shard_embedder.pipeline.output.parts import PartWriter, content_sha256, read_facts, vectors
 from tests.conftest import ROOT
 from tests.faults.odd_store import OddStore, Quirks
 from tests.output.test_fingerprint import made

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.config import parse
-from pipeline.core.schema import embeddings_schema
-from pipeline.output.parts import vectors
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.schema import embeddings_schema
+from shard_embedder.pipeline.output.parts import vectors
 from tests.conftest import ROOT, sample_members, write_shards, write_tar
 from tests.outputs import embed
 

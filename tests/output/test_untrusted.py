@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import PipelineError, StoredDataError
-from pipeline.output.fingerprint import read_fingerprint, write_fingerprint
-from pipeline.output.lease import LeaseTimes, hold
-from pipeline.output.names import EMBEDDINGS, LEASE_FOLDER, REPORT_FILE, RUN_FILE
-from pipeline.output.parts import read_facts
-from pipeline.retrieval.index import INDEX_FILE, read_index_facts
-from pipeline.run.report import estimate, last_counts, tells_of_work
-from pipeline.shards.find import Pending
-from pipeline.shards.keys import Naming
+from shard_embedder.pipeline.core.errors import PipelineError, StoredDataError
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint, write_fingerprint
+from shard_embedder.pipeline.output.lease import LeaseTimes, hold
+from shard_embedder.pipeline.output.names import EMBEDDINGS, LEASE_FOLDER, REPORT_FILE, RUN_FILE
+from shard_embedder.pipeline.output.parts import read_facts
+from shard_embedder.pipeline.retrieval.index import INDEX_FILE, read_index_facts
+from shard_embedder.pipeline.run.report import estimate, last_counts, tells_of_work
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.keys import Naming
 from tests.output.test_fingerprint import made
 from tests.output.test_parts import NAME, embedded, writer
 

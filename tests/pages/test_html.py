@@ -10,8 +10,8 @@ import pytest
 from jinja2 import TemplateAssertionError, UndefinedError
 from markupsafe import Markup
 
-from pipeline.pages import html
-from pipeline.pages.html import MAX_TEXT, render, render_or_reason, show
+from shard_embedder.pipeline.pages import html
+from shard_embedder.pipeline.pages.html import MAX_TEXT, render, render_or_reason, show
 from tests.conftest import ROOT
 
 TEMPLATES = Path(html.__file__).with_name("templates")
@@ -39,5 +39,5 @@ def test_no_template_can_leave_the_escaping_out() -> None:
 
 def test_every_template_and_style_sheet_is_in_the_wheel() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    packed = {path for pattern in data["pipeline.pages"] for path in TEMPLATES.parent.glob(pattern)}
+    packed = {path for pattern in data["shard_embedder.pipeline.pages"] for path in TEMPLATES.parent.glob(pattern)}
     assert packed == {*TEMPLATES.iterdir()}

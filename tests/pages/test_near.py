@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.output.names import PAGE_FILE
-from pipeline.pages.links import Link, links
-from pipeline.pages.near import duplicates_page
-from pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of
+from shard_embedder.pipeline.output.names import PAGE_FILE
+from shard_embedder.pipeline.pages.links import Link, links
+from shard_embedder.pipeline.pages.near import duplicates_page
+from shard_embedder.pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of
 from tests.browser import Browser
 from tests.conftest import encode, photo, write_tar
 from tests.outputs import embed

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.pages.previews import preview
+from shard_embedder.pipeline.pages.previews import preview
 from tests.conftest import encode, photo
 
 

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from jobs.support.console import Console
-from jobs.support.console_json import JsonConsole
-from pipeline.core.config import parse
-from pipeline.core.schema import STAGES
-from pipeline.output.ledger import Counts
-from pipeline.pages.charts import axis
-from pipeline.pages.run_page import MAX_REASONS, draw_page, write_page
-from pipeline.pages.speed import make_bins, spread
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
-from pipeline.run.report import make_report
-from pipeline.run.tally import Tally
-from pipeline.shards.find import Shard
-from pipeline.shards.keys import Naming
+from shard_embedder.jobs.support.console import Console
+from shard_embedder.jobs.support.console_json import JsonConsole
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.schema import STAGES
+from shard_embedder.pipeline.output.ledger import Counts
+from shard_embedder.pipeline.pages.charts import axis
+from shard_embedder.pipeline.pages.run_page import MAX_REASONS, draw_page, write_page
+from shard_embedder.pipeline.pages.speed import make_bins, spread
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
+from shard_embedder.pipeline.run.report import make_report
+from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.keys import Naming
 from tests.browser import Browser
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import embed

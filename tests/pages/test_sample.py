@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.output.names import PartName
-from pipeline.output.parts import vectors
-from pipeline.output.stored import unit
-from pipeline.pages import sample as report_sample
-from pipeline.pages.sample import Sample, neighbours, norms, plane, spread, take_sample
-from pipeline.shards.find import Shard, find_shards
+from shard_embedder.pipeline.output.names import PartName
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.output.stored import unit
+from shard_embedder.pipeline.pages import sample as report_sample
+from shard_embedder.pipeline.pages.sample import Sample, neighbours, norms, plane, spread, take_sample
+from shard_embedder.pipeline.shards.find import Shard, find_shards
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import embed
 

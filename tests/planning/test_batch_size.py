@@ -11,23 +11,32 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs.support.console import Console
-from pipeline.backbones import load_weights
-from pipeline.backbones.torchvision_models import preprocess_for
-from pipeline.core.config import parse
-from pipeline.core.errors import StoredDataError
-from pipeline.embedding.network import Network, Placement
-from pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
-from pipeline.output.fingerprint import read_fingerprint
-from pipeline.output.names import RUN_FILE
-from pipeline.planning import engine
-from pipeline.planning.batch_size import LARGEST, SMALLEST, best, choose_batch_size, is_flat, ladder, measure, of_part
-from pipeline.planning.job import Job, prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.planning.resources import Resources, plan_resources
-from pipeline.planning.stored_source import StoredSource
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
+from shard_embedder.jobs.support.console import Console
+from shard_embedder.pipeline.backbones import load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import preprocess_for
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.errors import StoredDataError
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint
+from shard_embedder.pipeline.output.names import RUN_FILE
+from shard_embedder.pipeline.planning import engine
+from shard_embedder.pipeline.planning.batch_size import (
+    LARGEST,
+    SMALLEST,
+    best,
+    choose_batch_size,
+    is_flat,
+    ladder,
+    measure,
+    of_part,
+)
+from shard_embedder.pipeline.planning.job import Job, prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.resources import Resources, plan_resources
+from shard_embedder.pipeline.planning.stored_source import StoredSource
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
 from tests.conftest import write_shards
 
 SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "32", "precision": "fp32"}
@@ -212,7 +221,7 @@ def test_a_size_that_cannot_be_measured_holds_nobody_up(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_an_engine_with_a_size_of_its_own_is_not_measured(tmp_path: Path) -> None:
     openvino = pytest.importorskip(
-        "pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
+        "shard_embedder.pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
     )
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
     job = job_for(tmp_path).with_engine("openvino", "fp32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
 
 
 def test_a_processor_has_bf16_where_torch_says_so() -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torchvision.models import squeezenet1_1
 
-from pipeline.core.config import parse
-from pipeline.core.errors import PrecisionError
-from pipeline.embedding.network import Placement
-from pipeline.planning.cpu import cpu_has_bf16
-from pipeline.planning.engine import Engine, _spread, choose_engine, choose_meanwhile
-from pipeline.planning.job import Job, prepare_job
-from pipeline.shards.find import Pending
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.errors import PrecisionError
+from shard_embedder.pipeline.embedding.network import Placement
+from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.planning.engine import Engine, _spread, choose_engine, choose_meanwhile
+from shard_embedder.pipeline.planning.job import Job, prepare_job
+from shard_embedder.pipeline.shards.find import Pending
 from tests.conftest import sample_members, write_shards, write_tar
 
 
@@ -92,7 +92,7 @@ def test_values_that_overflow_the_precision_do_not_pass(tmp_path: Path, precisio
 
 def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_by_torch(tmp_path: Path) -> None:
     runner = pytest.importorskip(
-        "pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
+        "shard_embedder.pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
     )
     shards = write_shards(tmp_path / "in", num_shards=1)
     settings = {"backbone": "resnet18", "weights": "random:1", "image_size": "64"}

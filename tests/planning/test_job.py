@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.shards.find import Pending
-from pipeline.shards.samples import MAX_PART_PIXEL_BYTES, SampleReader
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.samples import MAX_PART_PIXEL_BYTES, SampleReader
 from tests.conftest import encode, photo, write_tar
 from tests.outputs import job_for
 

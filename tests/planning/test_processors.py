@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.core.config import parse
-from pipeline.planning.engine import choose_engine
-from pipeline.planning.job import prepare_job
-from pipeline.planning.processors import (
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.planning.engine import choose_engine
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.processors import (
     Processor,
     fast_precisions,
     look_at_processor,
     processors_of,
     without_openvino,
 )
-from pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.find import Pending
 from tests.conftest import write_shards
 
 NEW = Processor("new", True, ("fp32", "bf16"))

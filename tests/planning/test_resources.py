@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.config import parse
-from pipeline.planning.nodes import DeviceTime, Node, Request, crowded, missing
-from pipeline.planning.resources import Resources, divide, held
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.planning.nodes import DeviceTime, Node, Request, crowded, missing
+from shard_embedder.pipeline.planning.resources import Resources, divide, held
 
 HEAD: Node = {"memory": 8e9, "object_store_memory": 1e9}
 DECODE: Node = {"CPU": 16.0, "memory": 48e9}

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import ImageEnhance
 
-from jobs.duplicates import main
-from pipeline.core.errors import OutputError, SettingsError
-from pipeline.retrieval.build import Options, build
-from pipeline.retrieval.duplicates import PAIRS_SCHEMA, draw_duplicates, find_duplicates
-from pipeline.retrieval.index import open_index
+from shard_embedder.jobs.duplicates import main
+from shard_embedder.pipeline.core.errors import OutputError, SettingsError
+from shard_embedder.pipeline.retrieval.build import Options, build
+from shard_embedder.pipeline.retrieval.duplicates import PAIRS_SCHEMA, draw_duplicates, find_duplicates
+from shard_embedder.pipeline.retrieval.index import open_index
 from tests.conftest import SmallDisk, encode, photo, write_tar
 from tests.outputs import embed
 from tests.retrieval.test_index import clusters, store
@@ -117,8 +117,8 @@ def test_a_row_with_more_near_duplicates_than_were_looked_for_is_told(tmp_path: 
 
 _PEAK = """
 import resource, sys
-from pipeline.retrieval.duplicates import find_duplicates
-from pipeline.retrieval.index import open_index
+from shard_embedder.pipeline.retrieval.duplicates import find_duplicates
+from shard_embedder.pipeline.retrieval.index import open_index
 output, pairs, index, most = sys.argv[1:]
 found = find_duplicates(output, pairs, 0.9, index=open_index(index) if index else None, max_pairs=int(most))
 print(found.num_pairs, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.duplicates import main
-from pipeline.core.errors import InputError, SettingsError
-from pipeline.retrieval.build import build
-from pipeline.retrieval.duplicates import find_duplicates
-from pipeline.retrieval.group_files import GROUPS_SCHEMA, GroupFiles
-from pipeline.retrieval.groups import Components, choose_kept
-from pipeline.retrieval.index import open_index
+from shard_embedder.jobs.duplicates import main
+from shard_embedder.pipeline.core.errors import InputError, SettingsError
+from shard_embedder.pipeline.retrieval.build import build
+from shard_embedder.pipeline.retrieval.duplicates import find_duplicates
+from shard_embedder.pipeline.retrieval.group_files import GROUPS_SCHEMA, GroupFiles
+from shard_embedder.pipeline.retrieval.groups import Components, choose_kept
+from shard_embedder.pipeline.retrieval.index import open_index
 from tests.conftest import encode, photo, write_tar
 from tests.outputs import embed
 from tests.retrieval.test_index import clusters, store

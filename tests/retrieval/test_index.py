@@ -20,16 +20,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.index import main
-from pipeline.core.config import Config, parse
-from pipeline.core.errors import OutputBusyError, OutputError, SettingsError
-from pipeline.core.schema import EMBEDDING, END_LAST, END_NONE, STAGES, embedding_field, part_row, sample_type
-from pipeline.output.fingerprint import read_fingerprint, write_fingerprint
-from pipeline.output.names import RUN_FILE
-from pipeline.output.parts import PartWriter, vectors
-from pipeline.retrieval.build import Options, build
-from pipeline.retrieval.index import ROWS_FILE, open_index, read_index_facts
-from pipeline.retrieval.kinds import FLAT_ROWS, KINDS, METRICS, choose_kind, num_lists
+from shard_embedder.jobs.index import main
+from shard_embedder.pipeline.core.config import Config, parse
+from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, SettingsError
+from shard_embedder.pipeline.core.schema import (
+    EMBEDDING,
+    END_LAST,
+    END_NONE,
+    STAGES,
+    embedding_field,
+    part_row,
+    sample_type,
+)
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint, write_fingerprint
+from shard_embedder.pipeline.output.names import RUN_FILE
+from shard_embedder.pipeline.output.parts import PartWriter, vectors
+from shard_embedder.pipeline.retrieval.build import Options, build
+from shard_embedder.pipeline.retrieval.index import ROWS_FILE, open_index, read_index_facts
+from shard_embedder.pipeline.retrieval.kinds import FLAT_ROWS, KINDS, METRICS, choose_kind, num_lists
 from tests.conftest import ROOT, SmallDisk, sample_members, write_shards, write_tar
 from tests.output.test_fingerprint import made as fingerprint
 from tests.outputs import embed
@@ -527,7 +535,7 @@ def test_two_at_once_are_refused(embedded: Path, tmp_path: Path) -> None:
 
 MEMORY = """\
 import sys
-from pipeline.retrieval.build import Options, build
+from shard_embedder.pipeline.retrieval.build import Options, build
 def resident():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) // 1024
 peak = 0
@@ -589,7 +597,7 @@ def test_faiss_and_torch_work_in_one_process_whichever_comes_first(steps: str) -
 
 
 def test_without_faiss_the_error_names_the_extra(embedded: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['faiss'] = None; from jobs.index import main; sys.exit(main())"
+    code = "import sys; sys.modules['faiss'] = None; from shard_embedder.jobs.index import main; sys.exit(main())"
     command = [sys.executable, "-c", code, str(embedded), str(tmp_path / "index")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2

@@ -18,17 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from jobs.search import main
-from pipeline.backbones import build_backbone
-from pipeline.core.errors import InputError, WeightsError
-from pipeline.core.schema import IMAGE_ID
-from pipeline.embedding.queries import QueryEmbedder, find_images
-from pipeline.output.fingerprint import read_fingerprint
-from pipeline.output.parts import vectors
-from pipeline.pages.near import search_page
-from pipeline.retrieval.build import Options, build
-from pipeline.retrieval.index import open_index
-from pipeline.retrieval.search import search_images
+from shard_embedder.jobs.search import main
+from shard_embedder.pipeline.backbones import build_backbone
+from shard_embedder.pipeline.core.errors import InputError, WeightsError
+from shard_embedder.pipeline.core.schema import IMAGE_ID
+from shard_embedder.pipeline.embedding.queries import QueryEmbedder, find_images
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.pages.near import search_page
+from shard_embedder.pipeline.retrieval.build import Options, build
+from shard_embedder.pipeline.retrieval.index import open_index
+from shard_embedder.pipeline.retrieval.search import search_images
 from tests.conftest import ROOT, encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import embed
 
@@ -295,10 +295,10 @@ def test_a_query_whose_name_is_not_utf_8_is_answered_and_shown_escaped(
 _PEAK = """
 import sys
 from pathlib import Path
-from pipeline.retrieval.index import open_index
-from pipeline.embedding.queries import QueryEmbedder
-from pipeline.pages.near import search_page
-from pipeline.retrieval.search import search_images
+from shard_embedder.pipeline.retrieval.index import open_index
+from shard_embedder.pipeline.embedding.queries import QueryEmbedder
+from shard_embedder.pipeline.pages.near import search_page
+from shard_embedder.pipeline.retrieval.search import search_images
 folder, image = map(Path, sys.argv[1:])
 index = open_index(folder)
 embedder = QueryEmbedder(index.facts.made, device="cpu")

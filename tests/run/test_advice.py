@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from jobs.support.console import Console
-from jobs.support.console_json import JsonConsole
-from pipeline.pages.run_page import draw_page
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.run.in_process import InProcess
-from pipeline.run.passes import run
-from pipeline.shards.keys import Naming
+from shard_embedder.jobs.support.console import Console
+from shard_embedder.jobs.support.console_json import JsonConsole
+from shard_embedder.pipeline.pages.run_page import draw_page
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.in_process import InProcess
+from shard_embedder.pipeline.run.passes import run
+from shard_embedder.pipeline.shards.keys import Naming
 from tests.conftest import encode, photo, sample_members, write_tar
 from tests.outputs import UNHEARD, embed, job_for, rows
 

@@ -15,11 +15,11 @@ import ray
 
 from benchmarks.scaling import IMAGES_A_SHARD, light_shards
 from benchmarks.sleep import SleepSource
-from pipeline.core.config import parse
-from pipeline.flow import make_flow
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.planning.resources import plan_resources
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.resources import plan_resources
 
 _LOOK_EVERY_S = 0.2
 

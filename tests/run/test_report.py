@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.config import parse
-from pipeline.core.schema import END_LAST, END_NONE, STAGES
-from pipeline.planning.nodes import DeviceTime
-from pipeline.planning.resources import divide
-from pipeline.run.tally import Tally
-from pipeline.run.timeline import MAX_STEPS, Timeline
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.schema import END_LAST, END_NONE, STAGES
+from shard_embedder.pipeline.planning.nodes import DeviceTime
+from shard_embedder.pipeline.planning.resources import divide
+from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.run.timeline import MAX_STEPS, Timeline
 
 
 def receipt(**changes: Any) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import storage
-from pipeline.core.errors import InputError, SettingsError
-from pipeline.core.storage import join, write_bytes
-from pipeline.shards import find as module
-from pipeline.shards.find import Refused, find_shards, shards_below
-from pipeline.shards.left_out import add_left_out, archives_among, format_left_out
+from shard_embedder.pipeline.core import storage
+from shard_embedder.pipeline.core.errors import InputError, SettingsError
+from shard_embedder.pipeline.core.storage import join, write_bytes
+from shard_embedder.pipeline.shards import find as module
+from shard_embedder.pipeline.shards.find import Refused, find_shards, shards_below
+from shard_embedder.pipeline.shards.left_out import add_left_out, archives_among, format_left_out
 from tests.conftest import S3Server
 from tests.faults.odd_store import OddStore
 

@@ -17,14 +17,14 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.pack import main, parse_bytes
-from pipeline.core.config import Config
-from pipeline.core.errors import InputError, OutputError, SettingsError
-from pipeline.core.schema import SAMPLES
-from pipeline.shards.find import Pending, find_shards
-from pipeline.shards.keys import split_key
-from pipeline.shards.pack import PackConfig, find_images, make_key, pack
-from pipeline.shards.samples import SampleReader
+from shard_embedder.jobs.pack import main, parse_bytes
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import InputError, OutputError, SettingsError
+from shard_embedder.pipeline.core.schema import SAMPLES
+from shard_embedder.pipeline.shards.find import Pending, find_shards
+from shard_embedder.pipeline.shards.keys import split_key
+from shard_embedder.pipeline.shards.pack import PackConfig, find_images, make_key, pack
+from shard_embedder.pipeline.shards.samples import SampleReader
 from tests.conftest import ROOT, encode, photo
 
 PHOTO = encode(photo(1))

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.schema import IMAGE
-from pipeline.core.storage import join, locate, stat, write_bytes
-from pipeline.shards.find import Shard
-from pipeline.shards.grouping import Sample
-from pipeline.shards.keys import Naming
-from pipeline.shards.peek import Entry, TarReader, images, is_one_image, mean_sample_bytes
+from shard_embedder.pipeline.core.schema import IMAGE
+from shard_embedder.pipeline.core.storage import join, locate, stat, write_bytes
+from shard_embedder.pipeline.shards.find import Shard
+from shard_embedder.pipeline.shards.grouping import Sample
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.shards.peek import Entry, TarReader, images, is_one_image, mean_sample_bytes
 from tests.conftest import ROOT, sample_members, write_tar
 from tests.shards.test_tars import (
     ALL,
@@ -151,8 +151,10 @@ def test_a_look_at_a_pax_header_of_digits_takes_no_time_that_grows_as_the_square
     path = tmp_path / "s.tar"
     path.write_bytes(entry("a.jpg") + header(b"p", len(digits), b"x") + padded(digits) + entry("b.jpg") + END)
     code = (
-        "import sys; from pipeline.shards.find import Shard; from pipeline.shards.keys import Naming\n"
-        "from pipeline.shards.peek import images, mean_sample_bytes\n"
+        "import sys\n"
+        "from shard_embedder.pipeline.shards.find import Shard\n"
+        "from shard_embedder.pipeline.shards.keys import Naming\n"
+        "from shard_embedder.pipeline.shards.peek import images, mean_sample_bytes\n"
         "shard = Shard('s', sys.argv[1], int(sys.argv[2]), '')\n"
         "print(mean_sample_bytes(shard, Naming()), len(images(shard, Naming(), {0, 1})))"
     )

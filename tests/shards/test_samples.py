@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from pipeline.core.config import Config, Field
-from pipeline.core.schema import IMAGE, REASON, SHARD_SCHEMA, UNKNOWN_INDEX, part_rows
-from pipeline.core.storage import locate, stat
-from pipeline.shards import samples as samples_module
-from pipeline.shards.fields import kept_value
-from pipeline.shards.find import Pending
-from pipeline.shards.grouping import MAX_SAMPLE_MEMBERS
-from pipeline.shards.keys import IMAGE_EXTENSIONS, image_rank, split_key
-from pipeline.shards.samples import SampleReader
+from shard_embedder.pipeline.core.config import Config, Field
+from shard_embedder.pipeline.core.schema import IMAGE, REASON, SHARD_SCHEMA, UNKNOWN_INDEX, part_rows
+from shard_embedder.pipeline.core.storage import locate, stat
+from shard_embedder.pipeline.shards import samples as samples_module
+from shard_embedder.pipeline.shards.fields import kept_value
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.grouping import MAX_SAMPLE_MEMBERS
+from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, image_rank, split_key
+from shard_embedder.pipeline.shards.samples import SampleReader
 from tests.conftest import encode, photo, sample_members, write_tar
 
 PHOTO = encode(photo(1, (24, 20)))

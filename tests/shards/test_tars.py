@@ -20,13 +20,21 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.config import Config, Field
-from pipeline.core.errors import ShardError
-from pipeline.core.schema import IMAGE, REASON, part_rows
-from pipeline.core.storage import locate, stat
-from pipeline.shards.find import Pending
-from pipeline.shards.samples import SampleReader
-from pipeline.shards.tars import BLOCK, MAX_PAX_BYTES, WINDOW_BYTES, Member, iter_members, parse_header, read_pax
+from shard_embedder.pipeline.core.config import Config, Field
+from shard_embedder.pipeline.core.errors import ShardError
+from shard_embedder.pipeline.core.schema import IMAGE, REASON, part_rows
+from shard_embedder.pipeline.core.storage import locate, stat
+from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.samples import SampleReader
+from shard_embedder.pipeline.shards.tars import (
+    BLOCK,
+    MAX_PAX_BYTES,
+    WINDOW_BYTES,
+    Member,
+    iter_members,
+    parse_header,
+    read_pax,
+)
 from tests.conftest import encode, peak_memory_mib, photo
 
 A, B, C, D = (encode(photo(seed, (24, 20))) for seed in range(4))

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.core.errors import InputError, ShardChangedError
-from pipeline.core.retries import StoreLimits
-from pipeline.shards.find import Refused, Shard, find_shards
-from pipeline.shards.stream import ShardStream
+from shard_embedder.pipeline.core.errors import InputError, ShardChangedError
+from shard_embedder.pipeline.core.retries import StoreLimits
+from shard_embedder.pipeline.shards.find import Refused, Shard, find_shards
+from shard_embedder.pipeline.shards.stream import ShardStream
 from tests.faults.web_server import Kind, WebServer
 
 LIMITS = StoreLimits(request_timeout_s=5.0, retry_s=1.0, chunk_bytes=1000)

@@ -18,15 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.verify import main
-from pipeline.core.errors import InputError, OutputError, SettingsError
-from pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
-from pipeline.core.storage import locate, write_bytes
-from pipeline.output.names import PartName, version_tag
-from pipeline.output.parts import content_sha256, vectors
-from pipeline.verify.findings import RULES, Verdict
-from pipeline.verify.proof import verify
-from pipeline.verify.recompute import Recompute
+from shard_embedder.jobs.verify import main
+from shard_embedder.pipeline.core.errors import InputError, OutputError, SettingsError
+from shard_embedder.pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.core.storage import locate, write_bytes
+from shard_embedder.pipeline.output.names import PartName, version_tag
+from shard_embedder.pipeline.output.parts import content_sha256, vectors
+from shard_embedder.pipeline.verify.findings import RULES, Verdict
+from shard_embedder.pipeline.verify.proof import verify
+from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import encode, photo, sample_members, write_tar
 from tests.outputs import embed
 

@@ -28,14 +28,14 @@ import ray
 
 from benchmarks.scaling import IMAGES_A_SHARD, light_shards
 from benchmarks.sleep import SleepSource
-from jobs.support.connection import connect
-from pipeline.core.config import parse
-from pipeline.flow import make_flow
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.planning.resources import plan_resources
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
+from shard_embedder.jobs.support.connection import connect
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.resources import plan_resources
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
 from tests.conftest import ROOT, free_ports
 from tests.faults.kills import kill_tree
 

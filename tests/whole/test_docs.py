@@ -19,13 +19,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.embed import gather, parser
-from jobs.support import exit_codes
-from pipeline.core.config import Config
-from pipeline.core.errors import SettingsError
-from pipeline.core.schema import ERRORS_SCHEMA
-from pipeline.output.fingerprint import read_fingerprint
-from pipeline.output.settings import FORMAT
+from shard_embedder.jobs.embed import gather, parser
+from shard_embedder.jobs.support import exit_codes
+from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.schema import ERRORS_SCHEMA
+from shard_embedder.pipeline.output.fingerprint import read_fingerprint
+from shard_embedder.pipeline.output.settings import FORMAT
 from tests.conftest import ROOT, write_shards
 from tests.outputs import embed
 from tests.whole.test_infra import INFRA, KUBERAY, RAY, RAY_COMMAND, UV, documents, groups, options_of
@@ -353,7 +353,7 @@ def test_the_variable_of_the_page_of_stores_reaches_the_store():
     page = (ROOT / "docs" / "stores.md").read_text()
     told = re.findall(r"^export (FSSPEC_S3)='(.+?)'", page, re.MULTILINE)
     assert len(told) == 3
-    code = "from pipeline.core.storage import locate; fs, _ = locate('s3://b/k'); "
+    code = "from shard_embedder.pipeline.core.storage import locate; fs, _ = locate('s3://b/k'); "
     code += "print(fs.anon, fs.req_kw, fs.s3_additional_kwargs)"
     shown = []
     for name, value in told:

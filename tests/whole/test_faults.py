@@ -15,15 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.embed import main
-from jobs.verify import main as verify_main
-from pipeline.core.config import parse
-from pipeline.core.storage import locate
-from pipeline.planning.job import prepare_job
-from pipeline.planning.plan import make_plan
-from pipeline.run.on_ray import OnRay
-from pipeline.run.passes import Watcher, run
-from pipeline.verify.proof import verify
+from shard_embedder.jobs.embed import main
+from shard_embedder.jobs.verify import main as verify_main
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.storage import locate
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
+from shard_embedder.pipeline.verify.proof import verify
 from tests.conftest import S3Server, SmallDisk, sample_members, write_tar
 from tests.faults.proxy import FaultProxy
 

@@ -17,20 +17,20 @@ import pytest
 import ray
 from ray.data import DataContext
 
-from jobs.embed import main
-from pipeline import backbones
-from pipeline.core.errors import ClusterError
-from pipeline.embedding.torch_runner import SharedWeights
-from pipeline.flow import make_flow
-from pipeline.output.parts import vectors
-from pipeline.planning.engine import Engine, choose_engine
-from pipeline.planning.plan import make_plan
-from pipeline.planning.resources import plan_resources
-from pipeline.planning.stored_source import StoredSource
-from pipeline.run.in_process import InProcess
-from pipeline.run.on_ray import OnRay, watched
-from pipeline.run.passes import Watcher, run
-from pipeline.run.tally import Tally
+from shard_embedder.jobs.embed import main
+from shard_embedder.pipeline import backbones
+from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
+from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.planning.engine import Engine, choose_engine
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.resources import plan_resources
+from shard_embedder.pipeline.planning.stored_source import StoredSource
+from shard_embedder.pipeline.run.in_process import InProcess
+from shard_embedder.pipeline.run.on_ray import OnRay, watched
+from shard_embedder.pipeline.run.passes import Watcher, run
+from shard_embedder.pipeline.run.tally import Tally
 from tests.conftest import sample_members, write_shards, write_tar
 from tests.outputs import SETTINGS, UNHEARD, job_for, rows, stored
 

@@ -24,7 +24,7 @@ import ray
 import yaml
 from ray._private.ray_constants import DEFAULT_DASHBOARD_PORT, DEFAULT_PORT
 
-from pipeline.core.config import parse
+from shard_embedder.pipeline.core.config import parse
 from tests.conftest import ROOT
 
 INFRA = ROOT / "infra"

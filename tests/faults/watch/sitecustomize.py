@@ -16,7 +16,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_WATCHED = {"pipeline.decoding.decoder": ("Decoder", "decode"), "pipeline.embedding.embedder": ("Embedder", "embed")}
+_WATCHED = {
+    "shard_embedder.pipeline.decoding.decoder": ("Decoder", "decode"),
+    "shard_embedder.pipeline.embedding.embedder": ("Embedder", "embed"),
+}
 
 
 def _counted(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
