@@ -13,6 +13,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,5 +49,13 @@ def convert(network: NetworkModule, crop: tuple[int, int]) -> SharedGraph:
     model.validate_nodes_and_infer_types()
     with tempfile.TemporaryDirectory(prefix="graph-") as folder:
         ov.serialize(model, f"{folder}/graph.xml", f"{folder}/graph.bin")
-        constants = np.fromfile(f"{folder}/graph.bin", np.uint8)
-        return SharedGraph(Path(folder, "graph.xml").read_bytes(), constants)
+        graph = SharedGraph(Path(folder, "graph.xml").read_bytes(), np.fromfile(f"{folder}/graph.bin", np.uint8))
+    _let_weights_go(traced.graph)
+    return graph
+
+
+def _let_weights_go(graph: Any) -> None:
+    """Empty the constants of a traced graph: torch keeps each graph, with its weights, until the process ends."""
+    for node in graph.findAllNodes("prim::Constant"):
+        if "value" in node.attributeNames() and node.kindOf("value") == "t":
+            node.t_("value", torch.empty(0))

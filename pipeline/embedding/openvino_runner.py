@@ -73,7 +73,7 @@ class OpenVinoRunner:
         self._crop = crop
         self._own = threading.local()
         num_requests = num_threads or self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        self._threads = ThreadPoolExecutor(num_requests, "openvino", self._prepare)
+        self._threads = ThreadPoolExecutor(num_requests, "openvino")
 
     @property
     def batch_size(self) -> int:
@@ -91,15 +91,15 @@ class OpenVinoRunner:
         list(self._threads.map(compute, range(0, len(rows), self._batch_size)))
         return embedded
 
-    def _prepare(self) -> None:
-        """In each thread: what it computes with."""
-        self._own.request = self._compiled.create_infer_request()
-        self._own.buffer = np.zeros((self._batch_size, *self._crop, 3), np.uint8)
-
     def _batch(
         self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], embedded: np.ndarray[Any, Any]
     ) -> None:
-        request, buffer = self._own.request, self._own.buffer
+        own = self._own
+        # Not by the pool's initializer: its threads would hold this runner, and neither ever end.
+        if not hasattr(own, "request"):
+            own.request = self._compiled.create_infer_request()
+            own.buffer = np.zeros((self._batch_size, *self._crop, 3), np.uint8)
+        request, buffer = own.request, own.buffer
         np.take(pixels, rows, axis=0, out=buffer[: len(rows)], mode="clip")
         buffer[len(rows) :] = 0
         request.infer({0: buffer}, share_inputs=True)
