@@ -17,6 +17,8 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,7 @@ def one_thread() -> Iterator[None]:
 _RAY, _SLOW, _OTHER = range(3)
 _KIND: dict[Path, int] = {}
 # What starts Ray, by itself or in a job.
-_RAY_FIXTURES = {"ray_session", "run_job"}
+_RAY_FIXTURES = {"ray_session", "run_process"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -326,9 +328,41 @@ def s3_url(s3_server: S3Server) -> str:
     return f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
 
 
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture
-def run_job(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run one of `jobs/` as a user does: a process with arguments, in a folder of its own."""
+def run_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Run one of `jobs/` in this process, in a folder of its own; with `ray_session` on the Ray that is there."""
+
+    def run(name: str, *arguments: object, **environment: str) -> Done:
+        command = import_module(f"shard_embedder.jobs.{Path(name).stem}")
+        capsys.readouterr()
+        with monkeypatch.context() as here:
+            here.chdir(tmp_path)
+            for variable, value in environment.items():
+                here.setenv(variable, value)
+            try:
+                code = command.main(list(map(str, arguments)))
+            except SystemExit as stop:
+                code = stop.code
+        printed = capsys.readouterr()
+        return Done(code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def run_process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one of `jobs/` as a user does: as a process with arguments and a Ray of its own, in a folder of its own."""
 
     def run(name: str, *arguments: object, timeout: float = 300, **environment: str) -> Any:
         return subprocess.run(

@@ -229,7 +229,7 @@ def test_a_child_that_cannot_start_is_no_fault_of_the_image(monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_an_image_that_kills_its_worker_costs_a_job_one_row(
-    run_job: Callable[..., Any], tmp_path: Path, faulty_pillow: str
+    run_process: Callable[..., Any], tmp_path: Path, faulty_pillow: str
 ) -> None:
     images = {f"k{i}": encode(photo(i)) for i in range(6)}
     for shard in ("a", "b"):
@@ -238,7 +238,7 @@ def test_an_image_that_kills_its_worker_costs_a_job_one_row(
     write_tar(tmp_path / "in" / "c.tar", [(f"{key}.jpg", data) for key, data in with_deadly.items()])
     small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
     job = ("embed.py", "--input", "in", "--output", "out", *small, "--precision", "fp32", "--part-rows", "2")
-    done = run_job(*job, PYTHONPATH=faulty_pillow)
+    done = run_process(*job, PYTHONPATH=faulty_pillow)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "balanced: every sample is one stored row" in done.stdout
     errors = [row for path in (tmp_path / "out" / "errors").iterdir() for row in pq.read_table(path).to_pylist()]

@@ -59,13 +59,13 @@ def lines_of(text: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
-    run_job: Callable[..., Any], tmp_path: Path
+    run_process: Callable[..., Any], tmp_path: Path
 ) -> None:
     write_shards(tmp_path / "in", num_shards=2, samples_each=3)
     write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
     settings = ["--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", 64, "--precision", "fp32"]
     options = ["--input", tmp_path / "in", "--output", tmp_path / "out", *settings]
-    done = run_job("embed.py", *options, EMBED_LOG_FORMAT="json")
+    done = run_process("embed.py", *options, EMBED_LOG_FORMAT="json")
     assert done.returncode == 0, done.stderr
     lines = lines_of(done.stdout)
     events = [line["event"] for line in lines]

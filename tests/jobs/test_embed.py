@@ -19,9 +19,9 @@ from shard_embedder.jobs.embed import gather, parser
 from shard_embedder.jobs.support.session import exit_code
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.output.lease import hold
-from tests.conftest import ROOT, encode, photo, write_shards, write_tar
+from tests.conftest import ROOT, Done, encode, photo, write_shards, write_tar
 
-RunJob = Callable[..., subprocess.CompletedProcess[str]]
+RunJob = Callable[..., Done]
 SLOWER = (
     "--backbone",
     "resnet18",
@@ -134,17 +134,18 @@ def test_the_exit_code_is_the_worst_that_the_report_tells() -> None:
     assert exit_code(report_with(balanced=False, shards={"broken": 1}), 0.2) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_a_job_with_a_broken_shard_ends_with_3_and_one_of_another_setting_with_2(
     run_job: RunJob, tmp_path: Path
 ) -> None:
     shards = write_shards(tmp_path / "in", num_shards=2)
     (shards / "photos-00000.tar").write_bytes((shards / "photos-00000.tar").read_bytes()[:3000])
-    done = run_job("embed.py", "--input", "in", "--output", "out", *SMALL)
+    job = ("embed.py", "--input", shards, "--output", tmp_path / "out", *SMALL)
+    done = run_job(*job)
     assert done.returncode == 3, done.stderr
     assert "BROKEN    photos-00000: cut" in done.stdout
     assert "balanced: every sample is one stored row" in done.stdout
-    done = run_job("embed.py", "--input", "in", "--output", "out", *SMALL, "--normalize")
+    done = run_job(*job, "--normalize")
     assert done.returncode == 2
     assert "normalize: output false, this run true" in done.stderr
 

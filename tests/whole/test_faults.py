@@ -24,10 +24,11 @@ from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
 from shard_embedder.pipeline.verify.proof import verify
-from tests.conftest import S3Server, SmallDisk, sample_members, write_tar
+from tests.conftest import Done, S3Server, SmallDisk, sample_members, write_tar
 from tests.faults.proxy import FaultProxy
 
-RunJob = Callable[..., subprocess.CompletedProcess[str]]
+RunJob = Callable[..., Done]
+RunProcess = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
 SMALL += ("--precision", "fp32", "--part-rows", "4")
 SAMPLES = 6
@@ -71,7 +72,7 @@ PASSING = [
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_job_through_faults_that_pass_ends_as_one_without_them(
-    run_job: RunJob, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
+    run_process: RunProcess, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
 ) -> None:
     direct = s3_server.filesystem()
     shards, newer = tmp_path / "in", tmp_path / "newer"
@@ -92,7 +93,7 @@ def test_a_job_through_faults_that_pass_ends_as_one_without_them(
     proxy.add("slow_down", "delete", "POST", 2)
     proxy.add("slow_down", r"run\.json", "PUT", 1)
     proxy.add("lost", r"report\.json", "PUT", 1)
-    done = run_job(
+    done = run_process(
         "embed.py", "--input", f"{s3_url}/in", "--output", f"{s3_url}/out", *SMALL, AWS_ENDPOINT_URL=proxy.url
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -124,7 +125,7 @@ if os.environ.get("EMBED_TEST_FAULTS") != "all":
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_it_whole(
-    run_job: RunJob, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
+    run_process: RunProcess, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
 ) -> None:
     direct = s3_server.filesystem()
     shards = tmp_path / "in"
@@ -134,7 +135,7 @@ def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_
         proxy.add(fault, rf"/in/{name}\.", method, times=10_000)
     direct.put(str(shards), f"{s3_url}/in", recursive=True)
     job = ("embed.py", "--input", f"{s3_url}/in", "--output", f"{s3_url}/out", *SMALL)
-    done = run_job(*job, "--max-passes", "1", AWS_ENDPOINT_URL=proxy.url)
+    done = run_process(*job, "--max-passes", "1", AWS_ENDPOINT_URL=proxy.url)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "balanced: every sample is one stored row" in done.stdout
     direct.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
@@ -148,7 +149,7 @@ def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_
         # One layer of retries: three on top of each other would be some hundred requests.
         assert proxy.count("GET", rf"/in/{name}\.") <= 20
     proxy.rules.clear()
-    again = run_job(*job, AWS_ENDPOINT_URL=proxy.url)
+    again = run_process(*job, AWS_ENDPOINT_URL=proxy.url)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"1 done, {len(LASTING)} pending ({len(LASTING)} broken before)" in again.stdout
     assert embed(shards, tmp_path / "expected")["balanced"]
@@ -229,7 +230,9 @@ def ray_folder() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_nothing_that_a_failing_run_leaves_holds_a_secret(run_job: RunJob, ray_folder: Path, tmp_path: Path) -> None:
+def test_nothing_that_a_failing_run_leaves_holds_a_secret(
+    run_process: RunProcess, ray_folder: Path, tmp_path: Path
+) -> None:
     secrets = {
         "AWS_ACCESS_KEY_ID": "AKIADISTINCTIVEKEYID",
         "AWS_SECRET_ACCESS_KEY": "Distinctive/Secret+Key0123456789",
@@ -251,9 +254,9 @@ def test_nothing_that_a_failing_run_leaves_holds_a_secret(run_job: RunJob, ray_f
             proxy.add("denied", r"/out/embeddings/e-not-written", "PUT", 10_000)
             environment = {**server.environment, "AWS_ENDPOINT_URL": proxy.url, "RAY_TMPDIR": str(ray_folder)}
             job = ("embed.py", "--input", "s3://bkt/in", "--output", "s3://bkt/out", *SMALL, "--max-passes", "2")
-            failed = run_job(*job, **environment)
+            failed = run_process(*job, **environment)
             wrong = {"AWS_SECRET_ACCESS_KEY": "Wrong/Secret+Key0123456789", "AWS_SESSION_TOKEN": "WrongToken=="}
-            refused = run_job(*job, **{**environment, **wrong})
+            refused = run_process(*job, **{**environment, **wrong})
             direct.get("bkt/out/", str(tmp_path / "out"), recursive=True)
     finally:
         server.stop()
