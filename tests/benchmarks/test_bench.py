@@ -139,7 +139,7 @@ def test_a_small_run_measures_every_case(capsys: pytest.CaptureFixture[str], tmp
     code = bench.main([
         "stages", "decode", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
         "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "704",
-        "--images-a-shard", "64", "--stage-images", "64", "--tiny-shards", "200", "--plan-shards", "2000",
+        "--images-a-shard", "64", "--stage-images", "32", "--tiny-shards", "60", "--plan-shards", "2000",
         "--repeats", "1", "--output", str(tmp_path / "bench.json"),
     ])  # fmt: skip
     printed = capsys.readouterr()
