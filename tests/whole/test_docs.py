@@ -26,7 +26,7 @@ from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.schema import ERRORS_SCHEMA
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
 from shard_embedder.pipeline.output.settings import FORMAT
-from tests.conftest import ROOT, write_shards
+from tests.conftest import ROOT, write_shards, write_tar
 from tests.outputs import embed
 from tests.whole.test_infra import INFRA, KUBERAY, RAY, RAY_COMMAND, UV, documents, groups, options_of
 
@@ -293,22 +293,44 @@ def test_the_page_of_the_output_names_what_is_stored(tmp_path):
     assert [name for name in named if f'"{name}"' not in report] == []
 
 
-def test_the_page_of_failures_has_every_exit_code_and_quotes_messages_that_exist():
-    page = (ROOT / "docs" / "failures.md").read_text()
+def test_the_runbook_has_every_exit_code_and_quotes_messages_that_exist():
+    page = (ROOT / "docs" / "runbook.md").read_text()
     codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
+    for path in (ROOT / "jobs" / "submit.py", KUBERAY / "launch.py", ROOT / "jobs" / "verify.py"):
+        codes |= {int(code) for code in re.findall(r"^_?EXIT_\w+ = (\d+)$", path.read_text(), re.MULTILINE)}
     told = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for code in cell.split(",")}
     assert told == codes | {130}
     said = "".join(path.read_text() for room in ("pipeline", "jobs") for path in (ROOT / room).rglob("*.py"))
     # Values stand in braces there, and constants behind some of the texts.
     said = re.sub(r"\{SUFFIX\}", ".tar", said)
     quoted = [
-        text for text in re.findall(r"^(?:\||-) ?`([^`]+)`", page, re.MULTILINE) if " " in text or "..." in text
+        text
+        for cell in re.findall(r"^(?:\||-) ?((?:`[^`]+`(?:, )?)+)", page, re.MULTILINE)
+        for text in re.findall(r"`([^`]+)`", cell)
+        if " " in text or "..." in text
     ]
-    assert len(quoted) >= 20
+    assert len(quoted) >= 30
     system = ("No space left on device",)
     for text in quoted:
         for piece in filter(None, (piece.strip() for piece in text.split("..."))):
             assert piece in system or re.sub(r"^WARNING   ", "", piece) in said, (text, piece)
+
+
+def test_the_runbooks_block_prints_the_shards_with_the_most_errors(tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "runbook.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    write_shards(tmp_path / "in", num_shards=1)
+    bad = [(f"{i}.jpg", b"no image") for i in range(2)]
+    write_tar(tmp_path / "in" / "bad.tar", bad)
+    write_tar(tmp_path / "in" / "worse.tar", [*bad, ("2.jpg", b"<html>")])
+    embed(tmp_path / "in", tmp_path / "embeddings")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "runbook.md", "exec"), {})
+    assert [line.split()[:3] for line in capsys.readouterr().out.splitlines()] == [
+        ["3", "worse", "decode"],
+        ["2", "bad", "decode"],
+    ]
 
 
 def test_the_readme_prints_the_tree_and_is_two_screens():
