@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter as Counts
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ray.util.metrics import Counter, Gauge
 
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.tally import Tally
+
+# Ray drops a gauge that was not set for two of its intervals, which are of 10 s.
+_REPEAT_S = 5.0
 
 
 class Metrics:
@@ -28,8 +34,34 @@ class Metrics:
         self._busy = Gauge("embed_stage_busy_ratio", "Share of the run in which a stage was busy.", ("run", "stage"))
         self._resources: Resources | None = None
         self._num_pending = self._num_done = 0
+        # What the gauges show; None before there is anything to show.
+        self._num_left: int | None = None
+        self._shares: dict[str, float] = {}
         self._told: Counts[str] = Counts()
         self._told_reasons: Counts[str] = Counts()
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Set the gauges again and again while the block runs: between two parts they would be gone."""
+        ended = threading.Event()
+
+        def repeat() -> None:
+            while not ended.wait(_REPEAT_S):
+                self._set_gauges()
+
+        thread = threading.Thread(target=repeat, name="metrics", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _set_gauges(self) -> None:
+        if self._num_left is not None:
+            self._pending.set(self._num_left, self._run)
+        for stage, share in self._shares.items():
+            self._busy.set(share, {**self._run, "stage": stage})
 
     def resources(self, resources: Resources) -> None:
         """Set the workers and devices that the busy shares are computed from."""
@@ -38,7 +70,8 @@ class Metrics:
     def begin_pass(self, num_pending: int) -> None:
         """Set the number of shards that the new pass has to do."""
         self._num_pending = num_pending + self._num_done
-        self._pending.set(num_pending, self._run)
+        self._num_left = num_pending
+        self._set_gauges()
 
     def part(self, tally: Tally) -> None:
         """Count one more stored part."""
@@ -55,7 +88,6 @@ class Metrics:
             self._errors.inc(value, {**self._run, "reason": reason})
         self._told_reasons = Counts(tally.reasons)
         self._num_done = tally.num_shards
-        self._pending.set(self._num_pending - self._num_done, self._run)
-        busy = tally.busy(self._resources) if self._resources else {}
-        for stage, share in busy.items():
-            self._busy.set(share, {**self._run, "stage": stage})
+        self._num_left = self._num_pending - self._num_done
+        self._shares = tally.busy(self._resources) if self._resources else {}
+        self._set_gauges()

@@ -161,6 +161,7 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
     with choose_meanwhile(job, plan.pending) as choose, ExitStack() as stack:
         if plan.pending:
             stack.enter_context(_connected(console, sigterm))
+            stack.enter_context(metrics.repeated())
         with console.progress():
             report = run(job, plan, watcher, OnRay(choose))
     if plan.pending or not report["balanced"]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 
 from shard_embedder.jobs.support.metrics import Metrics
 from shard_embedder.pipeline.core.config import parse
@@ -37,9 +38,10 @@ def scrape() -> dict[str, list[tuple[dict[str, str], float]]]:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_shows(tmp_path: Path) -> None:
+def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_and_the_alerts_ask_for(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=2, samples_each=4)
     write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
+    (tmp_path / "in" / "broken.tar").write_bytes(b"no tar")
     settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
     job = prepare_job(parse({"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), **settings}))
     metrics = Metrics(job.run)
@@ -64,7 +66,8 @@ def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_shows(tmp_path: 
     assert ours("ray_embed_errors_total", reason="not an image of a known format") == [1.0]
     assert ours("ray_embed_read_bytes_total") == [float(report["read_bytes"])]
     assert ours("ray_embed_written_bytes_total") == [float(report["written_bytes"])]
-    assert ours("ray_embed_pending_shards") == [0.0]
+    assert ours("ray_embed_errors_total", reason="shard fault") == [1.0]
+    assert ours("ray_embed_pending_shards") == [1.0]
     (busy,) = ours("ray_embed_stage_busy_ratio", stage="embed")
     assert 0.0 < busy <= 1.0
     named = set(re.findall(r"\bray_embed_\w+", (ROOT / "infra" / "README.md").read_text()))
@@ -74,6 +77,36 @@ def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_shows(tmp_path: 
         for metric in re.findall(r"\bray_\w+", query):
             assert metric in found, f"the dashboard names a metric that no run exports: {metric}"
             assert all(labels <= tags.keys() for tags, _ in found[metric]), query
+    for query, values in queries_of_alerts():
+        for metric, matchers in re.findall(r"\b(ray_\w+)(?:\{(.*?)\})?", query):
+            assert metric in found, f"an alert names a metric that no run exports: {metric}"
+            assert all("run" in tags for tags, _ in found[metric]), query
+            for label, value in re.findall(r'(\w+)!?="(.*?)"', matchers):
+                assert value in {tags[label] for tags, _ in found[metric]}, query
+        assert values <= {"$labels.run", "$value"}, query
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_whose_parts_take_long_stays_seen() -> None:
+    metrics = Metrics("slow")
+    with metrics.repeated():
+        metrics.begin_pass(3)
+        time.sleep(30)  # Ray forgets a gauge in 20 s
+        found = scrape()
+    assert [value for tags, value in found["ray_embed_pending_shards"] if tags["run"] == "slow"] == [3.0]
+
+
+def queries_of_alerts() -> list[tuple[str, set[str]]]:
+    """The expression of every alert, with the values that its texts show."""
+    rules: dict[str, Any] = yaml.safe_load((ROOT / "infra" / "alerts.yaml").read_text())
+    queries = []
+    for rule in [rule for group in rules["groups"] for rule in group["rules"]]:
+        shown = re.findall(r"\{\{ (\S+)(?: \| humanizePercentage)? \}\}", json.dumps(rule["annotations"]))
+        assert json.dumps(rule["annotations"]).count("{{") == len(shown), rule
+        queries.append((rule["expr"], set(shown)))
+    assert len(queries) >= 3
+    return queries
 
 
 def queries_of_dashboard() -> list[tuple[str, set[str]]]:
