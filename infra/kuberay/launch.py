@@ -2,7 +2,8 @@
 """Create a RayJob, wait for its end, and exit as it did: what the CronJob's pod runs.
 
 The RayJob is named after the Kubernetes Job that this runs in, so a launcher that is started again finds the
-RayJob of the first and waits for that one; and it belongs to that Job, so it goes when the Job goes.
+RayJob of the first and waits for that one; and it belongs to that Job, so it goes when the Job goes. Its pods run the
+image that the variable IMAGE names.
 
 exit codes:
   0   the RayJob succeeded
@@ -71,6 +72,14 @@ class Api:
                 raise fault
             print(f"the API server did not answer ({fault}); trying again", flush=True)
             time.sleep(5)
+
+
+def with_image(manifest: dict[str, Any], image: str) -> dict[str, Any]:
+    """The RayJob with that image for Ray, which is the first container of each pod."""
+    cluster = manifest["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        group["template"]["spec"]["containers"][0]["image"] = image
+    return manifest
 
 
 def start(api: Api, manifest: dict[str, Any], name: str, owner: dict[str, str]) -> int:
@@ -154,7 +163,7 @@ def main() -> int:
     name = f"{job}-run"
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": uid}
     api = Api(options.api, options.credentials, namespace)
-    manifest = yaml.safe_load(options.manifest.read_text())
+    manifest = with_image(yaml.safe_load(options.manifest.read_text()), os.environ["IMAGE"])
     return start(api, manifest, name, owner) or wait(api, name, options.every_s)
 
 

@@ -294,7 +294,7 @@ def pods(rayjob: dict[str, Any], cronjob: dict[str, Any]) -> list[dict[str, Any]
 
 
 def test_every_file_of_the_folder_is_checked_here():
-    checked = {*RAY_KINDS, *CORE_KINDS, "kustomization.yaml", "launch.py"}
+    checked = {*RAY_KINDS, *CORE_KINDS, "kustomization.yaml", "images.yaml", "launch.py"}
     assert {path.name for path in KUBERAY.iterdir() if path.is_file()} == checked
     others = {"Dockerfile", "Dockerfile.dockerignore", "aws.yaml", "README.md"}
     assert others <= {path.name for path in INFRA.iterdir()}
@@ -302,10 +302,17 @@ def test_every_file_of_the_folder_is_checked_here():
 
 def test_the_kustomization_names_files_that_exist_and_makes_what_the_cronjob_mounts(cronjob):
     (kustomization,) = documents(KUBERAY / "kustomization.yaml")
-    assert set(kustomization) == {"apiVersion", "kind", "namespace", "resources", "configMapGenerator"}
+    assert set(kustomization) == {
+        "apiVersion",
+        "kind",
+        "namespace",
+        "resources",
+        "configurations",
+        "configMapGenerator",
+    }
     (generator,) = kustomization["configMapGenerator"]
     assert set(generator) == {"name", "files"}
-    for name in (*kustomization["resources"], *generator["files"]):
+    for name in (*kustomization["resources"], *kustomization["configurations"], *generator["files"]):
         assert (KUBERAY / name).is_file(), name
     (pod,) = (cronjob["jobTemplate"]["spec"]["template"]["spec"],)
     (volume,) = pod["volumes"]
@@ -672,12 +679,17 @@ def launch(tmp_path: Path, cronjob: dict[str, Any]) -> Iterator[Callable[..., tu
     assert (rule["apiGroups"], rule["resources"]) == (["ray.io"], ["rayjobs"])
     (tmp_path / "token").write_text("sesame\n")
     (container,) = cronjob["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    paths = {one["name"]: one["valueFrom"]["fieldRef"]["fieldPath"] for one in container["env"]}
-    environment = {name: POD_FIELDS[path] for name, path in paths.items()}
+    environment = {
+        one["name"]: one["value"] if "value" in one else POD_FIELDS[one["valueFrom"]["fieldRef"]["fieldPath"]]
+        for one in container["env"]
+    }
     servers = []
 
     def run(
-        states: list[dict[str, str]], jobs: dict[str, Any] | None = None, faults: tuple[int, ...] = ()
+        states: list[dict[str, str]],
+        jobs: dict[str, Any] | None = None,
+        faults: tuple[int, ...] = (),
+        **variables: str,
     ) -> tuple[int, str, Kubernetes]:
         kubernetes = Kubernetes(rule["verbs"], list(states))
         kubernetes.jobs.update(jobs or {})
@@ -686,7 +698,7 @@ def launch(tmp_path: Path, cronjob: dict[str, Any]) -> Iterator[Callable[..., tu
         arguments = [KUBERAY / "rayjob.yaml", "--api", kubernetes.url, "--credentials", tmp_path, "--every-s", "0.01"]
         done = subprocess.run(
             [sys.executable, KUBERAY / "launch.py", *arguments],
-            env=environment,
+            env={**environment, **variables},
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         return done.returncode, done.stdout + done.stderr, kubernetes
@@ -708,6 +720,13 @@ def test_a_launched_run_is_waited_for_and_belongs_to_its_job(launch, rayjob):
     (owner,) = made["metadata"]["ownerReferences"]
     assert owner == {"apiVersion": "batch/v1", "kind": "Job", "name": "embed-29000000", "uid": "1-2-3"}
     assert said.count("Running RUNNING") == 1
+
+
+def test_a_launched_run_has_the_image_of_the_variable_in_all_its_pods(launch):
+    _, _, kubernetes = launch([SUCCEEDED], IMAGE="mine:1")
+    cluster = kubernetes.created[0]["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert [group["template"]["spec"]["containers"][0]["image"] for group in groups] == ["mine:1"] * 3
 
 
 def test_a_launched_run_is_one_that_kuberay_takes(launch, check_ray_kind):
