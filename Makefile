@@ -1,6 +1,7 @@
 # make demo    set up, make sample shards, embed them on local Ray, show what came out
 # make test    set up, run every check and every test
 # make check   the same without Ray, jobs and large models: what to run before each commit
+# make docs    build the pages as a site in build/site; a broken link fails
 # make setup   only set up: .venv with what requirements.lock pins
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ DEMO ?= demo
 # In two processes, a file in one of them: most tests wait for Ray to start. What has a Ray head of its own follows alone.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test check lint lock clean
+.PHONY: setup demo test check docs lint lock clean
 
 setup: $(STAMP)
 
@@ -43,9 +44,18 @@ test: lint
 	$(BIN)/pytest $(TWO) -m 'not alone'
 	$(BIN)/pytest -m alone
 
+# The packages of the extra are in no lock: nothing that is tested or installed needs them.
+docs: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[docs]'
+	rm -rf build/pages
+	mkdir -p build/pages
+	for path in *.md docs examples infra benchmarks; do ln -s "$(CURDIR)/$$path" build/pages/; done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-header --extra dev --no-emit-package shard-embedder pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(DEMO) build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
