@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -81,7 +82,10 @@ def _judged(data: bytes, rules: DecodingRules) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise _unknown(data) from error
     except Image.DecompressionBombError as error:
-        raise SampleError(f"too many pixels: {error}") from error
+        # Pillow tells of its own limit, which is another.
+        found = re.search(r"\((\d+) pixels\)", str(error))
+        size = found[1] if found else f"over {rules.max_pixels}"
+        raise SampleError(f"too many pixels: {size}, the limit is {rules.max_pixels}") from error
     except MemoryError as error:
         limit = f"{rules.memory_bytes // 2**20} MiB, the limit for {rules.max_pixels} pixels"
         raise SampleError(f"too much memory: it takes over {limit}") from error

@@ -125,7 +125,7 @@ def test_what_the_default_lets_pass_takes_a_gibibyte_and_a_half_at_most() -> Non
     # Cameras of 64 megapixels, and the WebP of 118 bytes that took 3.8 GiB.
     assert default.max_pixels >= 9248 * 6936
     webp = b"RIFF\x6e\0\0\0WEBPVP8X\n\0\0\0\0\0\0\0" + (13376).to_bytes(3, "little") * 2
-    with pytest.raises(SampleError, match=r"^too many pixels: "):
+    with pytest.raises(SampleError, match=f"^too many pixels: 178944129, the limit is {default.max_pixels}$"):
         Decoder(default).decode(webp + bytes(88))
 
 
@@ -141,9 +141,7 @@ def test_a_jpeg_2000_is_refused_sooner_as_it_takes_more_memory() -> None:
 def test_an_ico_is_refused_before_it_is_decoded() -> None:
     png = encode(Image.new("1", (2300, 2300)), "PNG")
     ico = struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(png), 22) + png
-    with pytest.raises(
-        SampleError, match=r"^too many pixels: Image size \(5290000 pixels\) exceeds limit of 4000000 "
-    ):
+    with pytest.raises(SampleError, match=r"^too many pixels: 5290000, the limit is 4000000$"):
         pillow.decode(ico, replace(RULES, max_pixels=4_000_000))
     assert pillow.decode(ico, replace(RULES, max_pixels=5_290_000)).shape == (32, 32, 3)
 
