@@ -112,6 +112,7 @@ def read_and_decode(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=resources.decode_cpus,
+        memory=resources.decode_memory,
     )
 
 

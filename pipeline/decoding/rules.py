@@ -12,6 +12,11 @@ _BYTES_PER_PIXEL, _JPEG_2000_BYTES = 20, 32
 _FIXED_BYTES = 192 * 2**20
 
 
+def image_memory(max_pixels: int) -> int:
+    """Bytes that decoding one image of so many pixels takes at most, its file and the programs aside."""
+    return _FIXED_BYTES + _BYTES_PER_PIXEL * max_pixels
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodingRules:
     """What becomes of an image: the shape that the weights ask for, and what is refused."""
@@ -27,7 +32,7 @@ class DecodingRules:
     @property
     def memory_bytes(self) -> int:
         """What decoding one image takes at most, its file and the programs aside."""
-        return _FIXED_BYTES + _BYTES_PER_PIXEL * self.max_pixels
+        return image_memory(self.max_pixels)
 
     @property
     def jpeg_2000_pixels(self) -> int:

@@ -13,6 +13,7 @@ from ray.util import placement_group, remove_placement_group
 from shard_embedder.pipeline.core.config import Config
 from shard_embedder.pipeline.core.errors import ClusterError
 from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
+from shard_embedder.pipeline.decoding.rules import image_memory
 from shard_embedder.pipeline.embedding.network import Placement
 from shard_embedder.pipeline.planning.nodes import SAY_EVERY_S, Node, Request, alive_nodes, crowded, missing
 
@@ -24,6 +25,8 @@ _ACTOR_CPUS = 0.3
 # What a read task reserves, not what it uses: of more readers the parts that wait would fill the object store, and
 # keep decoding from it (benchmarks/README.md). This is one for each core of a machine with 4 GB a core.
 _READ_MEMORY = 5 * 2**29
+# What a decode task takes beside the image: a worker and the process that decodes for it.
+_DECODER_MEMORY = 2**28
 # GPUs older than these compute fp16 fast and bf16 slowly or not at all.
 _FP16_GPUS = ("P4", "P100", "V100", "T4", "K80")
 _LOOK_EVERY_S = 2.0
@@ -46,6 +49,7 @@ class Resources:
     num_nodes: int
     decode_cpus: float
     read_memory: int | None  # bytes, None where no node tells its own
+    decode_memory: int | None
     num_readers: float  # that CPUs and memory have room for
     batch_rates: tuple[tuple[int, float], ...] = ()  # images/s by batch size, where it was measured
     read_cpus: float = 0.25  # less would start many more workers than cores, each of which takes seconds of one
@@ -162,6 +166,21 @@ def _demand(resources: Resources) -> Iterator[None]:
         remove_placement_group(group)
 
 
+def _decode_memory(config: Config, nodes: list[Node], read_memory: int | None) -> int | None:
+    """What a decode task reserves: enough for any image, or where a node has less for each core, that.
+
+    So no core is idle for want of memory, which nearly no image needs.
+    """
+    if read_memory is None:
+        return None
+    shares = [
+        (node["memory"] - read_memory) / max(1.0, node["CPU"])
+        for node in nodes
+        if node.get("CPU") and node.get("memory")
+    ]
+    return int(min(_DECODER_MEMORY + image_memory(config.max_pixels), *shares))
+
+
 def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     """What the stages take of `nodes`, and what these lack for it."""
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
@@ -172,6 +191,7 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     total_cpus = sum(cpus) or 1.0
     memories = [node["memory"] for node in nodes if node.get("CPU") and node.get("memory")]
     read_memory = min(_READ_MEMORY, int(min(memories) // 2)) if memories else None
+    decode_memory = _decode_memory(config, nodes, read_memory)
     readers = total_cpus / Resources.read_cpus
     if read_memory is not None:
         readers = min(readers, sum(memory // read_memory for memory in memories))
@@ -196,6 +216,7 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
         num_nodes=len(nodes),
         decode_cpus=decode_cpus,
         read_memory=read_memory,
+        decode_memory=decode_memory,
         num_readers=readers,
     )
     lacking = missing(resources.requests, nodes)

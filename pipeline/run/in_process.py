@@ -44,6 +44,7 @@ class InProcess:
             num_nodes=1,
             decode_cpus=1.0,
             read_memory=None,
+            decode_memory=None,
             num_readers=1.0,
         )
         candidates = ("bf16", "fp16") if self._device == "cuda" else ("bf16",) if cpu_has_bf16() else ()

@@ -48,6 +48,25 @@ def test_readers_are_bound_by_the_memory_of_the_nodes_and_fit_on_each(
     assert resources.slots["read"] == readers
 
 
+@pytest.mark.parametrize(
+    ("nodes", "max_pixels", "mib"),
+    [
+        # 20 bytes a pixel, and 448 MiB for what is there without one.
+        ([{"CPU": 8.0, "memory": 22.4e9}], 2**26, 1280 + 448),
+        ([{"CPU": 8.0, "memory": 22.4e9}], 2**20, 20 + 448),
+        # With less a core, each core has its share of what a reader leaves.
+        ([{"CPU": 8.0, "memory": 10.5 * 2**30}], 2**26, 1024),
+        ([DECODE, {"CPU": 2.0, "memory": 4 * 2**30}, HEAD], 2**26, 1024),
+        ([L4], 2**26, None),
+    ],
+)
+def test_decoding_reserves_what_an_image_may_take_and_leaves_no_core_idle(
+    nodes: list[Node], max_pixels: int, mib: int | None
+) -> None:
+    resources, _ = divided(nodes, max_pixels=max_pixels)
+    assert resources.decode_memory == (None if mib is None else mib * 2**20)
+
+
 def test_a_resource_keeps_the_actors_to_the_nodes_that_have_it() -> None:
     resources, lacking = divided([DECODE, L4, L4, H100], actor_resource="accelerator_type:L4")
     assert lacking is None
