@@ -1,6 +1,6 @@
 """What needs Ray, each in a process of its own: the whole job, and the flow up to decode.
 
-Run as `python -m jobs.bench_flow NAME SETTINGS`. It is what `jobs/embed.py` does, with a watcher that measures.
+Run as `python -m benchmarks.flow NAME SETTINGS`. It is what `jobs/embed.py` does, with a watcher that measures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Planning very many shards: an S3 that has nothing but listings, and a process that plans from them.
 
-Run as `python -m jobs.bench_plan plan SETTINGS`. The listings come over HTTP from a second process, page by page
+Run as `python -m benchmarks.plan plan SETTINGS`. The listings come over HTTP from a second process, page by page
 as S3 gives them, so that the client's own work, which is most of the time, is in the figure.
 """
 

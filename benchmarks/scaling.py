@@ -1,7 +1,7 @@
 """Strong scaling without devices: the flow with backbones that sleep for as long as a device would compute.
 
-Run as `python -m jobs.bench_scaling NAME SETTINGS`. All is what the job does, on as many logical CPUs as it takes,
-except for the backbone (`jobs/bench_sleep.py`). The stored Parquet tells which actor was busy when.
+Run as `python -m benchmarks.scaling NAME SETTINGS`. All is what the job does, on as many logical CPUs as it takes,
+except for the backbone (`benchmarks/sleep.py`). The stored Parquet tells which actor was busy when.
 """
 
 from __future__ import annotations

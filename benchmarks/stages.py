@@ -1,6 +1,6 @@
 """What one process can measure: each stage alone, PIL and torchvision beside them, and the GPU by mode.
 
-Run as `python -m jobs.bench_stages NAME SETTINGS`: a process of its own leaves no threads and caches to what is
+Run as `python -m benchmarks.stages NAME SETTINGS`: a process of its own leaves no threads and caches to what is
 measured next. All times are wall-clock, after one call that is not counted.
 """
 

@@ -1,4 +1,4 @@
-"""The same as `jobs/console.py` for machines: every event of a run is a line of JSON on standard output."""
+"""The same as `jobs/support/console.py` for machines: every event of a run is a line of JSON on standard output."""
 
 from __future__ import annotations
 

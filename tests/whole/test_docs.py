@@ -41,6 +41,7 @@ DOCS = [
 TEXTS = sorted(
     {*DOCS, *(path for path in INFRA.rglob("*") if path.suffix in ("", ".py", ".yaml") and path.is_file())}
 )
+CODE = ("benchmarks", "jobs", "pipeline", "shard_embedder")
 OTHER_OPTIONS = {
     # Of programs that are not this repository's, which the docs use.
     *("--from", "--from-env-file", "--follow", "--sort-by"),  # kubectl
@@ -71,6 +72,18 @@ def test_every_file_and_heading_that_the_docs_name_exists(doc):
         headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
         slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
         assert not anchor or anchor in slugs, anchor
+
+
+def test_every_file_and_module_that_the_code_names_exists():
+    missing = []
+    for path in [ROOT / "benchmarks" / "README.md", *(p for top in CODE for p in (ROOT / top).rglob("*.py"))]:
+        text = path.read_text()
+        # `templates/x.j2` is below its own package.
+        named = re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|j2|md|toml|yaml))`", text)
+        missing += [(path, name) for name in named if not any((top / name).exists() for top in (ROOT, path.parent))]
+        modules = re.findall(rf"python3? -m ((?:{'|'.join(CODE)})\b[\w.]*)", text)
+        missing += [(path, name) for name in modules if importlib.util.find_spec(name) is None]
+    assert missing == []
 
 
 @of_each_doc
