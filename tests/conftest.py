@@ -328,6 +328,12 @@ def s3_url(s3_server: S3Server) -> str:
     return f"s3://{s3_server.bucket}/{uuid.uuid4().hex[:12]}"
 
 
+@pytest.fixture(params=["disk", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh folder on local disk, and a fresh prefix on S3."""
+    return str(tmp_path / "place") if request.param == "disk" else request.getfixturevalue("s3_url")
+
+
 @dataclass(frozen=True)
 class Done:
     """How a command ended, and what it printed."""

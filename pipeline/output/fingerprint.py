@@ -17,7 +17,8 @@ import pyarrow
 from shard_embedder.pipeline.core.errors import OtherSettingsError, StoredDataError, StoreError
 from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
-from shard_embedder.pipeline.core.storage import create, join, read_bytes
+from shard_embedder.pipeline.core.storage import join, read_bytes
+from shard_embedder.pipeline.core.writing import create
 from shard_embedder.pipeline.output.names import RUN_FILE
 from shard_embedder.pipeline.output.settings import OutputSettings, canonical_json
 

@@ -13,7 +13,7 @@ Kleppmann, "How to do distributed locking", 2016.
 
 That two runs never overlap by a second is not promised, and not needed: parts do not depend on who writes them. What
 the lease keeps away is paying twice, and two runs that each believe the output to be new. On a store without
-conditional writes two runs that begin within the same seconds may both get the lease (`storage.create`); the one
+conditional writes two runs that begin within the same seconds may both get the lease (`writing.create`); the one
 whose claim was overwritten finds that out at its next beat, and ends.
 """
 
@@ -35,17 +35,8 @@ from pathlib import Path
 from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
 from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
-from shard_embedder.pipeline.core.storage import (
-    clear_temporary,
-    create,
-    delete,
-    join,
-    list_files,
-    locate,
-    read_bytes,
-    remove_folder,
-    write_bytes,
-)
+from shard_embedder.pipeline.core.storage import join, list_files, locate, read_bytes
+from shard_embedder.pipeline.core.writing import clear_temporary, create, delete, remove_folder, write_bytes
 from shard_embedder.pipeline.output.names import LEASE_FOLDER
 
 _CLAIM = re.compile(r"(\d{8})\.json", re.ASCII)

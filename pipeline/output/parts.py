@@ -39,7 +39,8 @@ from shard_embedder.pipeline.core.schema import (
     embeddings_schema,
     part_rows,
 )
-from shard_embedder.pipeline.core.storage import delete, join, read_tail, refuses_name, write_bytes
+from shard_embedder.pipeline.core.storage import join, read_tail
+from shard_embedder.pipeline.core.writing import delete, refuses_name, write_bytes
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, METADATA_PREFIX, PartName, version_tag
 from shard_embedder.pipeline.output.settings import canonical_json

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.schema import SHARD_FAULT
-from shard_embedder.pipeline.core.storage import write_bytes
+from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.output.ledger import MAX_WORST
 from shard_embedder.pipeline.output.names import PAGE_FILE
 from shard_embedder.pipeline.pages import look, speed

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, SettingsError
-from shard_embedder.pipeline.core.storage import TEMPORARY_FOLDER, clear_temporary
+from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER, clear_temporary
 from shard_embedder.pipeline.retrieval.index import (
     INDEX_FILE,
     LISTS_FILE,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shard_embedder.pipeline.core.progress import Progress
-from shard_embedder.pipeline.core.storage import write_bytes
+from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.output.stored import Output, StoredPart, stream
 from shard_embedder.pipeline.retrieval.folder import PIECE_FILE, PIECE_NAME
 from shard_embedder.pipeline.retrieval.index import (

@@ -12,7 +12,7 @@ from typing import Any
 from shard_embedder.pipeline.core.errors import ClusterError, SettingsError
 from shard_embedder.pipeline.core.formatting import format_count, one_line
 from shard_embedder.pipeline.core.redact import describe
-from shard_embedder.pipeline.core.storage import clear_temporary, delete
+from shard_embedder.pipeline.core.writing import clear_temporary, delete
 from shard_embedder.pipeline.output.fingerprint import write_fingerprint
 from shard_embedder.pipeline.output.ledger import Counts, count
 from shard_embedder.pipeline.planning.job import Job

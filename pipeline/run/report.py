@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from shard_embedder.pipeline.core.schema import STAGES
-from shard_embedder.pipeline.core.storage import delete, join, read_bytes, write_bytes
+from shard_embedder.pipeline.core.storage import join, read_bytes
+from shard_embedder.pipeline.core.writing import delete, write_bytes
 from shard_embedder.pipeline.output.ledger import Counts
 from shard_embedder.pipeline.output.names import REPORT_FILE, UNCOUNTED_FILE
 from shard_embedder.pipeline.planning.job import Job

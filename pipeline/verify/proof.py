@@ -16,7 +16,8 @@ from shard_embedder.pipeline.core.errors import StoreError
 from shard_embedder.pipeline.core.formatting import format_count, one_line
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.redact import describe
-from shard_embedder.pipeline.core.storage import TEMPORARY_FOLDER, list_files, locate
+from shard_embedder.pipeline.core.storage import list_files, locate
+from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER
 from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
 from shard_embedder.pipeline.shards.find import Shard, find_shards
 from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out

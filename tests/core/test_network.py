@@ -13,7 +13,8 @@ import pytest
 from shard_embedder.pipeline.core import retries, storage
 from shard_embedder.pipeline.core.errors import InputError, ShardChangedError, ShardError, StoreError
 from shard_embedder.pipeline.core.retries import StoreLimits
-from shard_embedder.pipeline.core.storage import delete, list_files, locate, read_bytes, write_bytes
+from shard_embedder.pipeline.core.storage import list_files, locate, read_bytes
+from shard_embedder.pipeline.core.writing import delete, write_bytes
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
 from shard_embedder.pipeline.output.ledger import list_parts
 from shard_embedder.pipeline.output.parts import read_facts

@@ -15,16 +15,8 @@ import pytest
 from shard_embedder.pipeline.core import storage
 from shard_embedder.pipeline.core.errors import InputError, StoreError
 from shard_embedder.pipeline.core.retries import StoreLimits
-from shard_embedder.pipeline.core.storage import (
-    FileInfo,
-    create,
-    delete,
-    list_files,
-    locate,
-    read_bytes,
-    stat,
-    write_bytes,
-)
+from shard_embedder.pipeline.core.storage import FileInfo, list_files, locate, read_bytes, stat
+from shard_embedder.pipeline.core.writing import create, delete, write_bytes
 from shard_embedder.pipeline.shards.find import find_shards
 from tests.conftest import ROOT
 from tests.faults.odd_store import OddStore, Quirks
@@ -188,7 +180,8 @@ def test_a_link_that_fails_for_another_reason_is_an_error(tmp_path: Path, monkey
 
 
 _USES_ALL = """
-from shard_embedder.pipeline.core.storage import create, delete, read_bytes, write_bytes
+from shard_embedder.pipeline.core.storage import read_bytes
+from shard_embedder.pipeline.core.writing import create, delete, write_bytes
 from shard_embedder.pipeline.shards.find import find_shards
 write_bytes("s3://bkt/in", "a.tar", b"x")
 assert create("s3://bkt/in", "b.tar", b"x")

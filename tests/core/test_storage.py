@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -21,8 +20,6 @@ from shard_embedder.pipeline.core.errors import SettingsError, ShardChangedError
 from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits, with_retries
 from shard_embedder.pipeline.core.storage import (
     FileInfo,
-    clear_temporary,
-    delete,
     join,
     list_files,
     locate,
@@ -30,8 +27,8 @@ from shard_embedder.pipeline.core.storage import (
     read_tail,
     stat,
     to_url,
-    write_bytes,
 )
+from shard_embedder.pipeline.core.writing import delete, write_bytes
 from shard_embedder.pipeline.shards.stream import ShardStream
 from tests.conftest import ROOT
 
@@ -46,12 +43,6 @@ NAMES = [
     "a+b&c.bin",
     "[x]{y}*.bin",
 ]
-
-
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A fresh folder on local disk, and a fresh prefix on S3."""
-    return str(tmp_path / "place") if request.param == "disk" else request.getfixturevalue("s3_url")
 
 
 @pytest.fixture
@@ -335,79 +326,6 @@ def test_a_folder_that_may_not_be_listed_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     with pytest.raises(PermissionError):
         listed(str(tmp_path))
-
-
-def test_a_write_replaces_the_whole_file(place: str) -> None:
-    for data in (b"long content", b"", b"short"):
-        write_bytes(place, "a/f", data)
-        assert read_bytes(f"{place}/a/f") == data
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_bytes(str(tmp_path), "f", b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_bytes(str(tmp_path), "f", b"new")
-    assert read_bytes(f"{tmp_path}/f") == b"old"
-    assert listed(str(tmp_path)) == ["f"]
-
-
-def test_clearing_leaves_no_temporary_folder_and_is_no_fault_twice(place: str) -> None:
-    write_bytes(place, "f", b"x")
-    clear_temporary(place)
-    clear_temporary(place)
-    fs, path = locate(place)
-    assert [entry["name"] for entry in fs.ls(path, detail=True)] == [f"{path}/f"]
-
-
-_WRITER = """
-import sys
-from shard_embedder.pipeline.core.storage import write_bytes
-print("ready", flush=True)
-number = 0
-while True:
-    number += 1
-    write_bytes(sys.argv[1], f"parts/{number % 7}", bytes([number % 256]) * 3_000_000)
-"""
-
-
-def test_a_killed_writer_never_leaves_a_half_file(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    leftovers = 0
-    for _ in range(8):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(0.02, 0.15))
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
-        for name in listed(str(tmp_path)):
-            data = (tmp_path / name).read_bytes()
-            if name.startswith(f"{storage.TEMPORARY_FOLDER}/"):
-                leftovers += 1
-            else:
-                assert name.startswith("parts/")
-                assert len(data) == 3_000_000
-                assert len(set(data[::1000])) == 1
-        clear_temporary(str(tmp_path))
-        assert not (tmp_path / storage.TEMPORARY_FOLDER).exists()
-    assert leftovers, "no kill met a write: this test tested nothing"
-
-
-def test_deleting_takes_thousands_and_stops_at_nothing_missing(tmp_path: Path) -> None:
-    for number in range(3):
-        write_bytes(str(tmp_path), f"a/{number}", b"x")
-    delete(str(tmp_path), [f"a/{number}" for number in range(2500)])
-    assert listed(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,6 @@ def made(
     return make_fingerprint(made, weights_name="DEFAULT", input_prefix=prefix, versions={"torch": versions})
 
 
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "output") if request.param == "disk" else request.getfixturevalue("s3_url")
-
-
 def test_an_output_says_what_made_it(place: str) -> None:
     assert read_fingerprint(place) is None
     asked = made(keep=["cls", "json:a.b=float64"], id="json:id")

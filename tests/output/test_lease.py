@@ -17,7 +17,8 @@ import pytest
 from shard_embedder.pipeline.core import storage
 from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
 from shard_embedder.pipeline.core.retries import StoreLimits
-from shard_embedder.pipeline.core.storage import create, list_files, locate, read_bytes, write_bytes
+from shard_embedder.pipeline.core.storage import list_files, locate, read_bytes
+from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER, clear_temporary, create, delete, write_bytes
 from shard_embedder.pipeline.output import lease
 from shard_embedder.pipeline.output.lease import LeaseTimes, hold
 from shard_embedder.pipeline.output.names import LEASE_FOLDER
@@ -228,7 +229,7 @@ def test_a_file_is_created_once(place: str) -> None:
     assert create(place, "a/b", b"first")
     assert not create(place, "a/b", b"second")
     assert read_bytes(f"{place}/a/b") == b"first"
-    storage.clear_temporary(place)
+    clear_temporary(place)
     assert files(place) == ["a/b"]
 
 
@@ -311,9 +312,9 @@ def test_a_lease_that_cannot_be_renewed_is_not_held(tmp_path: Path) -> None:
     with hold(str(place), silent, times=BRISK) as held:
         held.check()
         # No beat can be written any more: a file is where the folder of temporary files must be.
-        temporary = place / storage.TEMPORARY_FOLDER
+        temporary = place / TEMPORARY_FOLDER
         while not temporary.is_file():
-            storage.clear_temporary(str(place))
+            clear_temporary(str(place))
             with suppress(IsADirectoryError):
                 temporary.write_bytes(b"")
         with pytest.raises(StoreError, match=r"could not be renewed .*another run may have it: .*beat"):
@@ -357,7 +358,7 @@ def test_a_beat_that_meets_an_unforeseen_error_is_tried_again(
 
 def test_a_lease_that_someone_removed_is_not_held(place: str) -> None:
     with hold(place, silent) as held:
-        storage.delete(place, files(place))
+        delete(place, files(place))
         with pytest.raises(OutputBusyError, match="gone: another run took it over and ended, or someone removed it"):
             held.confirm()
     assert files(place) == []

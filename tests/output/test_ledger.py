@@ -12,7 +12,8 @@ import pytest
 
 from shard_embedder.pipeline.core.errors import StoreError
 from shard_embedder.pipeline.core.schema import UNKNOWN_INDEX
-from shard_embedder.pipeline.core.storage import FileInfo, delete, write_bytes
+from shard_embedder.pipeline.core.storage import FileInfo
+from shard_embedder.pipeline.core.writing import delete, write_bytes
 from shard_embedder.pipeline.output import ledger
 from shard_embedder.pipeline.output.ledger import count, list_parts
 from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
@@ -35,11 +36,6 @@ def store(output: str, *parts: str, folder: str = EMBEDDINGS, shard: str = "a", 
 
 def planned(output: str) -> Plan:
     return make_plan(SHARDS, output)
-
-
-@pytest.fixture(params=["disk", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "output") if request.param == "disk" else request.getfixturevalue("s3_url")
 
 
 def test_with_nothing_stored_all_is_pending(place: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from shard_embedder.pipeline.core import storage
 from shard_embedder.pipeline.core.errors import InputError, SettingsError
-from shard_embedder.pipeline.core.storage import join, write_bytes
+from shard_embedder.pipeline.core.storage import join
+from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.shards import find as module
 from shard_embedder.pipeline.shards.find import Refused, find_shards, shards_below
 from shard_embedder.pipeline.shards.left_out import add_left_out, archives_among, format_left_out

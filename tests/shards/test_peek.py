@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shard_embedder.pipeline.core.schema import IMAGE
-from shard_embedder.pipeline.core.storage import join, locate, stat, write_bytes
+from shard_embedder.pipeline.core.storage import join, locate, stat
+from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.shards.find import Shard
 from shard_embedder.pipeline.shards.grouping import Sample
 from shard_embedder.pipeline.shards.keys import Naming

@@ -21,7 +21,8 @@ import pytest
 from shard_embedder.jobs.verify import main
 from shard_embedder.pipeline.core.errors import InputError, OutputError, SettingsError
 from shard_embedder.pipeline.core.schema import EMBEDDING, IMAGE_ID, SAMPLE_INDEX, SHARD
-from shard_embedder.pipeline.core.storage import locate, write_bytes
+from shard_embedder.pipeline.core.storage import locate
+from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.output.names import PartName, version_tag
 from shard_embedder.pipeline.output.parts import content_sha256, vectors
 from shard_embedder.pipeline.verify.findings import RULES, Verdict
