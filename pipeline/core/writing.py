@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
 from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits, refusal, with_retries
 from shard_embedder.pipeline.core.storage import is_s3, join, locate, read_bytes, stat, timeout_option
 

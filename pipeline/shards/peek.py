@@ -21,9 +21,7 @@ from shard_embedder.pipeline.core.errors import ShardError
 from shard_embedder.pipeline.core.storage import locate
 from shard_embedder.pipeline.shards.find import Shard
 from shard_embedder.pipeline.shards.grouping import Sample, brief, iter_samples
-from shard_embedder.pipeline.shards.keys import Naming
-from shard_embedder.pipeline.shards.stream import ShardStream
-from shard_embedder.pipeline.shards.tars import (
+from shard_embedder.pipeline.shards.headers import (
     BLOCK,
     LONG_TYPES,
     MAX_EXTENSION_BYTES,
@@ -39,6 +37,8 @@ from shard_embedder.pipeline.shards.tars import (
     read_pax,
     skip_sparse_maps,
 )
+from shard_embedder.pipeline.shards.keys import Naming
+from shard_embedder.pipeline.shards.stream import ShardStream
 
 # What tells how large the samples of a shard are.
 _FRONT_SAMPLES, _FRONT_BYTES = 256, 4 * 2**20

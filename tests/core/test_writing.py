@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
 from shard_embedder.pipeline.core.storage import locate, read_bytes
 from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER, clear_temporary, delete, write_bytes
-
 from tests.conftest import ROOT
 from tests.core.test_storage import listed
 

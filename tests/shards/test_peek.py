@@ -17,13 +17,14 @@ from shard_embedder.pipeline.core.storage import join, locate, stat
 from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.shards.find import Shard
 from shard_embedder.pipeline.shards.grouping import Sample
+from shard_embedder.pipeline.shards.headers import BLOCK
 from shard_embedder.pipeline.shards.keys import Naming
 from shard_embedder.pipeline.shards.peek import Entry, TarReader, images, is_one_image, mean_sample_bytes
+from shard_embedder.pipeline.shards.tars import iter_members
 from tests.conftest import ROOT, sample_members, write_tar
+from tests.shards.test_tar_costs import BOMBS, check_bounds
 from tests.shards.test_tars import (
     ALL,
-    BLOCK,
-    BOMBS,
     CASES,
     END,
     FORMATS,
@@ -34,12 +35,10 @@ from tests.shards.test_tars import (
     Bytes,
     C,
     Case,
-    check_bounds,
     entry,
     flipped,
     gnu_times,
     header,
-    iter_members,
     packed,
     padded,
     pax,

@@ -8,10 +8,8 @@ import random
 import subprocess
 import sys
 import tarfile
-import tracemalloc
 import unicodedata
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +23,9 @@ from shard_embedder.pipeline.core.errors import ShardError
 from shard_embedder.pipeline.core.schema import IMAGE, REASON, part_rows
 from shard_embedder.pipeline.core.storage import locate, stat
 from shard_embedder.pipeline.shards.find import Pending
+from shard_embedder.pipeline.shards.headers import BLOCK, MAX_PAX_BYTES
 from shard_embedder.pipeline.shards.samples import SampleReader
-from shard_embedder.pipeline.shards.tars import (
-    BLOCK,
-    MAX_PAX_BYTES,
-    WINDOW_BYTES,
-    Member,
-    iter_members,
-    parse_header,
-    read_pax,
-)
+from shard_embedder.pipeline.shards.tars import Member, iter_members
 from tests.conftest import encode, peak_memory_mib, photo
 
 A, B, C, D = (encode(photo(seed, (24, 20))) for seed in range(4))
@@ -687,145 +678,6 @@ def test_no_bytes_make_it_raise_anything_else_or_run_for_ever(data: bytes) -> No
     assert fault is not None or data.endswith(bytes(BLOCK))
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.sampled_from(FORMATS),
-    st.binary(min_size=1, max_size=160).filter(lambda name: b"\0" not in name),
-    st.integers(0, 2**34),
-    st.sampled_from([b"0", b"\0", b"x", b"g", b"L", b"K", b"5", b"7", b"S", b"1", b"M"]),
-    st.lists(st.tuples(st.integers(0, BLOCK - 1), st.integers(0, 255)), max_size=3),
-    st.booleans(),
-)
-def test_a_header_says_what_the_standard_library_reads_in_it(
-    format: int, name: bytes, size: int, kind: bytes, changes: list[tuple[int, int]], has_checksum: bool
-) -> None:
-    info = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
-    info.size, info.type, info.mtime = size, kind, size % 2**33
-    try:
-        block = bytearray(info.tobuf(format, errors="surrogateescape")[-BLOCK:])
-    except ValueError:
-        assume(False)
-    for at, value in changes:
-        block[at] = value
-    if has_checksum:
-        block[:] = with_checksum(block)
-    try:
-        expected = tarfile.TarInfo.frombuf(bytes(block), "utf-8", "surrogateescape")
-    except (tarfile.HeaderError, ValueError):
-        with pytest.raises((tarfile.HeaderError, ValueError)):
-            parse_header(bytes(block))
-        return
-    found = parse_header(bytes(block))
-    assert (found.size, found.type, found.is_folder) == (expected.size, expected.type, expected.isdir())
-    if not block.startswith(b"ustar  \0", 257):
-        assert found.name == expected.name
-
-
-# What a shard may cost, whatever it holds. No clock decides, but what is read, and how often a function is called.
-READS_OF_EACH_BYTE = 12
-CALLS_A_BLOCK, CALLS_AT_LEAST = 2000, 10_000
-HELD_BYTES = 5 * 2**20
-
-
-def check_bounds(stream: Bytes, walk: Iterator[object], held_bytes: int = HELD_BYTES) -> None:
-    """Walk a tar of any bytes, and hold what that costs against the bounds. What is yielded is not kept."""
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    tracemalloc.start()
-    sys.setprofile(count)
-    try:
-        for _ in walk:
-            pass
-    except ShardError:
-        pass
-    finally:
-        sys.setprofile(None)
-        _, held = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    assert stream.read_bytes <= READS_OF_EACH_BYTE * stream.num_bytes + 2**16
-    assert stream.furthest_back <= WINDOW_BYTES + 2**18
-    assert calls <= CALLS_A_BLOCK * (stream.num_bytes // BLOCK + 1) + CALLS_AT_LEAST
-    assert held <= held_bytes
-
-
-def check_cost(data: bytes) -> None:
-    stream = Bytes(data)
-    check_bounds(stream, iter_members(stream, lambda name: True, ALL))
-
-
-def sparse_header(more: int) -> bytes:
-    """An old GNU sparse header, whose map goes on in the next block: which is another one."""
-    block = bytearray(header(b"a.jpg", 0, b"S"))
-    block[257:265], block[482], block[504] = b"ustar  \0", more, more
-    return with_checksum(block)
-
-
-NEAR = (b"ustar\0" + b"0" * 10) * 32
-BOMBS = {
-    "sparse maps that go on in each other": sparse_header(1),
-    "pax headers that hold each other": header(b"p", 2**20 - 1, b"x"),
-    "pax headers that hold each other and have a good begin": header(b"p", 2**20 - 1, b"x") + b"30 a=" + b"b" * 507,
-    "long names that hold each other": header(b"n", 2**20 - 1, b"L"),
-    "pax headers without an end": header(b"p", 512, b"x") + b"99 path=x\n".ljust(512, b"x"),
-    "members whose size is a lie": header(b"a.jpg", 2**33 - 1),
-    "garbage between headers": header(b"a.jpg", 0) + GARBAGE[:BLOCK],
-    "what looks like headers": NEAR,
-    "what looks like headers, and a header": NEAR + header(b"a.jpg", 0),
-    "long names and no member": entry("x", b"n" * 900, b"L"),
-    "empty members": header(b"a.jpg", 0),
-    "tiny pax records": header(b"p", 2**16, b"x") + b"5 a=\n" * 10922 + bytes(4),
-    "zeros": bytes(BLOCK),
-    "zeros and a header": bytes(3 * BLOCK) + header(b"a.jpg", 0),
-}
-
-
-@pytest.mark.parametrize("tail", [b"", b"\1" * 2**20], ids=["alone", "before garbage"])
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_a_hostile_shard_costs_time_by_its_size_and_constant_memory(bomb: str, tail: bytes) -> None:
-    check_cost(BOMBS[bomb] * (2**19 // len(BOMBS[bomb])) + tail)
-
-
-def test_nothing_of_each_damage_is_kept() -> None:
-    data = header(b"p", 2**20 - 1, b"x") * (24 * 2**20 // BLOCK) + b"\1" * 2**20
-    tracemalloc.start()
-    try:
-        with pytest.raises(
-            ShardError, match=r"damaged: the pax header at byte 0 is malformed; more damage after it$"
-        ):
-            list(iter_members(Bytes(data), lambda name: True, ALL))
-        assert tracemalloc.get_traced_memory()[1] <= HELD_BYTES
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_fuzzed_shard_costs_time_by_its_size_and_constant_memory(seed: int) -> None:
-    rng = random.Random(seed)
-    pieces = [*PIECES_OF_TARS, *BOMBS.values(), WHOLE]
-    data = bytearray()
-    while len(data) < 2**16:
-        data += rng.choice(pieces) * rng.choice((1, 1, 2, 5, 50))
-    for _ in range(rng.choice((0, 1, 10, 100))):
-        at = rng.randrange(len(data))
-        change = rng.choice(("flip", "cut", "insert", "size"))
-        if change == "flip":
-            data[at] ^= 1 << rng.randrange(8)
-        elif change == "cut":
-            del data[at : at + rng.randrange(2000)]
-        elif change == "insert":
-            data[at:at] = rng.randbytes(rng.randrange(2000))
-        else:
-            at = at // BLOCK * BLOCK
-            block = bytearray(data[at : at + BLOCK].ljust(BLOCK, b"\0"))
-            block[124:136] = b"%011o\0" % rng.choice((0, 511, 2**16, 2**20, 2**24))
-            data[at : at + BLOCK] = with_checksum(block)
-    check_cost(bytes(data[: 2**18]))
-
-
 @pytest.mark.parametrize("fork", [40_000, 2_400_000, 40_000_000])
 def test_a_pax_header_with_a_resource_fork_is_read_and_its_member_too(fork: int, tmp_path: Path) -> None:
     forks = {
@@ -848,50 +700,12 @@ def test_a_pax_header_above_the_bound_is_damage_and_costs_that_member_alone() ->
         next(walk)
 
 
-RECORDS = st.lists(
-    st.tuples(
-        st.sampled_from(["path", "size", "mtime", "comment", "GNU.sparse.name", "GNU.sparse.major", "é"]),
-        st.one_of(st.text(max_size=20), st.integers(0, 9000).map("v".__mul__)),
-    ),
-    max_size=6,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(RECORDS, st.integers(0, 2000), st.data())
-def test_pax_records_are_those_of_a_plain_parser_however_they_are_cut_into_pieces(
-    listed: list[tuple[str, str]], num_zeros: int, data: st.DataObject
-) -> None:
-    records = b"".join(pax({key: value})[BLOCK:].rstrip(b"\0") for key, value in listed) + bytes(num_zeros)
-    # A value that ends in zeros is not told apart from the end of a header block here.
-    assume(not any(value.endswith("\0") for _, value in listed))
-    expected = dict(listed)
-    found = read_pax(Bytes(records + b"more"), len(records), piece_bytes=1024)
-    assert (found.path, found.size) == (expected.get("path"), expected.get("size"))
-    assert found.sparse_name == expected.get("GNU.sparse.name")
-    assert found.is_sparse == any(key.startswith("GNU.sparse.") for key in expected)
-    if records:
-        at = data.draw(st.integers(0, len(records) - 1))
-        changed = records[:at] + b"\0" + records[at:]
-        for piece_bytes in (1024, 2**16):
-            try:
-                read_pax(Bytes(changed), len(changed), piece_bytes)
-            except ValueError:
-                continue
-
-
 def test_a_sample_of_endless_names_is_one_error_in_bounded_memory(tmp_path: Path) -> None:
     data = b"".join(pax({"path": f"a.{i}{'x' * (2**20 - 99)}"}) + header(b"x") for i in range(20))
     (tmp_path / "shard.tar").write_bytes(data + entry("b.jpg") + END)
     rows, parts = read(tmp_path / "shard.tar")
     assert [row[REASON] and row[REASON].partition(":")[0] for row in rows] == ["too many members", None]
     assert parts[-1]["end"] == "last"
-
-
-def test_a_hostile_file_of_many_near_headers_takes_no_long_time() -> None:
-    near = (b"ustar\0" + b"0" * 10) * 2**16
-    found, fault = members(GARBAGE + near)
-    assert (found, fault is None) == ([], False)
 
 
 def write_huge(path: Path, num_members: int, member_bytes: int) -> None:
