@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -260,13 +260,16 @@ def test_the_order_of_the_two_steps_is_pillows(
     st.integers(8, 60),
     st.booleans(),
 )
+@example(32, 36, 48, 8, 8, False)
 def test_geometry_is_torchvisions_for_any_size(
     width: int, height: int, resize: int, crop_height: int, crop_width: int, bicubic: bool
 ) -> None:
     interpolation = "bicubic" if bicubic else "bilinear"
     preprocess = Preprocess(resize, (crop_height, crop_width), interpolation, (0.5,) * 3, (0.5,) * 3)
     image = photo(width, (width, height))
-    assert_near(pixels(image, preprocess), torchvision_pixels(image, preprocess))
+    difference = np.abs(pixels(image, preprocess).astype(int) - torchvision_pixels(image, preprocess))
+    # At a scale such as 2:3 one value in six is an exact half, which each of the two steps may round up or down.
+    assert difference.max() <= 2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (1, 4_000_000), (4_000_000, 1), (3, 1_000_000)])
