@@ -49,7 +49,7 @@ def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
     return EXIT_OK
 
 
-_GO_ON = "what is stored stays: run the same command again to go on"
+_GO_ON = "what is stored stays; run the same command again to go on"
 
 
 class _Sigterm:
@@ -113,7 +113,7 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
             return _run_held(follow_output(job), lease, console, sigterm)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if sigterm.came or isinstance(error, (KeyboardInterrupt, SystemExit)):
-            console.error("interrupted: what is stored stays; run the same command again to go on")
+            console.error(f"interrupted: {_GO_ON}")
             return EXIT_TERMINATED if sigterm.came else code_of(error)
         if not isinstance(error, (PipelineError, OSError)):
             raise
