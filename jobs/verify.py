@@ -113,11 +113,17 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
         out.print(f"{name:<12}{value}")
     for name in verdict.to_delete():
         out.print(f"MEND  delete {one_line(join(verdict.output, name))}")
+    for parts in verdict.retired:
+        out.print(
+            f"MEND  delete {one_line(parts)} in {one_line(verdict.output)}, and the same in errors/: this input does "
+            "not name the shard, so no run makes them again; if it is to be embedded again, put it back first"
+        )
     if verdict.broken_shards:
         out.print("MEND  replace the broken shards, where it was not the network that failed: a run reads them again")
     if verdict.mended_by_a_run:
         then = "then run" if verdict.to_delete() else "run"
-        out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing")
+        which = "" if with_input else " of the shards that its input still names; --input tells of the others"
+        out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing{which}")
     wrong = f"NOT PROVEN: {format_count(len(verdict.findings), 'finding')} in {verdict.output}"
     out.print(f"proven: {verdict.output}" if verdict.proven else wrong)
 

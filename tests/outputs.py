@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from shard_embedder.pipeline.core.config import Config, parse
 from shard_embedder.pipeline.core.schema import PART_FIELDS
@@ -16,13 +17,23 @@ from shard_embedder.pipeline.embedding.network import Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
 from shard_embedder.pipeline.output.fingerprint import write_fingerprint
 from shard_embedder.pipeline.output.parts import PartWriter
+from shard_embedder.pipeline.planning.engine import Engine
 from shard_embedder.pipeline.planning.job import Job, prepare_job
+from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.passes import Watcher
 from shard_embedder.pipeline.shards.find import Pending
 from shard_embedder.pipeline.shards.samples import SampleReader
 
 SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
 UNHEARD = Watcher(lambda *_: None, lambda *_: None, lambda *_: None)
+
+
+def _torch_computes(job: Job, *_: Any) -> Engine:
+    """Without a trial, which takes seconds and is told elsewhere."""
+    return Engine(f"torch {torch.__version__}", "fp32", SharedWeights.of(job.weights))
+
+
+IN_PROCESS = InProcess(choose=_torch_computes)
 
 
 def job_for(input: Path | str, output: Path | str, **settings: Any) -> Job:

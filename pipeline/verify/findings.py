@@ -45,7 +45,9 @@ _REMADE = frozenset(
     | {"sample-index", "shard-column", "not-finite", "tar-id", "recompute"}
 )
 # A run mends these without anything deleted.
-_RUN_AGAIN = frozenset({"no-parts", "part-missing", "part-twice", "old-version", "shard-missing", "shard-broken"})
+_RUN_AGAIN = frozenset(
+    {"no-parts", "part-missing", "part-twice", "old-version", "two-versions", "shard-missing", "shard-broken"}
+)
 
 
 class Finding(NamedTuple):
@@ -78,12 +80,22 @@ class Verdict:
     tars_compared: int = 0
     recomputed: int = 0
     lowest_cosine: float | None = None
+    # Of shards that the input does not name, which no run mends: what to delete, and the files with findings.
+    retired: dict[str, list[str]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add_finding(self, file: str, rule: str, value: str) -> None:
         """Add a finding."""
         self.findings.append(Finding(file, rule, value))
+
+    def retire(self, parts: str, first: int) -> None:
+        """The findings from number `first` on are of a shard that the input does not name: only deleting its `parts`
+        mends them, where a run would.
+        """
+        found = self.findings[first:]
+        if any(finding.rule in _REMADE | _RUN_AGAIN for finding in found):
+            self.retired[parts] = [finding.file for finding in found]
 
     @property
     def proven(self) -> bool:
@@ -92,14 +104,19 @@ class Verdict:
 
     def to_delete(self) -> list[str]:
         """Paths below the output to delete: parts that a run then makes again, and errors files without a part."""
-        spoiled = {finding.file.partition("/")[2] for finding in self.findings if finding.rule in _REMADE}
-        alone = {finding.file for finding in self.findings if finding.rule == "errors-alone"}
+        mended = self._mended_in_place()
+        spoiled = {finding.file.partition("/")[2] for finding in mended if finding.rule in _REMADE}
+        alone = {finding.file for finding in mended if finding.rule == "errors-alone"}
         return sorted({f"embeddings/{name}" for name in spoiled if name.endswith(".parquet")} | alone)
 
     @property
     def mended_by_a_run(self) -> bool:
         """Whether a run mends something, once `to_delete` is deleted."""
-        return any(finding.rule in _REMADE | _RUN_AGAIN for finding in self.findings)
+        return any(finding.rule in _REMADE | _RUN_AGAIN for finding in self._mended_in_place())
+
+    def _mended_in_place(self) -> list[Finding]:
+        retired = {file for files in self.retired.values() for file in files}
+        return [finding for finding in self.findings if finding.file not in retired]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON, with the meaning of each finding's rule."""

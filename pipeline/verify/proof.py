@@ -18,7 +18,15 @@ from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.core.storage import list_files, locate
 from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER
-from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, LEASE_FOLDER, RUN_FILE, PartName, version_tag
+from shard_embedder.pipeline.output.names import (
+    EMBEDDINGS,
+    ERRORS,
+    LEASE_FOLDER,
+    RUN_FILE,
+    PartName,
+    escape,
+    version_tag,
+)
 from shard_embedder.pipeline.shards.find import Shard, find_shards
 from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out
 from shard_embedder.pipeline.verify.findings import Verdict
@@ -55,7 +63,10 @@ def verify(
     versions = _group_by_version(_list_parts(output, verdict), shards, verdict)
     sources: list[ShardPart] = []
     for version, parts, tar in _check_in_threads(output, expected, versions, threads, on_progress):
+        first = len(verdict.findings)
         check_shard_version(version, parts, expected.naming, verdict)
+        if inputs and version.parts[0].shard not in shards:
+            verdict.retire(version.where, first)
         if tar is not None:
             compare_with_tar(version, parts, tar, verdict)
             if tar.fault is None and not version.is_broken:
@@ -146,9 +157,12 @@ def _group_by_version(
             value = (
                 f"{len(found_tags)} versions, so its samples come {len(found_tags)} times: {', '.join(found_tags)}"
             )
-            verdict.add_finding(f"{EMBEDDINGS}/{name}.*", "two-versions", value)
+            where, first = f"{EMBEDDINGS}/{escape(name)}.*", len(verdict.findings)
+            verdict.add_finding(where, "two-versions", value)
+            if shards:
+                verdict.retire(f"all but one version of {where}", first)
     for name in sorted(shards.keys() - tags.keys()):
-        verdict.add_finding(f"{EMBEDDINGS}/{name}.*", "shard-missing", f"no part of {shards[name].url}")
+        verdict.add_finding(f"{EMBEDDINGS}/{escape(name)}.*", "shard-missing", f"no part of {shards[name].url}")
     if elsewhere and shards:
         verdict.notes.append(
             f"{format_count(elsewhere, 'shard')} stored and not in this input: not compared with any tar"

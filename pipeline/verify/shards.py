@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from shard_embedder.pipeline.core.errors import ShardError
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.schema import END_BROKEN, END_NONE
-from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName, escape
 from shard_embedder.pipeline.shards.find import Shard
 from shard_embedder.pipeline.shards.keys import Naming
 from shard_embedder.pipeline.shards.peek import is_one_image
@@ -39,7 +39,7 @@ class ShardVersion:
     @property
     def where(self) -> str:
         """The name of all its parts in a finding."""
-        return f"{EMBEDDINGS}/{self.parts[0].shard}.{self.parts[0].tag}-*"
+        return f"{EMBEDDINGS}/{escape(self.parts[0].shard)}.{self.parts[0].tag}-*"
 
 
 def check_shard_version(version: ShardVersion, parts: list[CheckedPart], naming: Naming, verdict: Verdict) -> None:

@@ -11,32 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from shard_embedder.jobs.support.session import exit_code
 from shard_embedder.pipeline.core.errors import InputError, OutputError
-from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
 from shard_embedder.pipeline.output.names import UNCOUNTED_FILE
 from shard_embedder.pipeline.output.parts import vectors
-from shard_embedder.pipeline.planning.engine import Engine
-from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.plan import check_names, make_plan
-from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.passes import Watcher, run
 from shard_embedder.pipeline.run.report import Estimate, estimate, mark_uncounted
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.find import Pending
 from shard_embedder.pipeline.shards.keys import Naming
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
-from tests.outputs import UNHEARD, job_for, rows, stored
-
-
-def torch_computes(job: Job, *_: Any) -> Engine:
-    """Without a trial, which takes seconds and is told elsewhere."""
-    return Engine(f"torch {torch.__version__}", "fp32", SharedWeights.of(job.weights))
-
-
-IN_PROCESS = InProcess(choose=torch_computes)
+from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows, stored
 
 
 def embed(input: Path | str, output: Path | str, **settings: Any) -> dict[str, Any]:
