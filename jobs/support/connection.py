@@ -37,11 +37,15 @@ def connect() -> str | None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "300000")
     # Without "local", Ray would join whatever other Ray runs on this machine.
     local = {"address": "local", "include_dashboard": False}
-    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else local
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {} if address else local
+    if address:
+        # How often Ray tries to reach a cluster: one try takes 41 s where nobody answers, and its default is 20.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # Ray raises a plain one where its own processes come too late
-        where = f"the cluster at {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "this machine"
+        where = f"the cluster at {address}" if address else "this machine"
         raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
     # The flow tells what fails in a pass, in a line.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

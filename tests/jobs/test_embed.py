@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from shard_embedder.pipeline.output.lease import hold
 from tests.conftest import ROOT, Done, encode, photo, write_shards, write_tar
 
 RunJob = Callable[..., Done]
+RunProcess = Callable[..., subprocess.CompletedProcess[str]]
 SLOWER = (
     "--backbone",
     "resnet18",
@@ -267,3 +270,23 @@ def keeps_access_times(folder: Path) -> bool:
 
 def complete(files: dict[str, bytes], shard: str) -> bool:
     return sum(name.startswith(f"embeddings/{shard}.") for name in files) == 3
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_answer_is_given_up_with_its_address(tmp_path: Path, run_process: RunProcess) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    with socket.socket() as closed, socket.socket() as silent:
+        closed.bind(("127.0.0.1", 0))
+        silent.bind(("", 0))
+        silent.listen()
+        addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in (closed, silent)]
+
+        def run(address: str) -> subprocess.CompletedProcess[str]:
+            # Ray's own default takes 14 minutes, one try 41 s; the rest is the start of a process on a busy machine.
+            options = ("--input", "in", "--output", f"out-{address}", *SMALL)
+            return run_process("embed.py", *options, timeout=200, RAY_ADDRESS=address)
+
+        with ThreadPoolExecutor() as pool:
+            for address, done in zip(addresses, pool.map(run, addresses), strict=True):
+                assert done.returncode == 2
+                assert f"Ray cannot be reached or started on the cluster at {address}: " in done.stderr
