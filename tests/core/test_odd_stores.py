@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from shard_embedder.pipeline.core.retries import StoreLimits
 from shard_embedder.pipeline.core.storage import FileInfo, list_files, locate, read_bytes, stat
 from shard_embedder.pipeline.core.writing import create, delete, write_bytes
 from shard_embedder.pipeline.shards.find import find_shards
-from tests.conftest import ROOT
+from tests.conftest import ROOT, S3Server
 from tests.faults.odd_store import OddStore, Quirks
 
 LIMITS = StoreLimits(request_timeout_s=5.0, retry_s=1.0, settle_s=0.3)
@@ -217,3 +218,28 @@ def test_every_request_is_as_the_variables_of_fsspec_say(
         if method in methods.split()
     }
     assert seen == {(method, value) for method in methods.split()}
+
+
+_READS = """
+from shard_embedder.pipeline.core.storage import read_bytes
+from shard_embedder.pipeline.shards.find import find_shards
+(shard,) = find_shards(["s3://public/in"]).shards
+assert read_bytes(shard.url) == b"x"
+"""
+
+
+def test_a_public_bucket_is_read_without_credentials(s3_server: S3Server) -> None:
+    fs = s3_server.filesystem()
+    fs.mkdir("public")
+    fs.pipe_file("public/in/a.tar", b"x")
+    everyone = {
+        "Effect": "Allow",
+        "Principal": "*",
+        "Action": ["s3:GetObject", "s3:ListBucket"],
+        "Resource": ["arn:aws:s3:::public", "arn:aws:s3:::public/*"],
+    }
+    policy = {"Version": "2012-10-17", "Statement": [everyone]}
+    fs.call_s3("put_bucket_policy", Bucket="public", Policy=json.dumps(policy))
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"AWS_ENDPOINT_URL": s3_server.environment["AWS_ENDPOINT_URL"], "FSSPEC_S3": '{"anon": true}'}
+    subprocess.run([sys.executable, "-c", _READS], cwd=ROOT, env=environment, check=True, timeout=120)
