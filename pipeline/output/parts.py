@@ -175,21 +175,27 @@ class PartWriter:
         keyed = {METADATA_PREFIX + key: value for key, value in checked.items()}
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **keyed})
         sink = io.BytesIO()
-        split = EMBEDDING in table.column_names and self._dtype == "float32"
+        few_values = EMBEDDING in table.column_names and self._dtype == "float32" and _is_half_precise(vectors(table))
         pq.write_table(
             table,
             sink,
             row_group_size=ROW_GROUP_ROWS,
             compression="zstd",
             compression_level=1,
-            use_dictionary=[name for name in (SHARD, STAGE) if name in table.column_names],
-            use_byte_stream_split=["embedding.list.element"] if split else False,
+            # Encodings that every reader knows: of BYTE_STREAM_SPLIT that is not so, as benchmarks/README.md tells.
+            use_dictionary=[name for name in (SHARD, STAGE) if name in table.column_names]
+            + ["embedding.list.element"] * few_values,
             write_statistics=[IMAGE_ID],
             store_schema=True,
         )
         data = sink.getvalue()
         write_bytes(self._root, name, data)
         return len(data)
+
+
+def _is_half_precise(values: np.ndarray[Any, np.dtype[np.float32]]) -> bool:
+    """Whether all float32 values are as bf16 or fp16 computed them, so that few are different."""
+    return not np.bitwise_or.reduce(values.view(np.uint32), axis=None) & 0x1FFF
 
 
 def _errors(values: dict[str, Any], samples: pa.StructArray) -> pa.Table:

@@ -148,16 +148,22 @@ def test_the_parquet_layout_is_the_documented_one(tmp_path: Path) -> None:
         columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
         assert {column.compression for column in columns.values()} == {"ZSTD"}
         assert [name for name, column in columns.items() if column.is_stats_set] == ["image_id"]
-        embedding = columns["embedding.list.element"]
-        assert "BYTE_STREAM_SPLIT" in embedding.encodings
-        assert not embedding.has_dictionary_page
+        # Encodings that every reader knows.
+        assert set(columns["embedding.list.element"].encodings) == {"PLAIN", "RLE"}
 
 
-def test_float16_is_stored_as_half_floats_without_byte_stream_split(tmp_path: Path) -> None:
+def test_values_of_half_precision_are_stored_with_a_dictionary(tmp_path: Path) -> None:
+    writer(tmp_path)(embedded(["a", "b", "c"]))
+    file = pq.ParquetFile(tmp_path / "embeddings" / NAME)
+    assert set(file.metadata.row_group(0).column(3).encodings) == {"PLAIN", "RLE", "RLE_DICTIONARY"}
+    assert vectors(file.read()).ravel().tolist() == [0, 1, 2, 3, 100, 101, 102, 103, 200, 201, 202, 203]
+
+
+def test_float16_is_stored_as_plain_half_floats(tmp_path: Path) -> None:
     writer(tmp_path, dtype="float16")(embedded(["a", "b"], dtype="float16"))
     file = pq.ParquetFile(tmp_path / "embeddings" / NAME)
     assert file.schema_arrow.field("embedding").type.value_type == pa.float16()
-    assert "BYTE_STREAM_SPLIT" not in file.metadata.row_group(0).column(3).encodings
+    assert set(file.metadata.row_group(0).column(3).encodings) == {"PLAIN", "RLE"}
     assert vectors(file.read()).dtype == np.float16
     assert vectors(file.read())[1].tolist() == [100, 101, 102, 103]
 
