@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = gather(flags, os.environ)
     except SettingsError as error:
-        console.error(str(error))
+        console.error(str(error), EXIT_USAGE)
         console.end(EXIT_USAGE)
         return EXIT_USAGE
     console = make_console(config.log_format)

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from shard_embedder.jobs.support.progress import LINE_EVERY_S, plain_console
 from shard_embedder.pipeline.core.config import AUTO
 from shard_embedder.pipeline.core.formatting import format_count, format_size
-from shard_embedder.pipeline.core.redact import show
 from shard_embedder.pipeline.core.schema import SHARD_FAULT
+from shard_embedder.pipeline.run.verdict import BAD, GOOD, WARN
 from shard_embedder.pipeline.shards.left_out import format_left_out
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shard_embedder.pipeline.run.tally import Tally
     from shard_embedder.pipeline.shards.find import Pending
 
+_STYLES = {GOOD: "bold green", WARN: "bold yellow", BAD: "bold red"}
 # A line says so where no part was stored for this long.
 _SILENT_S = 120.0
 # The rate shown is that of the last parts in this window.
@@ -268,18 +269,17 @@ class Console:
             self._out.print(f"PROBLEM   {text}", style="yellow")
         for text in report["warnings"]:
             self.warning(text)
-        verdict = "balanced: every sample is one stored row" if report["balanced"] else "NOT BALANCED"
-        self._out.print(f"{verdict}; see {report['output'].rstrip('/')}/report.html")
-        self.report_fault(report)
-
-    def report_fault(self, report: dict[str, Any]) -> None:
-        """Say that the report could not be stored, where that is so."""
-        if report["report_fault"] is not None:
-            self.error(f"the report cannot be stored: {report['report_fault']}; run the same command again")
 
     def nothing_to_do(self, num_shards: int) -> None:
-        """Say that every shard was done before."""
-        self._out.print(f"nothing to do: {format_count(num_shards, 'shard')}, all done")
+        """Every shard was done before: the verdict says so."""
+
+    def verdict(self, report: dict[str, Any]) -> None:
+        """The last line of a run: how it ended, in a colour that says how bad that is, and what to do next."""
+        verdict = report["verdict"]
+        said = [f"exit {report['exit_code']}: {verdict['happened']}.", verdict["next"]]
+        if report["report_fault"] is None:
+            said.append(f"See {report['output'].rstrip('/')}/report.html.")
+        self._out.print(" ".join(filter(None, said)), style=_STYLES[verdict["level"]])
 
     @staticmethod
     def _price(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -297,9 +297,12 @@ class Console:
         """What may not be meant."""
         self._out.print(f"WARNING   {message}", style="bold yellow")
 
-    def error(self, message: str) -> None:
-        """One error, on standard error."""
-        print(f"embed.py: {show(message)}", file=sys.stderr)
+    def error(self, message: str, exit_code: int | None = None) -> None:
+        """One error, on standard error; with an exit code that which ends the run."""
+        ends = "" if exit_code is None else f"exit {exit_code}: "
+        plain_console(stderr=True).print(
+            f"embed.py: {ends}{message}", style=None if exit_code is None else "bold red"
+        )
 
     def end(self, exit_code: int) -> None:
         """The command ends; what there is to say of it is said."""

@@ -37,12 +37,14 @@ class JsonConsole(Console):
     """Writes an object a line: `time` (UTC, ISO 8601), `level`, `run`, `event`, and what the event has to say.
 
     Errors come on standard output, too: in the order of things. Events are `plan`, `waiting`, `resources`, `pass`,
-    `progress` (every 30 s), `problem`, `error`, `summary` or `nothing to do`, and at last `end` with the exit code.
+    `progress` (every 30 s), `problem`, `error`, `summary` or `nothing to do`, and at last `end` with the exit code,
+    and of a run that came to its end, what `happened` and what to do `next`.
     Of `progress`, the shards and `left_s` are of the pass, and the other numbers of the run.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._verdict: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def _say(self, level: str, event: str, **values: Any) -> None:
@@ -126,7 +128,6 @@ class JsonConsole(Console):
             self.warning(text)
         level = _INFO if report["balanced"] else _ERROR
         self._say(level, "summary", **{name: report[name] for name in _SUMMARY if name in report})
-        self.report_fault(report)
 
     def nothing_to_do(self, num_shards: int) -> None:
         """Every shard was done before."""
@@ -136,13 +137,18 @@ class JsonConsole(Console):
         """What may not be meant."""
         self._say(_WARNING, "problem", message=message)
 
-    def error(self, message: str) -> None:
-        """One error."""
+    def error(self, message: str, exit_code: int | None = None) -> None:
+        """One error. The exit code is told at the end."""
         self._say(_ERROR, "error", message=message)
+
+    def verdict(self, report: dict[str, Any]) -> None:
+        """How the run ended, for the last line."""
+        self._verdict = report["verdict"]
 
     def end(self, exit_code: int) -> None:
         """The last line."""
-        self._say(_INFO if exit_code == 0 else _ERROR, "end", exit_code=exit_code)
+        verdict = {name: self._verdict[name] for name in ("happened", "next") if name in self._verdict}
+        self._say(_INFO if exit_code == 0 else _ERROR, "end", exit_code=exit_code, **verdict)
 
 
 def _clean(value: Any) -> Any:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 
 from shard_embedder.pipeline.core.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
+from shard_embedder.pipeline.run import verdict
 
-EXIT_OK = 0
+# Those of a run that came to its end.
+EXIT_OK = verdict.EXIT_OK
+EXIT_BROKEN_SHARDS = verdict.EXIT_BROKEN_SHARDS
+EXIT_FAILED = verdict.EXIT_FAILED
+EXIT_TOO_MANY_ERRORS = verdict.EXIT_TOO_MANY_ERRORS
 EXIT_USAGE = 2
-EXIT_BROKEN_SHARDS = 3
-EXIT_FAILED = 4  # the counts do not balance, or a disk or store failed
-EXIT_TOO_MANY_ERRORS = 5
 # As in sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
 EXIT_BUSY = 75
 EXIT_TERMINATED = 128 + signal.SIGTERM

@@ -13,14 +13,7 @@ import ray
 
 from shard_embedder.jobs.support.connection import connect
 from shard_embedder.jobs.support.console import Console
-from shard_embedder.jobs.support.exit_codes import (
-    EXIT_BROKEN_SHARDS,
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_TERMINATED,
-    EXIT_TOO_MANY_ERRORS,
-    code_of,
-)
+from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_TERMINATED, code_of
 from shard_embedder.jobs.support.metrics import Metrics
 from shard_embedder.pipeline.core.config import Config
 from shard_embedder.pipeline.core.errors import PipelineError
@@ -33,21 +26,9 @@ from shard_embedder.pipeline.planning.plan import Plan, check_names, make_plan
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
-from shard_embedder.pipeline.run.report import estimate, has_incomplete_shards, tells_of_work
+from shard_embedder.pipeline.run.report import estimate, tells_of_work
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.find import Pending
-
-
-def exit_code(report: Mapping[str, Any], max_error_fraction: float) -> int:
-    """The worst that a report tells."""
-    if not report["balanced"] or report.get("report_fault") is not None:
-        return EXIT_FAILED
-    if has_incomplete_shards(report):
-        return EXIT_BROKEN_SHARDS
-    if report["errors"] > max_error_fraction * report["samples"]:
-        return EXIT_TOO_MANY_ERRORS
-    return EXIT_OK
-
 
 _GO_ON = "what is stored stays; run the same command again to go on"
 
@@ -113,13 +94,14 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
             return _run_held(follow_output(job), lease, console, sigterm)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if sigterm.came or isinstance(error, (KeyboardInterrupt, SystemExit)):
-            console.error(f"interrupted: {_GO_ON}")
-            return EXIT_TERMINATED if sigterm.came else code_of(error)
+            code = EXIT_TERMINATED if sigterm.came else code_of(error)
+            console.error(f"interrupted: {_GO_ON}", code)
+            return code
         if not isinstance(error, (PipelineError, OSError)):
             raise
         code = code_of(error)
         # Of a store that failed, what is stored is not lost.
-        console.error(f"{describe(error)}; {_GO_ON}" if code == EXIT_FAILED else str(error))
+        console.error(f"{describe(error)}; {_GO_ON}" if code == EXIT_FAILED else str(error), code)
         return code
 
 
@@ -168,12 +150,12 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
         console.summary(report)
     else:
         console.nothing_to_do(len(job.shards))
-        console.report_fault(report)
     opened = {shard.name for shard in plan.pending[: job.config.limit]}
     # The page is that of the stored report.
     if plan.pending or not tells_of_work(job.config.output):
         _draw(report, job, opened, lease, console)
-    return exit_code(report, job.config.max_error_fraction)
+    console.verdict(report)
+    return int(report["exit_code"])
 
 
 def _draw(report: Mapping[str, Any], job: Job, opened: set[str], lease: Lease, console: Console) -> None:

@@ -7,9 +7,8 @@ and nothing that goes wrong here changes the run or its report.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.schema import SHARD_FAULT
 from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.output.ledger import MAX_WORST
@@ -23,14 +22,6 @@ from shard_embedder.pipeline.shards.keys import Naming
 MAX_REASONS = 20
 MAX_INPUTS = 5
 OPEN_LISTED = 10
-
-
-class Verdict(NamedTuple):
-    """How a run went: how grave (`warn`, `bad` or neither), in a word, and in a sentence."""
-
-    kind: str
-    word: str
-    sentence: str
 
 
 def write_page(report: Mapping[str, Any], shards: Iterable[Shard], opened: Collection[str], naming: Naming) -> None:
@@ -64,28 +55,9 @@ def draw_page(report: Mapping[str, Any], shards: Mapping[str, Shard], opened: Co
             "kind": RUN,
             "weights": report["weights"],
             "links": links(local_path(output, PAGE_FILE), output),
-            "verdict": verdict(report),
             "sections": [(title, html) for title, html in sections if html],
         },
     )
-
-
-def verdict(report: Mapping[str, Any]) -> Verdict:
-    """How the run went."""
-    shards = report["shards"]
-    if not report["balanced"]:
-        missing = f"{format_count(shards['missing'], 'shard')} not complete, " if shards["missing"] else ""
-        found = format_count(report["num_imbalances"], "disagreement")
-        return Verdict("bad", "Not balanced", f"{missing}{found} in what is stored. Run the same command again.")
-    if report["device"] is None:
-        return Verdict("", "Nothing to do", f"All {format_count(shards['found'], 'shard')} had been embedded before.")
-    rows = f"{format_count(report['embedded'], 'embedding')} and {format_count(report['errors'], 'error')}"
-    balanced = f"Every sample is one stored row: {rows} for {format_count(report['samples'], 'sample')}."
-    if shards["broken"]:
-        broken = f"{format_count(shards['broken'], 'shard')} could not be read to the end"
-        again = f"{broken}. The readable samples are stored, and the next run tries these shards again. {balanced}"
-        return Verdict("warn", "Broken shards", again)
-    return Verdict("warn" if report["problems"] or report["warnings"] else "", "Balanced", balanced)
 
 
 def _errors(report: Mapping[str, Any]) -> dict[str, Any]:

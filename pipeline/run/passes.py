@@ -28,6 +28,7 @@ from shard_embedder.pipeline.run.report import (
     write_report,
 )
 from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.run.verdict import without_report
 from shard_embedder.pipeline.shards.find import Pending, Shard, find_shards
 
 # How an error says that there is no space, and will be none in the next pass either.
@@ -132,7 +133,7 @@ def _finish(
         mark_counted(job.config.output)
     except OSError as error:
         # What it tells is needed the more.
-        report["report_fault"] = describe(error)
+        report = without_report(report, describe(error))
     clear_temporary(job.config.output)
     return report
 

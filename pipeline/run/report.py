@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from shard_embedder.pipeline.core.schema import STAGES
@@ -17,10 +18,13 @@ from shard_embedder.pipeline.planning.plan import Plan
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.advice import make_warnings
 from shard_embedder.pipeline.run.tally import Tally, slowest_stage
+from shard_embedder.pipeline.run.verdict import Incomplete, judge
 from shard_embedder.pipeline.shards.find import Pending, Shard
 from shard_embedder.pipeline.shards.keys import Naming
 from shard_embedder.pipeline.shards.peek import mean_sample_bytes
 
+# Of report.json: it grows where a field changes its meaning or goes, not where one is added.
+SCHEMA_VERSION = 1
 MAX_LISTED = 100
 _TOO_MANY = 10**18
 
@@ -41,11 +45,11 @@ def make_report(
     stored itself, and `errors_by_shard` of the ten shards with the most errors. `batch_size` is what was asked for
     or measured, None for the engine's own, and `batch_size_used` the smallest that was used: where a device's
     memory does not hold a batch, its runner halves them. Lists are cut, and have their number beside them.
-    `problems` is what went wrong with the engine on the way, `warnings` what may not be meant, and `unused_images`
-    are image members that no row stands for. `timeline` has for each `step_s` seconds since the begin
-    (`started_at`) the images of the parts stored in it, and the seconds that each stage worked on them;
-    `stage_workers` is how many workers of a stage can be busy at once, on average. `num_devices` is the most that
-    there were at once; `device_hours` counts each for as long as it was there.
+    `exit_code` and `verdict` are how it ended. `problems` is what went wrong with the engine on the way, `warnings`
+    what may not be meant, and `unused_images` are image members that no row stands for. `timeline` has for each
+    `step_s` seconds since the begin (`started_at`) the images of the parts stored in it, and the seconds that each
+    stage worked on them; `stage_workers` is how many workers of a stage can be busy at once, on average.
+    `num_devices` is the most that there were at once; `device_hours` counts each for as long as it was there.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
     slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
@@ -53,9 +57,11 @@ def make_report(
     price = job.config.price_per_hour
     device_hours = device_s / 3600
     per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
-    return {
+    report = {
+        "schema_version": SCHEMA_VERSION,
         "run": job.run,
         "started_at": tally.started_at.isoformat(timespec="seconds"),
+        "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "output": job.config.output,
         "input": list(job.config.input),
         "fingerprint": job.fingerprint.digest,
@@ -128,9 +134,21 @@ def make_report(
         "price_per_hour": price,
         "price": None if price is None else round(device_hours * price, 6),
         "price_per_million_images": None if price is None or per_million is None else round(per_million * price, 4),
-        # Last, since it is long.
-        "timeline": tally.timeline.as_dict(),
     }
+    verdict = judge(
+        report,
+        Incomplete(
+            damaged=[name for name in counts.broken if name in tally.damaged],
+            unreadable=[name for name in counts.broken if name not in tally.damaged],
+            vanished=counts.vanished,
+            refused=refused,
+        ),
+        num_shards=len({shard.name for shard in job.shards} | refused.keys()),
+        num_left=max(0, len(plan.pending) - (job.config.limit or len(plan.pending))),
+        max_error_fraction=job.config.max_error_fraction,
+    )
+    # The timeline last, since it is long.
+    return {**verdict, **report, "timeline": tally.timeline.as_dict()}
 
 
 def has_incomplete_shards(report: Mapping[str, Any]) -> bool:

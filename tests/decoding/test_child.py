@@ -240,7 +240,7 @@ def test_an_image_that_kills_its_worker_costs_a_job_one_row(
     job = ("embed.py", "--input", "in", "--output", "out", *small, "--precision", "fp32", "--part-rows", "2")
     done = run_process(*job, PYTHONPATH=faulty_pillow)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "balanced: every sample is one stored row" in done.stdout
+    assert "exit 0: every sample is one stored row" in done.stdout
     errors = [row for path in (tmp_path / "out" / "errors").iterdir() for row in pq.read_table(path).to_pylist()]
     (row,) = errors
     assert (row["shard"], row["image_id"], row["stage"]) == ("c", "k3", "decode")

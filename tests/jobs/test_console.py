@@ -47,11 +47,6 @@ def test_cpus_are_a_problem_only_where_a_driver_shows_that_a_gpu_was_meant(tmp_p
     assert not has_unused_gpu("auto", "cuda", driver)
 
 
-def test_a_run_with_nothing_to_do_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().nothing_to_do(4)
-    assert capsys.readouterr().out == "nothing to do: 4 shards, all done\n"
-
-
 def lines_of(text: str) -> list[dict[str, Any]]:
     """Every line of a log as an object; one that is none raises."""
     return [json.loads(line) for line in text.splitlines()]
@@ -85,6 +80,7 @@ def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
         name: report[name] for name in ("samples", "embedded", "errors", "balanced", "wall_s")
     }
     assert (end["level"], end["exit_code"]) == ("info", 0)
+    assert end["happened"] == "every sample is one stored row: 7 embeddings and 1 error for 8 samples"
 
 
 def test_brackets_and_colons_of_a_name_are_shown_as_they_are(

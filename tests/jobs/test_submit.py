@@ -174,7 +174,7 @@ def test_a_submitted_job_reads_and_writes_s3(head: str, s3_server: S3Server, s3_
     ]  # fmt: skip
     done = subprocess.run(submit, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "balanced: every sample is one stored row" in done.stdout
+    assert "exit 0: every sample is one stored row" in done.stdout
     fs.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
     tables = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
     keys = sorted(key for table in tables for key in table["image_id"].to_pylist())

@@ -88,7 +88,7 @@ def test_the_page_says_what_ran_how_fast_and_what_went_wrong(whole: tuple[Path, 
         assert str(report[key]) in text, key
     slowest = report["slowest_stage"]
     assert f"{slowest.capitalize()} was the slowest stage: its workers were busy" in text
-    assert "1 shard could not be read to the end" in text
+    assert "Incomplete shards Exit code 3: 1 of 5 shards is incomplete. Replace photos-00003.tar and run" in text
     assert f"photos-00003: {report['broken_shards']['photos-00003']}" in text
     assert report["errors_by_reason"]
     for reason, count in report["errors_by_reason"].items():
@@ -165,7 +165,7 @@ def test_ticks_are_round_and_hold_what_is_shown(low: float, high: float) -> None
 def test_a_run_with_nothing_to_do_shows_what_is_stored(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=2, samples_each=5)
     text = read(done(tmp_path / "in", tmp_path / "out").page)
-    assert "Nothing to do All 2 shards had been embedded before." in text
+    assert "Nothing to do Exit code 0: nothing to do: all 2 shards had been embedded before." in text
     assert "10 embeddings from the fronts of 4 parts" in text
     assert "Throughput" not in text
     assert "cosine 0." in text
@@ -253,12 +253,10 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, whole: tuple[Pat
         "num_imbalances": 1,
         "backbone": _HOSTILE,
         "input": [_HOSTILE] * 1000,
-        "balanced": False,
     }
     page = draw_page(report, whole[1].shards, set(whole[1].shards), Naming())
     text = read(page)
     assert page.encode()
-    assert "Not balanced" in text
     assert f"{10_000 - MAX_REASONS:,} more kinds of reason" in text
     assert "and 995 more" not in text, "long inputs are cut as a whole"
     assert len(page) < 2_000_000
