@@ -16,8 +16,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from shard_embedder.jobs.support.progress import LINE_EVERY_S, plain_console
 from shard_embedder.pipeline.core.config import AUTO
-from shard_embedder.pipeline.core.formatting import format_count, format_size
+from shard_embedder.pipeline.core.formatting import format_count, format_duration, format_size
 from shard_embedder.pipeline.core.schema import SHARD_FAULT
+from shard_embedder.pipeline.pages.charts import number
 from shard_embedder.pipeline.run.verdict import BAD, GOOD, WARN
 from shard_embedder.pipeline.shards.left_out import format_left_out
 
@@ -198,8 +199,12 @@ class Console:
 
     @property
     def _left_s(self) -> float | None:
-        share = self._share
-        return self._pass.wall_s * (1 - share) / share if share else None
+        share, tally = self._share, self._tally
+        if tally is None or not share:
+            return None
+        # The start is no work, and does not come again.
+        work_s = tally.wall_s - max(self._before.wall_s, tally.start_s or 0.0)
+        return work_s * (1 - share) / share
 
     def _state(self) -> str:
         tally = self._tally
@@ -207,8 +212,8 @@ class Console:
             return "starting"
         left = "?" if self._left_s is None else human_s(self._left_s)
         return (
-            f"{tally.num_embedded} images  {self._rate:.0f}/s  {self._pass.num_shards}/{self._num_shards} shards  "
-            f"{tally.num_errors} errors  ETA {left}"
+            f"{tally.num_embedded:,} images  {self._rate:,.0f}/s  "
+            f"{self._pass.num_shards:,}/{self._num_shards:,} shards  {tally.num_errors:,} errors  ETA {left}"
         )
 
     def begin_pass(self, number: int, pending: list[Pending]) -> None:
@@ -227,8 +232,9 @@ class Console:
         while now - self._recent[0][0] > _RATE_WINDOW_S:
             self._recent.popleft()
         since, before = self._recent[0]
-        recent = now - since > 1
-        self._rate = (tally.num_embedded - before) / (now - since) if recent else tally.num_embedded / tally.wall_s
+        # Of fewer parts the time since the first one says little: many may come at once.
+        is_full = now - since > _RATE_WINDOW_S / 2
+        self._rate = (tally.num_embedded - before) / (now - since) if is_full else tally.images_per_s
         self._tally = tally
         self._show()
 
@@ -238,19 +244,19 @@ class Console:
 
     def summary(self, report: dict[str, Any]) -> None:
         """The table at the end of a run."""
-        shards = report["shards"]
+        shards, million = report["shards"], report["device_hours_per_million_images"]
         rows: list[tuple[str, str]] = [
-            ("shards done now", f"{shards['done_now']} of {shards['found']} ({shards['done_before']} before)"),
-            ("samples", str(report["samples"])),
-            ("embedded", str(report["embedded"])),
-            ("errors", str(report["errors"])),
+            ("shards done now", f"{shards['done_now']:,} of {shards['found']:,} ({shards['done_before']:,} before)"),
+            ("samples", f"{report['samples']:,}"),
+            ("embedded", f"{report['embedded']:,}"),
+            ("errors", f"{report['errors']:,}"),
             # A shard's fault is no sample's error, and is told below.
-            *((f"  {reason}", str(n)) for reason, n in report["errors_by_reason"].items() if reason != SHARD_FAULT),
-            *([("images without a row", str(report["unused_images"]))] if report["unused_images"] else []),
-            ("images/s", f"{report['images_per_s']:.1f}"),
+            *((f"  {reason}", f"{n:,}") for reason, n in report["errors_by_reason"].items() if reason != SHARD_FAULT),
+            *([("images without a row", f"{report['unused_images']:,}")] if report["unused_images"] else []),
+            ("speed", self._speed(report)),
             ("slowest stage", self._stages(report)),
             ("wall time", human_s(report["wall_s"])),
-            ("device hours a million images", str(report["device_hours_per_million_images"] or "-")),
+            *([("device-hours a million images", number(million))] if million is not None else []),
             *self._price(report),
         ]
         width = max(len(name) for name, _ in rows)
@@ -287,6 +293,12 @@ class Console:
             return []
         million = report["price_per_million_images"]
         return [("price", f"{report['price']:.4g}" + (f", {million:.4g} a million images" if million else ""))]
+
+    @staticmethod
+    def _speed(report: dict[str, Any]) -> str:
+        if report["start_s"] is None:
+            return "-"
+        return f"started in {format_duration(report['start_s'])}, then {number(report['images_per_s'])} images/s"
 
     @staticmethod
     def _stages(report: dict[str, Any]) -> str:

@@ -23,8 +23,9 @@ _INFO, _WARNING, _ERROR = "info", "warning", "error"
 _SUMMARY = (
     "output", "balanced", "num_imbalances", "samples", "embedded", "errors", "errors_by_reason", "shards",
     "unused_images",
-    "images_per_s", "slowest_stage", "stage_busy", "wall_s", "first_part_s", "device", "num_devices",
-    "precision", "engine", "device_hours", "device_hours_per_million_images", "price", "price_per_million_images",
+    "images_per_s", "slowest_stage", "stage_busy", "wall_s", "start_s", "first_part_s", "work_s",
+    "device", "num_devices", "precision", "engine",
+    "device_hours", "device_hours_per_million_images", "price", "price_per_million_images",
 )  # fmt: skip
 
 

@@ -50,13 +50,15 @@ def make_report(
     `step_s` seconds since the begin (`started_at`) the images of the parts stored in it, and the seconds that each
     stage worked on them; `stage_workers` is how many workers of a stage can be busy at once, on average.
     `num_devices` is the most that there were at once; `device_hours` counts each for as long as it was there.
+    `images_per_s`, and what a million images take, are of the work alone (`work_s`), from the end of the start
+    (`start_s`) to the last part; a million is not told of less than a minute of work.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
     slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
     slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
     price = job.config.price_per_hour
     device_hours = device_s / 3600
-    per_million = device_hours / tally.num_embedded * 1e6 if tally.num_embedded else None
+    per_million = tally.device_hours_per_million_images
     report = {
         "schema_version": SCHEMA_VERSION,
         "run": job.run,
@@ -121,10 +123,12 @@ def make_report(
         "read_bytes": tally.read_bytes,
         "written_bytes": tally.written_bytes,
         "wall_s": round(wall_s, 3),
+        "start_s": None if tally.start_s is None else round(tally.start_s, 3),
         "first_part_s": None if tally.first_part_s is None else round(tally.first_part_s, 3),
         "samples_now": tally.num_samples,
         "embedded_now": tally.num_embedded,
-        "images_per_s": round(tally.num_embedded / wall_s, 2) if wall_s else None,
+        "work_s": round(tally.work_s, 3),
+        "images_per_s": round(tally.images_per_s, 2),
         "slowest_stage": slowest if tally.num_parts else None,
         "stage_busy": {stage: round(share, 4) for stage, share in busy.items()},
         "stage_s": {stage: round(seconds, 3) for stage, seconds in tally.stage_s.items()},

@@ -13,6 +13,9 @@ from shard_embedder.pipeline.planning.nodes import DeviceTime
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.timeline import Timeline
 
+# A run that worked for less tells nothing of what a million images take.
+_LEAST_WORK_S = 60.0
+
 
 @dataclass
 class Kept:
@@ -52,7 +55,10 @@ class Tally:
     timeline: Timeline = field(default_factory=Timeline)
     started: float = field(default_factory=time.monotonic)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    # When the first part that was stored began to be read: what came before is the start.
+    start_s: float | None = None
     first_part_s: float | None = None
+    last_part_s: float = 0.0
     # None until the run has looked at the cluster.
     devices: DeviceTime | None = None
 
@@ -61,8 +67,12 @@ class Tally:
         if receipt["store_fault"] is not None:
             self.unstored[receipt["name"]] = self.damaged[receipt["name"]] = receipt["fault"]
             return
-        if self.first_part_s is None:
-            self.first_part_s = time.monotonic() - self.started
+        busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}
+        self.last_part_s = self.wall_s
+        if self.start_s is None:
+            self.first_part_s = self.last_part_s
+            # A part goes through the stages one after the other.
+            self.start_s = max(0.0, self.first_part_s - sum(busy_s.values()))
         self.num_parts += 1
         self.num_shards += receipt["end"] == END_LAST
         self.num_samples += receipt["num_samples"]
@@ -77,7 +87,6 @@ class Tally:
             kept.lost += counts["lost"]
             if kept.example is None and counts["example"] is not None:
                 kept.example = f"{receipt['name']}, {counts['example']}"
-        busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}
         for stage in STAGES:
             self.stage_s[stage] += busy_s[stage]
         self.timeline.add(self.wall_s, receipt["num_embedded"], busy_s)
@@ -97,6 +106,24 @@ class Tally:
     def wall_s(self) -> float:
         """Seconds since the run began."""
         return time.monotonic() - self.started
+
+    @property
+    def work_s(self) -> float:
+        """Seconds from the end of the start to the last stored part."""
+        return 0.0 if self.start_s is None else self.last_part_s - self.start_s
+
+    @property
+    def images_per_s(self) -> float:
+        """The rate of that work."""
+        return self.num_embedded / self.work_s if self.work_s else 0.0
+
+    @property
+    def device_hours_per_million_images(self) -> float | None:
+        """What the work on a million images takes of devices; None where there was too little work to tell."""
+        if self.work_s < _LEAST_WORK_S or not self.num_embedded:
+            return None
+        num_devices = self.device_s / self.wall_s
+        return num_devices * self.work_s / 3600 / self.num_embedded * 1e6
 
     @property
     def device_s(self) -> float:

@@ -15,6 +15,7 @@ import pytest
 from shard_embedder.jobs.support.console import Console
 from shard_embedder.jobs.support.console_json import JsonConsole
 from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.formatting import format_duration
 from shard_embedder.pipeline.core.schema import STAGES
 from shard_embedder.pipeline.output.ledger import Counts
 from shard_embedder.pipeline.pages.charts import axis
@@ -86,6 +87,10 @@ def test_the_page_says_what_ran_how_fast_and_what_went_wrong(whole: tuple[Path, 
     assert stored == report
     for key in ("run", "backbone", "precision", "engine", "device", "output", "fingerprint"):
         assert str(report[key]) in text, key
+    assert 0 < report["start_s"] < report["first_part_s"] <= report["start_s"] + report["work_s"] < report["wall_s"]
+    assert f"started in {format_duration(report['start_s'])}" in text
+    assert report["images_per_s"] == pytest.approx(report["embedded_now"] / report["work_s"], rel=0.01)
+    assert "device-hours" not in text, "it did not work for a minute"
     slowest = report["slowest_stage"]
     assert f"{slowest.capitalize()} was the slowest stage: its workers were busy" in text
     assert "Incomplete shards Exit code 3: 1 of 5 shards is incomplete. Replace photos-00003.tar and run" in text

@@ -108,7 +108,7 @@ def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     hours = report["num_devices"] * report["wall_s"] / 3600
     assert report["price"] == pytest.approx(2.0 * hours, rel=1e-2)
-    assert report["price_per_million_images"] == pytest.approx(2.0 * hours / 16 * 1e6, rel=1e-2)
+    assert report["price_per_million_images"] is None, "it did not work for a minute"
     read, wall_s = report["read_bytes"], report["wall_s"]
     same, twice, none = map(expected, (read, 2 * read, 0))
     assert (same.num_samples, same.seconds) == (16, pytest.approx(wall_s))

@@ -102,6 +102,31 @@ def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were
     assert tally.busy(resources)["embed"] == pytest.approx(50 / 100, rel=0.05)
 
 
+def worked(after_s: float, **took: float) -> Tally:
+    """A run of one device and a part of 40 images, stored so many seconds after the begin."""
+    resources, _ = divide(parse({"input": ["in"], "output": "out"}), [{"CPU": 2.0}])
+    tally = Tally(started=time.monotonic() - after_s)
+    tally.devices = DeviceTime(resources.requests[0], 1, tally.started, [{"CPU": 64.0}])
+    tally.add(receipt(num_embedded=40, **{**{f"{stage}_s": 0.0 for stage in STAGES}, **took}))
+    return tally
+
+
+def test_rates_are_of_the_work_and_not_of_the_start() -> None:
+    tally = worked(30, read_s=1.0, embed_s=9.0)
+    assert (tally.start_s, tally.first_part_s) == (pytest.approx(20, abs=0.5), pytest.approx(30, abs=0.5))
+    assert tally.images_per_s == pytest.approx(40 / 10, rel=0.05)
+    tally.started -= 10
+    tally.add(receipt(num_embedded=40))
+    assert tally.images_per_s == pytest.approx(80 / 20, rel=0.05)
+    assert (Tally().images_per_s, Tally().start_s) == (0.0, None)
+
+
+def test_a_million_images_are_not_told_of_less_than_a_minute_of_work() -> None:
+    assert worked(100, embed_s=50.0).device_hours_per_million_images is None
+    # 40 images took 80 s of one device; the 20 s before are no work.
+    assert worked(100, embed_s=80.0).device_hours_per_million_images == pytest.approx(80 / 3600 / 40e-6, rel=0.02)
+
+
 def test_the_smallest_batch_that_was_used_is_told() -> None:
     tally = Tally()
     for size in (128, 64, 128):
