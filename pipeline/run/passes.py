@@ -68,7 +68,8 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
         counts = counted or _counted(job, shards, {shard.name for shard in shards}, problems)
         return _finish(job, plan, None, tally, counts, problems)
     prepared = executor.prepare(job, plan.pending, tally.started, watcher.on_wait)
-    job, resources, tally.devices = prepared.job, prepared.resources, prepared.devices
+    job, resources = prepared.job, prepared.resources
+    tally.devices, tally.resources = prepared.devices, resources
     problems += prepared.problems
     watcher.on_resources(job, resources)
     _begin(job)

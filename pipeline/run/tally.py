@@ -55,12 +55,13 @@ class Tally:
     timeline: Timeline = field(default_factory=Timeline)
     started: float = field(default_factory=time.monotonic)
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
-    # When the first part that was stored began to be read: what came before is the start.
-    start_s: float | None = None
     first_part_s: float | None = None
     last_part_s: float = 0.0
+    # When the first part that was stored began to be read.
+    began_s: float = 0.0
     # None until the run has looked at the cluster.
     devices: DeviceTime | None = None
+    resources: Resources | None = None
 
     def add(self, receipt: dict[str, Any]) -> None:
         """Count one stored part; or a shard that the store refuses, which is nobody else's fault."""
@@ -69,10 +70,10 @@ class Tally:
             return
         busy_s = {stage: receipt[f"{stage}_s"] for stage in STAGES}
         self.last_part_s = self.wall_s
-        if self.start_s is None:
+        if self.first_part_s is None:
             self.first_part_s = self.last_part_s
             # A part goes through the stages one after the other.
-            self.start_s = max(0.0, self.first_part_s - sum(busy_s.values()))
+            self.began_s = max(0.0, self.first_part_s - sum(busy_s.values()))
         self.num_parts += 1
         self.num_shards += receipt["end"] == END_LAST
         self.num_samples += receipt["num_samples"]
@@ -109,8 +110,18 @@ class Tally:
 
     @property
     def work_s(self) -> float:
-        """Seconds from the end of the start to the last stored part."""
-        return 0.0 if self.start_s is None else self.last_part_s - self.start_s
+        """Seconds of the run until the last stored part, without the start.
+
+        It is never less than the slowest stage takes alone: of a short run, all parts may be told of at once.
+        """
+        slots = self.slots(self.resources) if self.resources else {}
+        alone_s = max((self.stage_s[stage] / max(number, 1e-9) for stage, number in slots.items()), default=0.0)
+        return min(max(self.last_part_s - self.began_s, alone_s), self.last_part_s)
+
+    @property
+    def start_s(self) -> float | None:
+        """Seconds before that; None where no part is stored."""
+        return self.last_part_s - self.work_s if self.num_parts else None
 
     @property
     def images_per_s(self) -> float:

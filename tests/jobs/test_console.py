@@ -134,7 +134,7 @@ def test_progress_and_the_time_left_are_of_the_pass_and_images_of_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # The start took 90 s, which do not come again.
-    tally = Tally(started=time.monotonic() - 990, start_s=90.0)
+    tally = Tally(started=time.monotonic() - 990, began_s=90.0, last_part_s=990.0, num_parts=1)
     for shown in (Console(), JsonConsole()):
         shown.begin_pass(1, pending(100))
         tally.num_shards, tally.num_embedded, tally.read_bytes = 90, 900, 90_000
@@ -169,7 +169,7 @@ def test_progress_for_machines_comes_even_when_nothing_moves_and_has_its_numbers
     with shown.progress():
         time.sleep(0.2)
         shown.begin_pass(1, [])
-        shown.part(Tally(num_embedded=30, num_errors=2, num_shards=1, start_s=0.5, last_part_s=2.5))
+        shown.part(Tally(num_embedded=30, num_errors=2, num_shards=1, num_parts=1, began_s=0.5, last_part_s=2.5))
         time.sleep(0.3)
     lines = [line for line in lines_of(capsys.readouterr().out) if line["event"] == "progress"]
     assert (lines[0]["embedded"], lines[0]["images_per_s"]) == (0, 0.0)

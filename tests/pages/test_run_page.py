@@ -87,7 +87,7 @@ def test_the_page_says_what_ran_how_fast_and_what_went_wrong(whole: tuple[Path, 
     assert stored == report
     for key in ("run", "backbone", "precision", "engine", "device", "output", "fingerprint"):
         assert str(report[key]) in text, key
-    assert 0 < report["start_s"] < report["first_part_s"] <= report["start_s"] + report["work_s"] < report["wall_s"]
+    assert 0 < report["start_s"] < report["first_part_s"] < report["wall_s"]
     assert f"started in {format_duration(report['start_s'])}" in text
     assert report["images_per_s"] == pytest.approx(report["embedded_now"] / report["work_s"], rel=0.01)
     assert "device-hours" not in text, "it did not work for a minute"

@@ -106,6 +106,7 @@ def worked(after_s: float, **took: float) -> Tally:
     """A run of one device and a part of 40 images, stored so many seconds after the begin."""
     resources, _ = divide(parse({"input": ["in"], "output": "out"}), [{"CPU": 2.0}])
     tally = Tally(started=time.monotonic() - after_s)
+    tally.resources = resources
     tally.devices = DeviceTime(resources.requests[0], 1, tally.started, [{"CPU": 64.0}])
     tally.add(receipt(num_embedded=40, **{**{f"{stage}_s": 0.0 for stage in STAGES}, **took}))
     return tally
@@ -118,6 +119,10 @@ def test_rates_are_of_the_work_and_not_of_the_start() -> None:
     tally.started -= 10
     tally.add(receipt(num_embedded=40))
     assert tally.images_per_s == pytest.approx(80 / 20, rel=0.05)
+    # Parts that are told of at once did not take no time.
+    tally = worked(30, embed_s=9.0)
+    tally.add(receipt(num_embedded=40, embed_s=9.0))
+    assert tally.images_per_s == pytest.approx(80 / 18, rel=0.05)
     assert (Tally().images_per_s, Tally().start_s) == (0.0, None)
 
 
