@@ -18,6 +18,7 @@ from shard_embedder.jobs.support.exit_codes import EXIT_USAGE
 from shard_embedder.pipeline.core import config as settings
 from shard_embedder.pipeline.core.config import Config
 from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.formatting import did_you_mean
 from shard_embedder.pipeline.core.schema import KEEP_TYPES
 
 _EPILOG = """\
@@ -193,7 +194,7 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     path = flags.get("config") or environment.get("EMBED_CONFIG")
     if path:
         try:
-            values |= tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            values |= _with_underscores(tomllib.loads(Path(path).read_text(encoding="utf-8")))
             # A variable names several by spaces; a file has lists for that.
             if isinstance(values.get("input"), str):
                 values["input"] = [values["input"]]
@@ -206,11 +207,24 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     return settings.parse(values)
 
 
+def _with_underscores(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file, whose names may have dashes, as flags have."""
+    named: dict[str, Any] = {}
+    for given, value in values.items():
+        name = given.replace("-", "_")
+        if name in named:
+            raise ValueError(f"{name} is there twice, with dashes and with underscores")
+        named[name] = value
+    return named
+
+
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Those that look like options and are none; `EMBED_TEST_...` is for tests."""
+    """What to say of those that look like options and are none; `EMBED_TEST_...` is for tests."""
     known = {f"EMBED_{field.name.upper()}" for field in dataclasses.fields(Config)} | {"EMBED_CONFIG"}
     ours = (name for name in environment if name.startswith("EMBED_") and not name.startswith("EMBED_TEST_"))
-    return sorted(name for name in ours if name not in known)
+    unknown = sorted({*ours} - known)
+    # All begin alike, and so are near each other.
+    return [f"{name} names no option: it is not used{did_you_mean(name, known, cutoff=0.8)}" for name in unknown]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -224,8 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.end(EXIT_USAGE)
         return EXIT_USAGE
     console = make_console(config.log_format)
-    for name in unknown_variables(os.environ):
-        console.warning(f"the variable {name} names no option: it is not used")
+    for text in unknown_variables(os.environ):
+        console.warning(f"the variable {text}")
     # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.
     from shard_embedder.jobs.support.session import run_job  # noqa: PLC0415
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.formatting import did_you_mean
 from shard_embedder.pipeline.core.redact import REFUSAL, has_secret
 from shard_embedder.pipeline.core.schema import KEEP_TYPES, RESERVED_COLUMNS
 
@@ -235,7 +236,8 @@ def parse(values: dict[str, Any]) -> Config:
     parsed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            raise SettingsError(f"unknown setting {name!r}; the known ones are {', '.join(sorted(fields))}")
+            hint = did_you_mean(name, fields) or ";"
+            raise SettingsError(f"unknown setting {name!r}{hint} the known ones are {', '.join(sorted(fields))}")
         if value is not None:
             parsed[name] = _coerce(name, str(fields[name].type), value)
     missing = {"input", "output"} - set(parsed)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 def format_count(number: int, noun: str, plural: str = "") -> str:
     """`1 shard`, `2,000 shards`; with a `plural` that takes more than an s, `2 classes`."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean part_rows?` for a name that is near a known one, else empty."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def one_line(text: str) -> str:

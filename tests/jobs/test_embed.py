@@ -61,7 +61,19 @@ def test_an_input_in_the_file_may_have_spaces_and_a_variable_separates_by_them(t
 def test_an_unknown_setting_in_the_file_is_named_with_the_known_ones(tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
     file.write_text('bakbone = "resnet18"\n')
-    with pytest.raises(SettingsError, match=r"unknown setting 'bakbone'.*backbone"):
+    with pytest.raises(SettingsError, match=r"'bakbone'; did you mean backbone\? the known ones are "):
+        gather({"config": str(file)}, {})
+    file.write_text('nothing_like_it = "resnet18"\n')
+    with pytest.raises(SettingsError, match=r"unknown setting 'nothing_like_it'; the known ones are "):
+        gather({"config": str(file)}, {})
+
+
+def test_a_setting_in_the_file_may_have_dashes_and_is_there_once(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('input = "in"\noutput = "out"\npart-rows = 7\n')
+    assert gather({"config": str(file)}, {}).part_rows == 7
+    file.write_text('input = "in"\noutput = "out"\npart-rows = 7\npart_rows = 8\n')
+    with pytest.raises(SettingsError, match="part_rows is there twice, with dashes and with underscores"):
         gather({"config": str(file)}, {})
 
 
@@ -71,7 +83,9 @@ def test_a_variable_that_names_no_option_is_told_of(tmp_path: Path, run_job: Run
     done = run_job("embed.py", *options, EMBED_PARTROWS="5", EMBED_PART_ROWS="6", EMBED_TEST_X="1")
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
-    assert told == ["WARNING   the variable EMBED_PARTROWS names no option: it is not used"]
+    assert told == [
+        "WARNING   the variable EMBED_PARTROWS names no option: it is not used; did you mean EMBED_PART_ROWS?"
+    ]
 
 
 def test_help_names_every_setting_with_its_default() -> None:
