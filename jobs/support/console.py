@@ -16,8 +16,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from shard_embedder.jobs.support.progress import LINE_EVERY_S, plain_console
 from shard_embedder.pipeline.core.config import AUTO
-from shard_embedder.pipeline.core.formatting import format_count, format_duration, format_size
+from shard_embedder.pipeline.core.formatting import format_count, format_duration, format_share, format_size
 from shard_embedder.pipeline.core.schema import SHARD_FAULT
+from shard_embedder.pipeline.output.ledger import MAX_WORST
 from shard_embedder.pipeline.pages.charts import number
 from shard_embedder.pipeline.run.verdict import BAD, GOOD, WARN
 from shard_embedder.pipeline.shards.left_out import format_left_out
@@ -262,6 +263,7 @@ class Console:
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             self._out.print(f"{name:{width}}  {value}")
+        self._worst_shards(report["errors_by_shard"])
         for name, fault in report["broken_shards"].items():
             self._out.print(f"BROKEN    {name}: {fault}", style="bold red")
         for name in report["missing_shards"]:
@@ -286,6 +288,16 @@ class Console:
         if report["report_fault"] is None:
             said.append(f"See {report['output'].rstrip('/')}/report.html.")
         self._out.print(" ".join(filter(None, said)), style=_STYLES[verdict["level"]])
+
+    def _worst_shards(self, by_shard: dict[str, Any]) -> None:
+        """The shards with the most errors, and the share of their samples that these are."""
+        if not by_shard:
+            return
+        is_cut = len(by_shard) == MAX_WORST
+        self._out.print(f"errors by shard{f', the {MAX_WORST} with the most' if is_cut else ''}")
+        for name, found in by_shard.items():
+            of = f"{found['errors']:,} of {format_count(found['samples'], 'sample')}"
+            self._out.print(f"  {name}: {of} ({format_share(found['share'])})")
 
     @staticmethod
     def _price(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _INFO, _WARNING, _ERROR = "info", "warning", "error"
 # Of the report, what the line of the summary has; the rest is in report.json.
 _SUMMARY = (
-    "output", "balanced", "num_imbalances", "samples", "embedded", "errors", "errors_by_reason", "shards",
-    "unused_images",
+    "output", "balanced", "num_imbalances", "samples", "embedded", "errors", "errors_by_reason",
+    "errors_by_shard", "shards", "unused_images",
     "images_per_s", "slowest_stage", "stage_busy", "wall_s", "start_s", "first_part_s", "work_s",
     "device", "num_devices", "precision", "engine",
     "device_hours", "device_hours_per_million_images", "price", "price_per_million_images",

@@ -88,7 +88,7 @@ def make_report(
         "errors_by_reason": dict(tally.reasons.most_common()),
         "error_examples": tally.examples,
         "errors_by_shard": {
-            name: {"errors": num_errors, "samples": num_samples}
+            name: {"errors": num_errors, "samples": num_samples, "share": round(num_errors / num_samples, 4)}
             for name, (num_errors, num_samples) in counts.errors_by_shard.items()
         },
         "shards": {

@@ -112,8 +112,23 @@ def test_errors_come_first_by_reason_and_by_shard_then_speed_then_facts(whole: t
     assert re.findall("<h2>(.*?)</h2>", page) == ["Errors and broken shards", "Speed", "What ran", "The embeddings"]
     titles = [re.sub(r" \(.*", "", title) for title in re.findall("<h3>(.*?)</h3>", page)]
     assert titles[:3] == ["Errors by reason", "Errors by shard", "Broken shards"]
-    assert report["errors_by_shard"]["bad"] == {"errors": 2, "samples": 3}
+    assert report["errors_by_shard"]["bad"] == {"errors": 2, "samples": 3, "share": 0.6667}
     assert "bad 2 3 67 %" in read(page)
+
+
+def test_the_console_has_the_shards_with_the_most_errors(
+    whole: tuple[Path, Ran], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = whole[1].report
+    Console().summary(report)
+    told = capsys.readouterr().out
+    assert "errors by shard\n  bad: 2 of 3 samples (67 %)\n" in told
+    assert re.search(r"speed +started in [\d.]+ s, then [\d.]+ images/s\n", told)
+    assert "million images" not in told
+    many = {f"s{number}": {"errors": 1, "samples": 2_000, "share": 0.0005} for number in range(10)}
+    Console().summary({**report, "errors_by_shard": many})
+    told = capsys.readouterr().out
+    assert "errors by shard, the 10 with the most\n  s0: 1 of 2,000 samples (under 1 %)\n" in told
 
 
 def test_random_weights_are_marked(whole: tuple[Path, Ran]) -> None:
