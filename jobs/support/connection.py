@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shard_embedder.pipeline.core.errors import ClusterError
 from shard_embedder.pipeline.core.formatting import format_size
 from shard_embedder.pipeline.core.redact import describe
 
 _SHARED_MEMORY = "/dev/shm"
+_STANDARD_ERROR = 2
+_FALSE_ALARM = b"has constructor arguments in the object store"
 
 
 def connect() -> str | None:
@@ -28,8 +32,6 @@ def connect() -> str | None:
     """
     if ray.is_initialized():
         return None
-    # Ray logs an error that is none on starting any actor that may restart.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Its usage statistics take a process of their own, which is seconds on a small machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Stages take turns, so that their workers are idle for moments; after one second of it Ray would end those
@@ -47,9 +49,40 @@ def connect() -> str | None:
     except Exception as error:  # Ray raises a plain one where its own processes come too late
         where = f"the cluster at {address}" if address else "this machine"
         raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
+    _take_false_alarm()
     # The flow tells what fails in a pass, in a line.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return _store_on_disk() if options else None
+
+
+class _Restartable:
+    """An actor that is never started."""
+
+    def __init__(self, ref: Any) -> None:
+        """Take what the store holds."""
+
+
+def _take_false_alarm() -> None:
+    """Have Ray say here, unheard, what it says once a process on standard error, and what is no error.
+
+    It warns that the first actor that may restart has arguments in the object store; those of Ray Data's actors stay
+    there for as long as the pass. RAY_BACKEND_LOG_LEVEL would silence it too, but with all of Ray's logs on disk, and
+    announces itself on the console. The actor is for a node that is not there, so that no worker starts for it.
+    """
+    nowhere = NodeAffinitySchedulingStrategy(node_id="0" * 56, soft=False)
+    actor = ray.remote(_Restartable).options(num_cpus=0, max_restarts=1, scheduling_strategy=nowhere)
+    ref = ray.put(None)
+    standard_error = os.dup(_STANDARD_ERROR)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), _STANDARD_ERROR)
+        try:
+            ray.kill(actor.remote(ref))
+        finally:
+            os.dup2(standard_error, _STANDARD_ERROR)
+            os.close(standard_error)
+        said.seek(0)
+        # Whatever else came meanwhile is passed on.
+        os.write(_STANDARD_ERROR, b"".join(line for line in said if _FALSE_ALARM not in line))
 
 
 def _store_on_disk() -> str | None:
