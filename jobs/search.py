@@ -44,6 +44,9 @@ def parser() -> Parser:
     top.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or a folder of them")
     top.add_argument("--top", type=at_least(1), default=5, metavar="N", help="neighbours of each image (default: 5)")
     top.add_argument(
+        "--with-self", action="store_true", help="list your image among its neighbours too, if it is in the index"
+    )
+    top.add_argument(
         "--weights", metavar="W", help="path or URL of the weights, when the name in the index does not find them"
     )
     top.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
@@ -80,7 +83,7 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
     embedder = QueryEmbedder(index.facts.made, flags.weights, flags.device)
     hits: list[Hit] = []
     num_failed = 0
-    for hit in search_images(index, embedder, images, flags.top):
+    for hit in search_images(index, embedder, images, flags.top, with_self=flags.with_self):
         if hit.query.reason:
             num_failed += 1
             tell(f"{one_line(hit.query.name)}: {hit.query.reason}")

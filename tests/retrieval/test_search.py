@@ -29,6 +29,8 @@ from shard_embedder.pipeline.pages.near import search_page
 from shard_embedder.pipeline.retrieval.build import Options, build
 from shard_embedder.pipeline.retrieval.index import open_index
 from shard_embedder.pipeline.retrieval.search import search_images
+from shard_embedder.pipeline.shards.pack import PackConfig, pack
+from shard_embedder.pipeline.shards.pack import find_images as find_packed
 from tests.conftest import ROOT, encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import embed
 
@@ -90,7 +92,7 @@ def test_the_command_finds_each_image_itself_and_tells_scores(
     made = run_job("index.py", output, index, "--kind", kind)
     assert made.returncode == 0, made.stderr
     assert [line.split()[0] for line in made.stdout.splitlines()] == ["index", "kind", "rows", "recall@10"]
-    done = run_job("search.py", index, images, "--top", 3, "--json")
+    done = run_job("search.py", index, images, "--top", 3, "--json", "--with-self")
     assert done.returncode == 0, done.stderr
     hits = json.loads(done.stdout)
     assert [Path(hit["query"]).stem for hit in hits] == [f"000-{i:04d}" for i in range(7)]
@@ -100,7 +102,7 @@ def test_the_command_finds_each_image_itself_and_tells_scores(
         assert nearest["shard"] == "photos-00000"
         assert nearest["score"] == pytest.approx(1.0, abs=1e-4)
         assert len(others) == 2
-    done = run_job("search.py", index, images / "000-0003.jpg", "--top", 2)
+    done = run_job("search.py", index, images / "000-0003.jpg", "--top", 2, "--with-self")
     lines = done.stdout.splitlines()
     assert lines[0].endswith("000-0003.jpg  (cosine)")
     assert re.fullmatch(r"    1  (1\.0|0\.9999)\d+  000-0003  photos-00000\[3\]", lines[1])
@@ -113,10 +115,42 @@ def test_neighbours_are_those_of_the_stored_embeddings(output: Path, index: Path
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     ids = np.array(table[IMAGE_ID].to_pylist())
     opened = open_index(index)
-    for hit in search_images(opened, QueryEmbedder(opened.facts.made), find_images([str(images)]), 5):
+    for hit in search_images(opened, QueryEmbedder(opened.facts.made), find_images([str(images)]), 5, with_self=True):
         query = unit[list(ids).index(hit.query.path.stem)]
         expected = np.sort(unit @ query)[::-1][:5]
         assert [near.score for near in hit.neighbours] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip", "l2"])
+def test_an_image_is_not_its_own_neighbour_and_one_that_only_has_its_name_is(
+    metric: str, output: Path, images: Path, tmp_path: Path
+) -> None:
+    build(str(output), tmp_path / "index", Options(metric))
+    opened = open_index(tmp_path / "index")
+    embedder = QueryEmbedder(opened.facts.made)
+    files = find_images([str(images)])
+    whole = list(search_images(opened, embedder, files, 14, with_self=True))
+    for hit, every in zip(search_images(opened, embedder, files, 4), whole, strict=True):
+        others = [near for near in every.neighbours if near.image_id != hit.query.path.stem]
+        assert len(others) == 13
+        assert [near.image_id for near in hit.neighbours] == [near.image_id for near in others[:4]]
+    (images / "000-0001.jpg").write_bytes(encode(photo(40)))
+    (images / "renamed.jpg").write_bytes(encode(photo(2)))
+    named, same = search_images(opened, embedder, [images / "000-0001.jpg", images / "renamed.jpg"], 14)
+    assert len(named.neighbours) == len(same.neighbours) == 14
+
+
+def test_an_image_knows_itself_by_the_id_that_packing_made_of_its_path(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for number, name in enumerate(("a.b/1.x.jpg", "a.b/2 50%.jpg", "3.jpg")):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(encode(photo(number)))
+    pack(PackConfig(folder=photos, shards=tmp_path / "in"), find_packed(photos))
+    embed(tmp_path / "in", tmp_path / "out")
+    build(str(tmp_path / "out"), tmp_path / "index")
+    opened = open_index(tmp_path / "index")
+    for hit in search_images(opened, QueryEmbedder(opened.facts.made), find_images([str(photos)]), 5):
+        assert len(hit.neighbours) == 2, hit
 
 
 def test_an_empty_path_is_not_taken_for_the_current_folder() -> None:
@@ -138,7 +172,7 @@ def test_a_broken_image_is_named_and_the_others_are_answered(
 
 def test_more_neighbours_than_there_are_rows_are_all_the_rows(index: Path, images: Path) -> None:
     opened = open_index(index)
-    (hit,) = search_images(opened, QueryEmbedder(opened.facts.made), [images / "000-0000.jpg"], 100)
+    (hit,) = search_images(opened, QueryEmbedder(opened.facts.made), [images / "000-0000.jpg"], 100, with_self=True)
     assert len({near.image_id for near in hit.neighbours}) == 14
 
 
@@ -198,7 +232,7 @@ def test_weights_from_a_file_are_named_by_the_user_and_told_by_their_sha256(
     with pytest.raises(WeightsError, match=r"weights other\.pth have sha256 .* made with mine\.pth of sha256"):
         QueryEmbedder(opened.facts.made, str(tmp_path / "other.pth"))
     embedder = QueryEmbedder(opened.facts.made, str(tmp_path / "mine.pth"))
-    (hit,) = search_images(opened, embedder, [images / "000-0002.jpg"], 1)
+    (hit,) = search_images(opened, embedder, [images / "000-0002.jpg"], 1, with_self=True)
     assert hit.neighbours[0].image_id == "000-0002"
 
 
@@ -220,7 +254,9 @@ def test_the_page_holds_all_its_images_and_fetches_nothing(
 ) -> None:
     page = tmp_path / "page.html"
     arguments = [str(images / f"000-000{i}.jpg") for i in range(2)]
-    assert main([str(index), *arguments, "--top", "4", "--html", str(page), "--input", str(shards)]) == 0
+    assert (
+        main([str(index), *arguments, "--top", "4", "--with-self", "--html", str(page), "--input", str(shards)]) == 0
+    )
     text = page.read_text()
     assert text.count('<img src="data:image/jpeg;base64,') == 2 * 5
     assert "no preview" not in text
@@ -240,7 +276,9 @@ def test_a_page_finds_the_shards_itself_and_says_why_there_is_no_picture(
     embed(own, tmp_path / "out")
     build(str(tmp_path / "out"), tmp_path / "index", Options("l2"))
     opened = open_index(tmp_path / "index")
-    hits = list(search_images(opened, QueryEmbedder(opened.facts.made), [images / "000-0000.jpg"], 14))
+    hits = list(
+        search_images(opened, QueryEmbedder(opened.facts.made), [images / "000-0000.jpg"], 14, with_self=True)
+    )
     # Without one, the shards are looked for where they were embedded.
     assert search_page(opened, hits, []).count("<img") == 1 + 14
     write_tar(own / "photos-00001.tar", sample_members("x", 1))
