@@ -86,6 +86,8 @@ def version_tag(num_bytes: int, version: str) -> str:
 Place = tuple[str, int]  # shard and sample_index
 
 REPORT_FILE = "report.json"
+# Of every run that had work to do, by its id.
+REPORTS_FOLDER = "reports"
 UNCOUNTED_FILE = ".uncounted"
 
 PAGE_FILE = "report.html"

@@ -12,7 +12,7 @@ from shard_embedder.pipeline.core.schema import STAGES
 from shard_embedder.pipeline.core.storage import join, read_bytes
 from shard_embedder.pipeline.core.writing import delete, write_bytes
 from shard_embedder.pipeline.output.ledger import Counts
-from shard_embedder.pipeline.output.names import REPORT_FILE, UNCOUNTED_FILE
+from shard_embedder.pipeline.output.names import REPORT_FILE, REPORTS_FOLDER, UNCOUNTED_FILE
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.plan import Plan
 from shard_embedder.pipeline.planning.resources import Resources
@@ -259,5 +259,7 @@ def estimate(output: str, pending: Sequence[Pending], naming: Naming) -> Estimat
 
 
 def write_report(output: str, report: dict[str, Any]) -> None:
-    """Write `report.json`."""
-    write_bytes(output, REPORT_FILE, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write `report.json`, and the same below `reports/`, where it stays."""
+    data = (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
+    for name in (REPORT_FILE, f"{REPORTS_FOLDER}/{report['run']}.json"):
+        write_bytes(output, name, data)

@@ -22,6 +22,7 @@ from shard_embedder.pipeline.output.names import (
     EMBEDDINGS,
     ERRORS,
     LEASE_FOLDER,
+    REPORTS_FOLDER,
     RUN_FILE,
     PartName,
     escape,
@@ -111,6 +112,8 @@ def _list_parts(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
             num_temporary += 1
         elif folder == LEASE_FOLDER:
             num_leases += 1
+        elif folder == REPORTS_FOLDER and rest:
+            continue
         elif folder not in stored:
             if path not in _EXPECTED_FILES:
                 verdict.notes.append(f"{one_line(path)} is no file of an output")

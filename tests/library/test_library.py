@@ -14,6 +14,7 @@ import shard_embedder
 from shard_embedder import build_backbone, embed, embed_images
 from shard_embedder.pipeline.core.errors import InputError, SampleError, SettingsError
 from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.verify.proof import verify
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import rows
 
@@ -36,6 +37,11 @@ def test_a_run_is_the_jobs_and_is_gone_on_with(tmp_path: Path) -> None:
     assert run.errors.to_table()["image_id"].to_pylist() == ["a"]
     again = embed(str(shards / "*.tar"), str(tmp_path / "out"), image_size="64", **SETTINGS)
     assert again.report["shards"]["done_before"] == 3
+    # The one that had nothing to do leaves no report.
+    (kept,) = (tmp_path / "out" / "reports").iterdir()
+    assert kept.name == f"{run.report['run']}.json"
+    assert kept.read_bytes() == (tmp_path / "out" / "report.json").read_bytes()
+    assert not [note for note in verify(str(tmp_path / "out")).notes if "reports/" in note]
     with pytest.raises(shard_embedder.PipelineError, match="weights_sha256"):
         embed(str(shards / "*.tar"), str(tmp_path / "out"), image_size="64", **{**SETTINGS, "weights": "random:4"})
 

@@ -32,7 +32,7 @@ RunProcess = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
 SMALL += ("--precision", "fp32", "--part-rows", "4")
 SAMPLES = 6
-OUTPUT_FILES = {"run.json", "embeddings", "report.json", "report.html"}
+OUTPUT_FILES = {"run.json", "embeddings", "report.json", "report.html", "reports"}
 # Above this a shard is a read task of its own, so that its fault keeps no other shard waiting.
 ALONE_BYTES = 33 * 2**20
 
