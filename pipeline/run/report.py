@@ -139,7 +139,7 @@ def make_report(
         "price": None if price is None else round(device_hours * price, 6),
         "price_per_million_images": None if price is None or per_million is None else round(per_million * price, 4),
     }
-    verdict = judge(
+    judged = judge(
         report,
         Incomplete(
             damaged=[name for name in counts.broken if name in tally.damaged],
@@ -152,7 +152,12 @@ def make_report(
         max_error_fraction=job.config.max_error_fraction,
     )
     # The timeline last, since it is long.
-    return {**verdict, **report, "timeline": tally.timeline.as_dict()}
+    return {
+        **report,
+        "exit_code": judged["exit_code"],
+        "verdict": judged["verdict"],
+        "timeline": tally.timeline.as_dict(),
+    }
 
 
 def has_incomplete_shards(report: Mapping[str, Any]) -> bool:
