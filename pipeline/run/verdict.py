@@ -36,7 +36,7 @@ class Incomplete:
             ("replace {}", self.damaged),
             ("make {} readable", self.unreadable),
             ("restore {}", self.vanished),
-            ("rename or move {}", self.refused),
+            ("solve what keeps {} from being embedded", self.refused),
         )
         said = [step.format(_names(names)) for step, names in steps if names]
         text = "; ".join(said) + ("; then" if len(said) > 1 else " and") + f" {_RUN_AGAIN}."

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shard_embedder.jobs.support.session import exit_code
 from shard_embedder.pipeline.core.errors import InputError, OutputError
 from shard_embedder.pipeline.output.names import UNCOUNTED_FILE
 from shard_embedder.pipeline.output.parts import vectors
@@ -255,7 +254,7 @@ def test_a_shard_that_vanishes_during_a_run_is_told(tmp_path: Path) -> None:
     )
     assert (report["balanced"], report["samples"], report["shards"]["vanished"]) == (True, 2, 1)
     assert "1 shard went from the input before the end of the run: photos-00001" in report["problems"]
-    assert exit_code(report, 1.0) == 3
+    assert report["exit_code"] == 3
 
 
 def test_what_does_not_balance_is_counted_again_by_the_next_run_though_it_has_nothing_to_do(tmp_path: Path) -> None:
@@ -291,9 +290,9 @@ def test_what_a_run_stored_that_died_before_it_counted_is_counted_by_the_next(tm
 def test_a_run_without_work_is_judged_by_the_errors_of_the_last_one(tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "s.tar", [("a.jpg", b"no image"), *sample_members("b", 1)])
     for _ in range(2):
-        report = embed(tmp_path / "in", tmp_path / "out")
+        report = embed(tmp_path / "in", tmp_path / "out", max_error_fraction=0.1)
         assert (report["errors"], report["samples"]) == (1, 2)
-        assert exit_code(report, 0.1) == 5
+        assert report["exit_code"] == 5
 
 
 def test_an_empty_shard_is_done_and_gives_no_row(tmp_path: Path) -> None:
@@ -314,13 +313,15 @@ def test_shards_of_no_bytes_are_broken_and_cost_the_others_nothing(tmp_path: Pat
     again = embed(tmp_path / "in", tmp_path / "out")
     for report in (first, again):
         assert report["broken_shards"] == dict.fromkeys("abz", "empty file: 0 bytes")
-        assert exit_code(report, 1.0) == 3
+        assert report["exit_code"] == 3
 
 
 def test_a_limited_run_takes_on_whole_shards_and_the_next_goes_on(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=3)
-    assert embed(shards, tmp_path / "out", limit=2)["shards"]["done_now"] == 2
-    assert embed(shards, tmp_path / "out", limit=2)["shards"]["done_now"] == 1
+    first, rest = (embed(shards, tmp_path / "out", limit=2) for _ in range(2))
+    assert (first["shards"]["done_now"], rest["shards"]["done_now"]) == (2, 1)
+    assert first["verdict"]["next"] == "--limit left 1 shard: run the same command again to go on."
+    assert rest["verdict"]["next"] == ""
 
 
 def test_feature_maps_are_stored_as_tensors(tmp_path: Path) -> None:
@@ -366,7 +367,7 @@ def test_a_shard_that_cannot_be_stored_or_named_costs_only_itself(tmp_path: Path
     first = embed(shards, tmp_path / "out")
     assert (first["balanced"], first["embedded"]) == (True, 6)
     assert (first["shards"]["refused"], list(first["refused_shards"])) == (1, ["n" * 240])
-    assert exit_code(first, 1.0) == 3
+    assert first["exit_code"] == 3
     # A folder in the place of a part.
     (part,) = (tmp_path / "out" / "embeddings").glob("photos-00001.*")
     part.unlink()
@@ -375,6 +376,6 @@ def test_a_shard_that_cannot_be_stored_or_named_costs_only_itself(tmp_path: Path
     again = embed(shards, tmp_path / "out")
     assert (again["balanced"], again["shards"]["done_now"], again["shards"]["refused"]) == (True, 1, 2)
     assert "part 0 cannot be stored" in again["refused_shards"]["photos-00001"]
-    assert exit_code(again, 1.0) == 3
+    assert again["exit_code"] == 3
     part.rmdir()
     assert embed(shards, tmp_path / "out")["shards"]["done_now"] == 1

@@ -59,7 +59,7 @@ def test_a_verdict_names_the_shards_and_what_to_do_about_each() -> None:
     many = Incomplete(damaged=["a"], unreadable=[f"n{i}" for i in range(5)], vanished=["gone"], refused=["long"])
     assert line(judged(many))[2] == (
         "8 of 9 shards are incomplete. Replace a.tar; make n0.tar, n1.tar, n2.tar and 2 more readable; "
-        f"restore gone.tar; rename or move long.tar; then {again}"
+        f"restore gone.tar; solve what keeps long.tar from being embedded; then {again}"
     )
 
 
