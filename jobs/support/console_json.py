@@ -90,7 +90,7 @@ class JsonConsole(Console):
             message=str(photos),
             folder=str(photos.folder),
             shards=str(photos.shards),
-            num_images=len(photos.stamps),
+            num_images=photos.num_images,
             num_to_pack=photos.num_to_pack,
             bytes_to_pack=photos.bytes_to_pack,
             num_new=photos.num_new,

@@ -105,8 +105,7 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     try:
         job = replace(prepare_job(config), run=console.run)
         if dry_run:
-            if job.photos is not None:
-                console.packing(job.photos, dry_run=True)
+            _tell_photos(job, console, dry_run=True)
             _plan(job, console)
             return EXIT_OK
         # Also while it waits for the lease a run that is stopped shall say so.
@@ -135,11 +134,18 @@ def _plan(job: Job, console: Console) -> Plan:
     return plan
 
 
+def _tell_photos(job: Job, console: Console, *, dry_run: bool) -> None:
+    if job.photos is not None:
+        console.packing(job.photos, dry_run=dry_run)
+    if job.warning is not None:
+        console.warning(job.warning)
+
+
 def _packed(job: Job, lease: Lease, console: Console) -> Job:
     """The job with the folder of images packed that its input may be."""
+    _tell_photos(job, console, dry_run=False)
     if job.photos is None:
         return job
-    console.packing(job.photos, dry_run=False)
     with console.packing_progress() as on_progress:
 
         def show(what: str, done: int, total: int) -> None:

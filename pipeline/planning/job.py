@@ -15,10 +15,12 @@ from shard_embedder.pipeline.backbones import library_of
 from shard_embedder.pipeline.backbones.weights_spec import Weights
 from shard_embedder.pipeline.core.config import Config, Field
 from shard_embedder.pipeline.core.errors import InputError, NoShardError, StoredDataError
+from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.storage import join, locate, to_url
 from shard_embedder.pipeline.decoding.jpeg_forwarder import require_device_resize
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, heif_version
 from shard_embedder.pipeline.embedding.network import Network
 from shard_embedder.pipeline.output.fingerprint import (
     Fingerprint,
@@ -31,8 +33,16 @@ from shard_embedder.pipeline.output.names import EMBEDDINGS, RUN_FILE
 from shard_embedder.pipeline.output.parts import read_facts
 from shard_embedder.pipeline.output.settings import OutputSettings
 from shard_embedder.pipeline.shards.find import Refused, Shard, ShardSet, find_shards, shards_below
+from shard_embedder.pipeline.shards.keys import HEIF_EXTENSIONS
 from shard_embedder.pipeline.shards.pack import holds_images
-from shard_embedder.pipeline.shards.photos import PACKED, Photos, compare_again, find_photos, pack_photos
+from shard_embedder.pipeline.shards.photos import (
+    PACKED,
+    PackingRules,
+    Photos,
+    compare_again,
+    find_photos,
+    pack_photos,
+)
 from shard_embedder.pipeline.shards.samples import bound_part_rows
 
 # Of an output without run.json, so many parts at most are asked for what made them.
@@ -81,6 +91,11 @@ class Job:
     def rules(self) -> DecodingRules:
         """How its images are decoded."""
         return self.fingerprint.settings.rules
+
+    @property
+    def warning(self) -> str | None:
+        """What is left out of a folder of images though it could be embedded."""
+        return _tell_heif(self.photos) if self.photos is not None and self.photos.num_undecodable else None
 
     def list_shards(self) -> list[Shard]:
         """The shards of the input as they are now. Raises `InputError`."""
@@ -156,11 +171,19 @@ def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
             f"output must be on this machine where input is a folder of images, got {config.output}: pack the images "
             "with pack.py, copy the shards to the store, and name them as the input"
         )
-    photos = find_photos(folder, output)
+    undecodable = () if heif_version() else HEIF_EXTENSIONS
+    photos = find_photos(folder, output, PackingRules(undecodable=undecodable))
+    if not photos.num_images:
+        raise InputError(f"input must hold images that can be decoded, got {str(folder)!r}: {_tell_heif(photos)}")
     packed = join(config.output, PACKED)
     shards = shards_below(packed) if photos.is_begun else []
     config = replace(config, input=(packed,), id=config.id or _PHOTO_ID)
     return config, ShardSet(packed, shards, [], photos.found.left_out), photos
+
+
+def _tell_heif(photos: Photos) -> str:
+    number = format_count(photos.num_undecodable, "HEIC image")
+    return f"{number} of {photos.folder} left out: they need pillow-heif. {INSTALL_HEIF} and run the command again"
 
 
 def _local_folder(url: str) -> Path | None:

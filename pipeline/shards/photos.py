@@ -44,17 +44,21 @@ Stamp = tuple[int, int]
 Stamps = dict[str, Stamp]
 
 
-class ShardLimits(NamedTuple):
-    """What a shard holds at most. A changed image makes the job embed all of its shard again: it is small."""
+class PackingRules(NamedTuple):
+    """What a shard holds at most, and the extensions of images that cannot be decoded, and are not packed.
+
+    A changed image makes the job embed all of its shard again: it is small.
+    """
 
     max_samples: int = 1000
     max_bytes: int = 2**30
+    undecodable: tuple[str, ...] = ()
 
 
-LIMITS = ShardLimits()
+RULES = PackingRules()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Photos:
     """A folder of images, and what of it is yet to be packed into `shards`.
 
@@ -63,18 +67,24 @@ class Photos:
 
     folder: Path
     shards: Path
-    limits: ShardLimits
+    rules: PackingRules
     found: Found
     stamps: Stamps
     to_write: dict[str, list[ImageFile]]
     num_new: int
     num_changed: int
     num_deleted: int
+    num_undecodable: int
 
     @property
     def is_begun(self) -> bool:
         """Whether any shard is packed."""
         return any(self.shards.glob(f"*{SUFFIX}"))
+
+    @property
+    def num_images(self) -> int:
+        """Images that are packed, or to be packed."""
+        return len(self.stamps) - self.num_undecodable
 
     @property
     def num_to_pack(self) -> int:
@@ -88,10 +98,10 @@ class Photos:
 
     def __str__(self) -> str:
         """What is to be packed, such as `12 of 96 images (3.1 MiB) of photos into 1 shard in out/packed: 12 new`."""
-        total = format_count(len(self.stamps), "image")
+        total = format_count(self.num_images, "image")
         if not self.to_write:
             return f"{total} of {self.folder}, all in {self.shards}"
-        number = "" if self.num_to_pack == len(self.stamps) else f"{self.num_to_pack:,} of "
+        number = "" if self.num_to_pack == self.num_images else f"{self.num_to_pack:,} of "
         changes = ((self.num_new, "new"), (self.num_changed, "changed"), (self.num_deleted, "deleted"))
         why = ", ".join(f"{count:,} {what}" for count, what in changes if count)
         # Whole shards are written, so that images that did not change may be among them.
@@ -102,7 +112,7 @@ class Photos:
         )
 
 
-def find_photos(folder: Path, output: Path, limits: ShardLimits = LIMITS) -> Photos:
+def find_photos(folder: Path, output: Path, rules: PackingRules = RULES) -> Photos:
     """The images of `folder`, compared with what is packed below `output`.
 
     Raises:
@@ -116,17 +126,15 @@ def find_photos(folder: Path, output: Path, limits: ShardLimits = LIMITS) -> Pho
         )
     shards = output / PACKED
     found = find_images(folder)
-    return _compare(
-        folder, shards, limits, found, {image.path: _stamp(folder / image.path) for image in found.images}
-    )
+    return _compare(folder, shards, rules, found, {image.path: _stamp(folder / image.path) for image in found.images})
 
 
 def compare_again(photos: Photos) -> Photos:
     """The same with what is packed now: another run may have packed since."""
-    return _compare(photos.folder, photos.shards, photos.limits, photos.found, photos.stamps)
+    return _compare(photos.folder, photos.shards, photos.rules, photos.found, photos.stamps)
 
 
-def _compare(folder: Path, shards: Path, limits: ShardLimits, found: Found, stamps: Stamps) -> Photos:
+def _compare(folder: Path, shards: Path, rules: PackingRules, found: Found, stamps: Stamps) -> Photos:
     packed = dict(_read_lists(shards))
     images = {image.path: image for image in found.images}
     to_write: dict[str, list[ImageFile]] = {}
@@ -147,10 +155,24 @@ def _compare(folder: Path, shards: Path, limits: ShardLimits, found: Found, stam
             f"input must be the folder that the output was made of, got {str(folder)!r}: it has none of the "
             f"{format_count(num_listed, 'image')} in {shards}; choose another output"
         )
+    undecodable = [image.path for image in new.values() if image.extension in rules.undecodable]
+    for path in undecodable:
+        del new[path]
     first = max((int(name.removeprefix(_PREFIX)) + 1 for name in packed), default=0)
-    for number, some in enumerate(_split(new.values(), stamps, limits), first):
+    for number, some in enumerate(_split(new.values(), stamps, rules), first):
         to_write[f"{_PREFIX}{number:05d}"] = some
-    return Photos(folder, shards, limits, found, stamps, to_write, len(new), num_changed, num_deleted)
+    return Photos(
+        folder=folder,
+        shards=shards,
+        rules=rules,
+        found=found,
+        stamps=stamps,
+        to_write=to_write,
+        num_new=len(new),
+        num_changed=num_changed,
+        num_deleted=num_deleted,
+        num_undecodable=len(undecodable),
+    )
 
 
 def _stamp(path: Path) -> Stamp:
@@ -176,13 +198,13 @@ def _read_lists(shards: Path) -> Iterator[tuple[str, Stamps]]:
         yield path.stem, listed
 
 
-def _split(images: Iterable[ImageFile], stamps: Stamps, limits: ShardLimits) -> Iterator[list[ImageFile]]:
+def _split(images: Iterable[ImageFile], stamps: Stamps, rules: PackingRules) -> Iterator[list[ImageFile]]:
     """The images in lists that make a shard each."""
     some: list[ImageFile] = []
     num_bytes = 0
     for image in images:
         size = stamps[image.path][0]
-        if some and (len(some) == limits.max_samples or num_bytes + size > limits.max_bytes):
+        if some and (len(some) == rules.max_samples or num_bytes + size > rules.max_bytes):
             yield some
             some, num_bytes = [], 0
         some.append(image)

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from shard_embedder.pipeline.core.errors import InputError, OutputError, StoredDataError
-from shard_embedder.pipeline.shards.photos import Photos, ShardLimits, find_photos, pack_photos
+from shard_embedder.pipeline.shards.photos import PackingRules, Photos, find_photos, pack_photos
 from tests.conftest import encode, photo
 from tests.shards.test_pack import PHOTO, members, write_files
 
-TWO = ShardLimits(max_samples=2)
+TWO = PackingRules(max_samples=2)
 
 
-def pack_again(folder: Path, output: Path, limits: ShardLimits = TWO) -> Photos:
-    found = find_photos(folder, output, limits)
+def pack_again(folder: Path, output: Path, rules: PackingRules = TWO) -> Photos:
+    found = find_photos(folder, output, rules)
     pack_photos(found)
     return found
 
@@ -123,7 +123,7 @@ def test_a_packing_that_fails_goes_on_after_the_last_whole_shard(tmp_path: Path)
 def test_a_large_image_gets_a_shard_of_its_own(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "in", "a.jpg", "c.jpg", "d.jpg")
     write_files(folder, "b.jpg", data=PHOTO + bytes(2 * len(PHOTO)))
-    pack_again(folder, tmp_path / "out", ShardLimits(max_bytes=2 * len(PHOTO)))
+    pack_again(folder, tmp_path / "out", PackingRules(max_bytes=2 * len(PHOTO)))
     assert list(packed(tmp_path / "out").values()) == [{"a.jpg"}, {"b.jpg"}, {"c.jpg", "d.jpg"}]
 
 
@@ -173,3 +173,13 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(OutputError, match=r"must have room for the packed images, .*iB, got .*iB"):
         pack_again(folder, output)
     assert not packed(output)
+
+
+def test_images_that_cannot_be_decoded_are_left_out_until_they_can_and_stay_once_packed(tmp_path: Path) -> None:
+    folder, output = write_files(tmp_path / "in", "a.jpg", "b.heic"), tmp_path / "out"
+    without = PackingRules(undecodable=("heic",))
+    found = pack_again(folder, output, without)
+    assert (found.num_new, found.num_undecodable, found.num_images) == (1, 1, 1)
+    assert (pack_again(folder, output).num_new, packed(output)["images-00001"]) == (1, {"b.heic"})
+    again = find_photos(folder, output, without)
+    assert (again.to_write, again.num_undecodable, again.num_images) == ({}, 0, 2)
