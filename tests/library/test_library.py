@@ -126,7 +126,8 @@ def test_a_folder_of_images_is_embedded_as_it_is_and_followed(tmp_path: Path) ->
     run = embed(str(images), str(output), **settings)
     assert run.complete
     assert [row["image_id"] for row in rows(output)] == ["2024/a.v1.jpg", "b.jpg", "c.png"]
-    assert verify(str(output), [str(output / "packed")], Recompute(None)).proven
+    proof = verify(str(output), [str(output / "packed")], Recompute(None))
+    assert (proof.proven, proof.notes) == (True, [])
     # New images are embedded, and nothing else is.
     (images / "new.jpg").write_bytes(encode(photo(7)))
     run = embed(str(images), str(output), **settings)
