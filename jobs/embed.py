@@ -57,7 +57,8 @@ def parser() -> Parser:
     add(
         data,
         "input",
-        "shards: a .tar, a brace range, a glob, a folder, or a .txt list of these",
+        "shards: a .tar, a brace range, a glob, a folder, or a .txt list of these; or one local folder of "
+        "images, which is packed into shards in OUTPUT/packed",
         nargs="+",
         metavar="URL",
     )

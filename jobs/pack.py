@@ -12,7 +12,8 @@ from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_US
 from shard_embedder.jobs.support.progress import plain_console, show_progress
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.formatting import format_count, format_size
-from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, printable
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, heif_version
+from shard_embedder.pipeline.shards.keys import HEIF_EXTENSIONS, IMAGE_EXTENSIONS, printable
 from shard_embedder.pipeline.shards.pack import (
     Found,
     PackConfig,
@@ -64,6 +65,11 @@ def _print_summary(config: PackConfig, found: Found, packed: Packed) -> None:
     names = packed.names[0] if len(packed.names) == 1 else f"{packed.names[0]} to {packed.names[-1]}"
     print(f"packed {format_count(packed.num_images, 'image')} ({format_size(packed.num_bytes)}) of {classes}")
     print(f"into   {format_count(len(packed.names), 'shard')} in {printable(str(config.shards))}: {names}")
+    num_heif = sum(image.extension in HEIF_EXTENSIONS for image in found.images)
+    if num_heif and heif_version() is None:
+        print(
+            f"HEIC   {format_count(num_heif, 'image')} of these, for which embed.py needs pillow-heif: {INSTALL_HEIF}"
+        )
     if found.left_out:
         print(describe_left_out(found.left_out))
 

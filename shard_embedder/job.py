@@ -12,7 +12,7 @@ from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.storage import join, locate
 from shard_embedder.pipeline.output.lease import Lease, hold
 from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS
-from shard_embedder.pipeline.planning.job import follow_output, prepare_job
+from shard_embedder.pipeline.planning.job import follow_output, pack_input, prepare_job
 from shard_embedder.pipeline.planning.plan import check_names, make_plan
 from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.on_ray import OnRay
@@ -56,7 +56,8 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
     """Embed every image of WebDataset shards into Parquet, or go on where an earlier run stopped.
 
     Args:
-        input: shards: a `.tar`, a brace range, a glob, a folder, a `.txt` list, or several of these.
+        input: shards: a `.tar`, a brace range, a glob, a folder, a `.txt` list, or several of these. Or a local
+            folder of images, which is packed into shards in the folder `packed` of the output.
         output: folder or `s3://` prefix of the result.
         on_ray: run on the Ray that this process is connected to, or on one started on this machine for as long as
             the process lives. Otherwise the stages run one after the other in this process.
@@ -73,7 +74,7 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
     executor = OnRay() if on_ray else _in_process(config.device)
     job = prepare_job(config)
     with hold(job.config.output, lambda why: None, job.run) as lease:
-        job = follow_output(job)
+        job = pack_input(follow_output(job), lambda *_: lease.check())
         plan = make_plan(job.shards, job.config.output)
         check_names(job, plan)
         report = run(job, plan, _watcher(lease), executor)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from shard_embedder.jobs.support.progress import LINE_EVERY_S, plain_console
+from shard_embedder.jobs.support.progress import LINE_EVERY_S, plain_console, show_progress
 from shard_embedder.pipeline.core.config import AUTO
 from shard_embedder.pipeline.core.formatting import format_count, format_duration, format_share, format_size
+from shard_embedder.pipeline.core.progress import Progress as OnProgress
 from shard_embedder.pipeline.core.schema import SHARD_FAULT
 from shard_embedder.pipeline.output.ledger import MAX_WORST
 from shard_embedder.pipeline.pages.charts import number
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from shard_embedder.pipeline.run.report import Estimate
     from shard_embedder.pipeline.run.tally import Tally
     from shard_embedder.pipeline.shards.find import Pending
+    from shard_embedder.pipeline.shards.photos import Photos
 
 _STYLES = {GOOD: "bold green", WARN: "bold yellow", BAD: "bold red"}
 # A line says so where no part was stored for this long.
@@ -93,7 +95,8 @@ class Console:
         say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
         if job.left_out:
             num_left_out = format_count(sum(job.left_out.values()), "file")
-            say(f"left out  {num_left_out} of the input, as no .tar: {format_left_out(job.left_out)}")
+            what = ".tar" if job.photos is None else "image"
+            say(f"left out  {num_left_out} of the input, as no {what}: {format_left_out(job.left_out)}")
         say(f"output    {job.config.output}" + (" (new)" if job.is_new else ""))
         more = [
             f"{len(names)} {what}"
@@ -116,6 +119,11 @@ class Console:
             say(f"estimate  {format_count(estimated.num_samples, 'sample')}, {took}")
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
+
+    def packing(self, photos: Photos, *, dry_run: bool) -> None:
+        """Say what of a folder of images is packed into shards."""
+        what = "photos" if not photos.to_write else "to pack" if dry_run else "packing"
+        self._out.print(f"{what:<9} {photos}")
 
     def waiting(self, why: str) -> None:
         """Say what the run waits for before it begins."""
@@ -146,6 +154,10 @@ class Console:
             return f"of {resources.batch_size} images, as the output was begun"
         rates = ", ".join(f"{size} {rate:.0f}/s" for size, rate in resources.batch_rates)
         return f"of {resources.batch_size} images, by measuring: {rates}"
+
+    def packing_progress(self) -> contextlib.AbstractContextManager[OnProgress]:
+        """A function that shows how far the packing is, as long as the block runs."""
+        return show_progress(self._out)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:

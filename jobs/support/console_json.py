@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -9,6 +10,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from shard_embedder.jobs.support.console import Console
+from shard_embedder.pipeline.core.progress import Progress as OnProgress
+from shard_embedder.pipeline.core.progress import no_progress
 from shard_embedder.pipeline.core.redact import redact
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from shard_embedder.pipeline.planning.resources import Resources
     from shard_embedder.pipeline.run.report import Estimate
     from shard_embedder.pipeline.shards.find import Pending
+    from shard_embedder.pipeline.shards.photos import Photos
 
 _INFO, _WARNING, _ERROR = "info", "warning", "error"
 # Of the report, what the line of the summary has; the rest is in report.json.
@@ -37,10 +41,10 @@ def make_console(log_format: str) -> Console:
 class JsonConsole(Console):
     """Writes an object a line: `time` (UTC, ISO 8601), `level`, `run`, `event`, and what the event has to say.
 
-    Errors come on standard output, too: in the order of things. Events are `plan`, `waiting`, `resources`, `pass`,
-    `progress` (every 30 s), `problem`, `error`, `summary` or `nothing to do`, and at last `end` with the exit code,
-    and of a run that came to its end, what `happened` and what to do `next`.
-    Of `progress`, the shards and `left_s` are of the pass, and the other numbers of the run.
+    Errors come on standard output, too: in the order of things. Events are `packing`, `plan`, `waiting`, `resources`,
+    `pass`, `progress` (every 30 s), `problem`, `error`, `summary` or `nothing to do`, and at last `end` with the exit
+    code, and of a run that came to its end, what `happened` and what to do `next`. Of `progress`, the shards and
+    `left_s` are of the pass, and the other numbers of the run.
     """
 
     def __init__(self) -> None:
@@ -80,6 +84,27 @@ class JsonConsole(Console):
             estimated_samples=None if estimated is None else estimated.num_samples,
             estimated_s=None if estimated is None or estimated.seconds is None else round(estimated.seconds, 1),
         )
+
+    def packing(self, photos: Photos, *, dry_run: bool) -> None:
+        """What of a folder of images is packed into shards."""
+        self._say(
+            _INFO,
+            "packing",
+            message=str(photos),
+            folder=str(photos.folder),
+            shards=str(photos.shards),
+            num_images=photos.num_images,
+            num_to_pack=photos.num_to_pack,
+            bytes_to_pack=photos.bytes_to_pack,
+            num_new=photos.num_new,
+            num_changed=photos.num_changed,
+            num_deleted=photos.num_deleted,
+            dry_run=dry_run,
+        )
+
+    def packing_progress(self) -> contextlib.AbstractContextManager[OnProgress]:
+        """Nothing is shown: the run that follows is longer."""
+        return contextlib.nullcontext(no_progress)
 
     def waiting(self, why: str) -> None:
         """What the run waits for."""

@@ -21,7 +21,7 @@ from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.output.lease import Lease, hold
 from shard_embedder.pipeline.pages.run_page import write_page
 from shard_embedder.pipeline.planning.engine import choose_meanwhile
-from shard_embedder.pipeline.planning.job import Job, follow_output, prepare_job
+from shard_embedder.pipeline.planning.job import Job, follow_output, pack_input, prepare_job
 from shard_embedder.pipeline.planning.plan import Plan, check_names, make_plan
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.on_ray import OnRay
@@ -86,12 +86,13 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     try:
         job = replace(prepare_job(config), run=console.run)
         if dry_run:
+            _tell_photos(job, console, dry_run=True)
             _plan(job, console)
             return EXIT_OK
         # Also while it waits for the lease a run that is stopped shall say so.
         sigterm.listen()
         with hold(job.config.output, console.waiting, job.run) as lease:
-            return _run_held(follow_output(job), lease, console, sigterm)
+            return _run_held(_packed(follow_output(job), lease, console), lease, console, sigterm)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if sigterm.came or isinstance(error, (KeyboardInterrupt, SystemExit)):
             code = EXIT_TERMINATED if sigterm.came else code_of(error)
@@ -113,6 +114,27 @@ def _plan(job: Job, console: Console) -> Plan:
         job, plan, estimate(job.config.output, plan.pending[: job.config.limit], job.fingerprint.settings.naming)
     )
     return plan
+
+
+def _tell_photos(job: Job, console: Console, *, dry_run: bool) -> None:
+    if job.photos is not None:
+        console.packing(job.photos, dry_run=dry_run)
+    if job.warning is not None:
+        console.warning(job.warning)
+
+
+def _packed(job: Job, lease: Lease, console: Console) -> Job:
+    """The job with the folder of images packed that its input may be."""
+    _tell_photos(job, console, dry_run=False)
+    if job.photos is None:
+        return job
+    with console.packing_progress() as on_progress:
+
+        def show(what: str, done: int, total: int) -> None:
+            lease.check()
+            on_progress(what, done, total)
+
+        return pack_input(job, show)
 
 
 def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> int:

@@ -15,6 +15,10 @@ class InputError(SettingsError):
     """The input spec names no shard, a missing shard, or one that cannot be listed."""
 
 
+class NoShardError(InputError):
+    """A folder, or another of the things that the input names, holds no shard."""
+
+
 class BackboneError(SettingsError):
     """The backbone is unknown, or cannot give the features asked for."""
 

@@ -27,9 +27,9 @@ import numpy as np
 from PIL import AvifImagePlugin, Image
 
 from shard_embedder.pipeline.core.errors import SampleError
-from shard_embedder.pipeline.decoding import pillow
+from shard_embedder.pipeline.decoding import heif, pillow
 from shard_embedder.pipeline.decoding.rules import DecodingRules
-from shard_embedder.pipeline.decoding.versions import require_pillow
+from shard_embedder.pipeline.decoding.versions import heif_version, require_pillow
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -210,6 +210,8 @@ def serve(descriptor: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.filterwarnings("ignore", module="PIL")
     Image.init()
+    if heif_version() is not None:
+        heif.register()
     # A task decodes on one core.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     parent.sendall(_READY)

@@ -31,7 +31,7 @@ from shard_embedder.pipeline.core.schema import (
 from shard_embedder.pipeline.decoding import child, jpeg
 from shard_embedder.pipeline.decoding.resize import resize_crop, upright
 from shard_embedder.pipeline.decoding.rules import DecodingRules
-from shard_embedder.pipeline.decoding.versions import require_pillow
+from shard_embedder.pipeline.decoding.versions import require_decoders
 
 # What a JPEG costs at most that is decoded in the worker's own process: pixels in all its scans, pixels, and bytes of
 # metadata and segments, of which Python reads each.
@@ -75,7 +75,7 @@ class Decoder:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Parts with encoded images in, the same parts with pixels out: one by one, as these may be far larger."""
-        require_pillow()
+        require_decoders(self.rules.heif)
         for values, samples in part_rows(table):
             yield self._part(values, samples)
 

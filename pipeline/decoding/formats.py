@@ -31,7 +31,7 @@ _OTHER = {
 }
 # Brands of the ISO base media format, which AVIF, HEIC and MP4 share.
 _AVIF = (b"avif", b"avis")
-_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 _HTML = (b"<!doctype html", b"<html", b"<head", b"<body")
 _LOOKED_AT = 4096
 
@@ -45,13 +45,18 @@ def broken_format(data: bytes) -> str | None:
     return next((name for mark, name in _READ.items() if data.startswith(mark)), None)
 
 
+def is_heic(data: bytes) -> bool:
+    """Whether a file has the mark of a HEIC image."""
+    return data[4:8] == b"ftyp" and data[8:12] in _HEIC
+
+
 def other_kind(data: bytes) -> str | None:
     """What a file of another kind is; None where its first bytes tell nothing."""
     found = next((name for mark, name in _OTHER.items() if data.startswith(mark)), None)
     if found is not None:
         return found
     if data[4:8] == b"ftyp":
-        return "HEIC" if data[8:12] in _HEIC else "an MP4 video, or its like"
+        return "an MP4 video, or its like"
     start = data[:_LOOKED_AT]
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(_HTML):

@@ -24,7 +24,7 @@ from shard_embedder.pipeline.core.schema import (
 from shard_embedder.pipeline.decoding import jpeg
 from shard_embedder.pipeline.decoding.decoder import Decoder, decode_rows, pillow_does_not_warn
 from shard_embedder.pipeline.decoding.preprocess import Preprocess, resized_size
-from shard_embedder.pipeline.decoding.versions import require_pillow
+from shard_embedder.pipeline.decoding.versions import require_decoders
 
 # `orientation` of what is pixels already.
 PIXELS_ALREADY = 0
@@ -100,7 +100,7 @@ class JpegForwarder:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Parts with encoded images in, the same parts with what a device is to decode (`encoded_field`) out."""
-        require_pillow()
+        require_decoders(self._decoder.rules.heif)
         for values, samples in part_rows(table):
             yield self._part(values, samples)
 

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from shard_embedder.pipeline.core.errors import SampleError
-from shard_embedder.pipeline.decoding import formats, jpeg, png
+from shard_embedder.pipeline.decoding import formats, heif, jpeg, png
 from shard_embedder.pipeline.decoding.orientation import PILLOW_ERRORS, orientation_of
 from shard_embedder.pipeline.decoding.resize import resize_crop, upright
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 _Loaded = TypeVar("_Loaded")
@@ -29,6 +30,8 @@ FORMATS = (
 _WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _ORIENTATION_TAG = 0x0100, 0x0101, 0x0102, 0x0106, 0x0112
 _SAMPLE_FORMAT_TAG, _LEAST_TAG, _MOST_TAG = 0x0153, 0x0154, 0x0155
 _ICO = b"\0\0\1\0"
+# The class of reasons of HEIC images that nothing here decodes.
+NEEDS_HEIF = "needs pillow-heif"
 # Pixels that are converted at once.
 _BAND_PIXELS = 2**22
 # Those whose decoders say nothing where there are too few rows, and leave the rest black.
@@ -80,7 +83,7 @@ def _judged(data: bytes, rules: DecodingRules) -> Iterator[None]:
         with _bounded(data, rules):
             yield
     except UnidentifiedImageError as error:
-        raise _unknown(data) from error
+        raise _unknown(data, rules) from error
     except Image.DecompressionBombError as error:
         # Pillow tells of its own limit, which is another.
         found = re.search(r"\((\d+) pixels\)", str(error))
@@ -142,8 +145,8 @@ def _with_less_metadata(data: bytes, load: Callable[[bytes], _Loaded]) -> _Loade
 
 def _without_metadata(data: bytes) -> Iterator[bytes]:
     yield from png.without_metadata(data)
-    # For some faults of an EXIF block Pillow gives up on an AVIF.
-    if formats.broken_format(data) == "AVIF" and b"Exif" in data:
+    # For some faults of an EXIF block Pillow gives up on an AVIF, and pillow-heif on a HEIC.
+    if (formats.broken_format(data) == "AVIF" or formats.is_heic(data)) and b"Exif" in data:
         yield data.replace(b"Exif", b"none")
 
 
@@ -155,13 +158,19 @@ def _load_as_it_is(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:
     )
     is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_ORIENTATION_TAG, 1) != 1
     orientation = _orientation_after_load(image, rules.ignore_orientation)
-    if not rules.accept_damaged and may_end_early and _ends_early(image, data, rules, is_turned):
+    is_cut = (may_end_early and not rules.accept_damaged and _ends_early(image, data, rules, is_turned)) or (
+        image.format == heif.FORMAT and heif.is_cut(data)
+    )
+    if is_cut and not rules.accept_damaged:
         raise _damaged("its data ends before its last row")
     return to_rgb(image), orientation
 
 
-def _unknown(data: bytes) -> SampleError:
-    broken, other = formats.broken_format(data), formats.other_kind(data)
+def _unknown(data: bytes, rules: DecodingRules) -> SampleError:
+    if formats.is_heic(data) and not rules.heif:
+        return SampleError(f"{NEEDS_HEIF}: {INSTALL_HEIF}")
+    broken = "HEIC" if formats.is_heic(data) else formats.broken_format(data)
+    other = formats.other_kind(data)
     if broken is not None:
         return SampleError(f"broken image: the {broken} header cannot be read")
     return SampleError("not an image of a known format" + ("" if other is None else f": {other}"))
@@ -191,7 +200,12 @@ def _end(image: Image.Image, is_turned: bool) -> np.ndarray[Any, Any]:
 
 def _open(data: bytes, rules: DecodingRules) -> ImageFile.ImageFile:
     """The image with its header read. Refuses a bomb before a pixel is decoded."""
-    image: ImageFile.ImageFile = Image.open(io.BytesIO(data), formats=FORMATS)
+    # After AVIF, which may have the same mark.
+    extra: tuple[str, ...] = ()
+    if rules.heif and formats.is_heic(data):
+        heif.register()
+        extra = (heif.FORMAT,)
+    image: ImageFile.ImageFile = Image.open(io.BytesIO(data), formats=(*FORMATS, *extra))
     limit = rules.max_pixels if image.format != "JPEG2000" else min(rules.max_pixels, rules.jpeg_2000_pixels)
     if image.width * image.height > limit:
         raise SampleError(f"too many pixels: {image.width}x{image.height}, the limit is {limit}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.versions import heif_version
 
 # What decoding takes at most for each pixel, which is that of a WebP with alpha: 19.3 bytes were measured. But for
 # JPEG 2000, whose decoder has 32 bits for each component: 24.6 bytes.
@@ -28,6 +29,9 @@ class DecodingRules:
     accept_damaged: bool = False
     # Processor time: how busy a machine is decides nothing.
     image_timeout_s: float = 30.0
+    # Whether HEIC images are decoded. The process that makes the rules decides it by what is installed there: for a
+    # job its driver. A node without pillow-heif is an error then, so that no image depends on the node it comes to.
+    heif: bool = field(default_factory=lambda: heif_version() is not None)
 
     @property
     def memory_bytes(self) -> int:

@@ -1,9 +1,11 @@
-"""Which Pillow is safe to decode untrusted files with."""
+"""Which Pillow and pillow-heif are safe to decode untrusted files with, and whether there is a pillow-heif at all."""
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
+from importlib.metadata import PackageNotFoundError, version
 
 import PIL
 
@@ -14,16 +16,54 @@ from shard_embedder.pipeline.core.errors import ClusterError
 LEAST_PILLOW = (13, 0)
 
 
+# Its libheif, 1.23.6, is the oldest that was tested. pyproject.toml requires it too.
+LEAST_HEIF = (1, 8, 1)
+INSTALL_HEIF = f"pip install 'pillow-heif>={'.'.join(map(str, LEAST_HEIF))}'"
+
+
+@functools.cache
+def heif_version() -> str | None:
+    """The version of pillow-heif here; None where it is not installed, and HEIC images cannot be decoded."""
+    try:
+        return version("pillow-heif")
+    except PackageNotFoundError:
+        return None
+
+
+def require_heif(installed: str | None) -> None:
+    """Check that this node decodes HEIC images as the job's driver does.
+
+    Raises:
+        ClusterError: pillow-heif is missing, or older than what the project requires.
+    """
+    if installed is None or _is_older(installed, LEAST_HEIF):
+        least = ".".join(map(str, LEAST_HEIF))
+        raise ClusterError(
+            f"pillow-heif must be at least {least} on every node, as the job's driver has it, got "
+            f"{installed or 'none'} on {socket.gethostname()}: {INSTALL_HEIF}"
+        )
+
+
+def require_decoders(heif: bool) -> None:
+    """Check Pillow on this node, and pillow-heif where HEIC images are decoded. Raises `ClusterError`."""
+    require_pillow()
+    if heif:
+        require_heif(heif_version())
+
+
 def require_pillow(installed: str = PIL.__version__) -> None:
     """Check the version on this node, which may have been set up apart from the others.
 
     Raises:
         ClusterError: it is older than what the project requires.
     """
-    version = tuple(map(int, re.findall(r"\d+", installed)[: len(LEAST_PILLOW)]))
-    if version < LEAST_PILLOW:
+    if _is_older(installed, LEAST_PILLOW):
         least = ".".join(map(str, LEAST_PILLOW))
         raise ClusterError(
             f"Pillow must be at least {least} on every node, got {installed} on {socket.gethostname()}: "
             "its decoders have known faults that a file can use"
         )
+
+
+def _is_older(installed: str, least: tuple[int, ...]) -> bool:
+    return tuple(map(int, re.findall(r"\d+", installed)[: len(least)])) < least

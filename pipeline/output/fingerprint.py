@@ -19,6 +19,7 @@ from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
 from shard_embedder.pipeline.core.storage import join, read_bytes
 from shard_embedder.pipeline.core.writing import create
+from shard_embedder.pipeline.decoding.versions import heif_version
 from shard_embedder.pipeline.output.names import RUN_FILE
 from shard_embedder.pipeline.output.settings import OutputSettings, canonical_json
 
@@ -91,7 +92,9 @@ def make_fingerprint(
         "cykooz_resizer": version("cykooz_resizer"),
         "pyarrow": pyarrow.__version__,
     }
-    return Fingerprint(settings, base | versions, input_prefix)
+    heif = heif_version()
+    optional = {} if heif is None else {"pillow_heif": heif}
+    return Fingerprint(settings, base | optional | versions, input_prefix)
 
 
 def read_fingerprint(output: str, limits: StoreLimits = LIMITS) -> Fingerprint | None:

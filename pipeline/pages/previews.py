@@ -54,21 +54,30 @@ def shown(place: Place) -> str:
     return f"{place[0]} [{place[1]}]"
 
 
-def preview(image: bytes, side: int = SIDE) -> Preview:
-    """The whole of an encoded image, as the job decodes it, in at most `side` by `side` pixels."""
+def shrink(image: bytes, side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The whole of an encoded image, as the job decodes it, in at most `side` by `side` pixels; its width and height.
+
+    Raises:
+        SampleError: it cannot be decoded.
+    """
     # Mean and standard deviation are for the backbone, and not used here.
     small = Preprocess(side, (side, side), "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), SQUASH)
     rules = DecodingRules(preprocess=small, max_pixels=Config.max_pixels, accept_damaged=True)
+    width, height = Decoder(rules).upright_size(image)
+    scale = min(1.0, side / max(width, height))
+    shape = max(1, round(height * scale)), max(1, round(width * scale))
+    fitting = replace(small, resize=max(shape), crop=shape)
+    return Image.fromarray(Decoder(replace(rules, preprocess=fitting)).decode(image)), (width, height)
+
+
+def preview(image: bytes, side: int = SIDE) -> Preview:
+    """The same as a JPEG, or the reason why there is none."""
     try:
-        width, height = Decoder(rules).upright_size(image)
-        scale = min(1.0, side / max(width, height))
-        shape = max(1, round(height * scale)), max(1, round(width * scale))
-        fitting = replace(small, resize=max(shape), crop=shape)
-        pixels = Decoder(replace(rules, preprocess=fitting)).decode(image)
+        small, (width, height) = shrink(image, side)
     except SampleError as error:
         return Preview(None, str(error))
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    small.save(buffer, "JPEG", quality=_QUALITY)
     return Preview(buffer.getvalue(), "", width, height, len(image))
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.pages.previews import shrink
+
 _TILE = 156
 _GAP = 16
 _QUERY_GAP = 44
@@ -44,9 +47,9 @@ def _fitted(draw: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> str:
 def _thumbnail(path: Path) -> Image.Image | None:
     """The image at `path` to fit a tile, or None where it cannot be opened (a name that is not UTF-8)."""
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError):
+        # Twice as large, to be made smaller as it looks best.
+        upright, _ = shrink(path.read_bytes(), 2 * _TILE)
+    except (OSError, SampleError):
         return None
     if abs(upright.width - upright.height) * _TILE <= 4 * max(upright.size):
         # As good as square: no hairline of the mat beside it.

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fsspec.implementations.local import LocalFileSystem
 
 from shard_embedder.pipeline.backbones import library_of
 from shard_embedder.pipeline.backbones.weights_spec import Weights
-from shard_embedder.pipeline.core.config import Config
-from shard_embedder.pipeline.core.errors import StoredDataError
-from shard_embedder.pipeline.core.storage import locate, to_url
+from shard_embedder.pipeline.core.config import Config, Field
+from shard_embedder.pipeline.core.errors import InputError, NoShardError, StoredDataError
+from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.progress import Progress, no_progress
+from shard_embedder.pipeline.core.storage import join, locate, to_url
 from shard_embedder.pipeline.decoding.jpeg_forwarder import require_device_resize
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, heif_version
 from shard_embedder.pipeline.embedding.network import Network
 from shard_embedder.pipeline.output.fingerprint import (
     Fingerprint,
@@ -25,11 +32,23 @@ from shard_embedder.pipeline.output.ledger import list_parts
 from shard_embedder.pipeline.output.names import EMBEDDINGS, RUN_FILE
 from shard_embedder.pipeline.output.parts import read_facts
 from shard_embedder.pipeline.output.settings import OutputSettings
-from shard_embedder.pipeline.shards.find import Refused, Shard, find_shards
+from shard_embedder.pipeline.shards.find import Refused, Shard, ShardSet, find_shards, shards_below
+from shard_embedder.pipeline.shards.keys import HEIF_EXTENSIONS
+from shard_embedder.pipeline.shards.pack import holds_images
+from shard_embedder.pipeline.shards.photos import (
+    PACKED,
+    PackingRules,
+    Photos,
+    compare_again,
+    find_photos,
+    pack_photos,
+)
 from shard_embedder.pipeline.shards.samples import bound_part_rows
 
 # Of an output without run.json, so many parts at most are asked for what made them.
 _MAX_PARTS_ASKED = 100
+# Images of a folder are called by their paths.
+_PHOTO_ID = Field.parse("json:path")
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,8 @@ class Job:
     refused: tuple[Refused, ...] = ()
     # The folder that the input lay in when the output was begun, where it is another one now.
     moved_from: str | None = None
+    # The folder of images that the input is, if it is no shards; `config.input` is then where its shards are.
+    photos: Photos | None = None
     # Names this run in its lease, its report, its metrics and what it prints.
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
@@ -70,6 +91,17 @@ class Job:
     def rules(self) -> DecodingRules:
         """How its images are decoded."""
         return self.fingerprint.settings.rules
+
+    @property
+    def warning(self) -> str | None:
+        """What is left out of a folder of images though it could be embedded."""
+        return _tell_heif(self.photos) if self.photos is not None and self.photos.num_undecodable else None
+
+    def list_shards(self) -> list[Shard]:
+        """The shards of the input as they are now. Raises `InputError`."""
+        if self.photos is not None:
+            return shards_below(self.config.input[0])
+        return find_shards(self.config.input).shards
 
     def with_engine(self, engine: str, precision: str) -> Job:
         """The job with its engine, and with `precision` in place of `auto`."""
@@ -107,7 +139,7 @@ def prepare_job(config: Config) -> Job:
         require_device_resize(preprocess)
     # What a part holds decoded has a bound. The rows that it may have are a setting of the output.
     config = replace(config, part_rows=bound_part_rows(config.part_rows, preprocess.crop))
-    found = find_shards(config.input)
+    config, found, photos = _find_input(config)
     weights = library.load_weights(backbone, config.weights)
     shape = library.output_shape(backbone, config.features, preprocess.crop, weights)
     settings = OutputSettings.of(
@@ -118,8 +150,60 @@ def prepare_job(config: Config) -> Job:
     )
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
     return follow_output(
-        Job(config, network, weights, shape, asked, True, found.shards, found.left_out, tuple(found.refused))
-    )
+        Job(
+            config, network, weights, shape, asked, True, found.shards, found.left_out, tuple(found.refused),
+            photos=photos,
+        )
+    )  # fmt: skip
+
+
+def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
+    """The config with the shards that its input is or is packed in, the shards, and the folder of images."""
+    try:
+        return config, find_shards(config.input), None
+    except NoShardError:
+        folder = _local_folder(config.input[0]) if len(config.input) == 1 else None
+        if folder is None or not holds_images(folder):
+            raise
+    output = _local_folder(config.output)
+    if output is None:
+        raise InputError(
+            f"output must be on this machine where input is a folder of images, got {config.output}: pack the images "
+            "with pack.py, copy the shards to the store, and name them as the input"
+        )
+    undecodable = () if heif_version() else HEIF_EXTENSIONS
+    photos = find_photos(folder, output, PackingRules(undecodable=undecodable))
+    if not photos.num_images:
+        raise InputError(f"input must hold images that can be decoded, got {str(folder)!r}: {_tell_heif(photos)}")
+    packed = join(config.output, PACKED)
+    shards = shards_below(packed) if photos.is_begun else []
+    config = replace(config, input=(packed,), id=config.id or _PHOTO_ID)
+    return config, ShardSet(packed, shards, [], photos.found.left_out), photos
+
+
+def _tell_heif(photos: Photos) -> str:
+    number = format_count(photos.num_undecodable, "HEIC image")
+    return f"{number} of {photos.folder} left out: they need pillow-heif. {INSTALL_HEIF} and run the command again"
+
+
+def _local_folder(url: str) -> Path | None:
+    """Where a folder is on this machine, there or yet to be made; None where it is elsewhere, or a file."""
+    fs, path = locate(url)
+    is_folder = isinstance(fs, LocalFileSystem) and (os.path.isdir(path) or not os.path.lexists(path))
+    return Path(path) if is_folder else None
+
+
+def pack_input(job: Job, on_progress: Progress = no_progress) -> Job:
+    """The job with its folder of images packed, where its input is one. The caller holds the output.
+
+    Raises:
+        OutputError: the disk has no room for the shards.
+        OSError: an image cannot be read, or a shard not written.
+    """
+    if job.photos is None:
+        return job
+    pack_photos(compare_again(job.photos), on_progress)
+    return replace(job, shards=job.list_shards())
 
 
 def follow_output(job: Job) -> Job:

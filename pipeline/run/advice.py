@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from shard_embedder.pipeline.core.config import Config
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.schema import MEMBERS_APART, NO_IMAGE
+from shard_embedder.pipeline.decoding.pillow import NEEDS_HEIF
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF
 from shard_embedder.pipeline.output.ledger import Counts
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.run.tally import Tally
@@ -19,6 +21,8 @@ def make_warnings(job: Job, counts: Counts, tally: Tally) -> list[str]:
     return [
         *_archives(job.left_out),
         *_unused_images(job.config, counts),
+        *([job.warning] if job.warning else []),
+        *_heif(tally),
         *_members_apart(tally),
         *_kept_fields(job.config, tally),
     ]
@@ -45,6 +49,16 @@ def _unused_images(config: Config, counts: Counts) -> list[str]:
     if config.image_member is None:
         said.append("--image-member EXT says which members are the images.")
     return [" ".join(said)]
+
+
+def _heif(tally: Tally) -> list[str]:
+    if not tally.reasons[NEEDS_HEIF]:
+        return []
+    number = format_count(tally.reasons[NEEDS_HEIF], "image")
+    return [
+        f"{number} of this run are HEIC and stored as errors: pillow-heif, which decodes them, is missing where "
+        f"the job started. Install it there and on every node ({INSTALL_HEIF}), and embed them into a new --output."
+    ]
 
 
 def _members_apart(tally: Tally) -> list[str]:

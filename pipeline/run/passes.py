@@ -29,7 +29,7 @@ from shard_embedder.pipeline.run.report import (
 )
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.run.verdict import without_report
-from shard_embedder.pipeline.shards.find import Pending, Shard, find_shards
+from shard_embedder.pipeline.shards.find import Pending, Shard
 
 # How an error says that there is no space, and will be none in the next pass either.
 _FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
@@ -165,7 +165,7 @@ def _begin(job: Job) -> None:
 def _listed_again(job: Job, shards: list[Shard], problems: list[str]) -> list[Shard]:
     """The input as it is now: a shard may have changed, or gone, since the run began."""
     try:
-        return find_shards(job.config.input).shards
+        return job.list_shards()
     except SettingsError as error:
         problems.append(str(error))
         return shards

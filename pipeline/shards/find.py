@@ -17,7 +17,7 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from shard_embedder.pipeline.core.errors import InputError, SettingsError, StoreError
+from shard_embedder.pipeline.core.errors import InputError, NoShardError, SettingsError, StoreError
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.redact import REFUSAL, describe, has_secret
 from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits, with_retries
@@ -284,7 +284,7 @@ def _add(
         found[info.path] = info
         count += 1
     if not count:
-        raise InputError(f"no {SUFFIX} shard found for input {spec}{_why_none(spec, others)}")
+        raise NoShardError(f"no {SUFFIX} shard found for input {spec}{_why_none(spec, others)}")
     left_out.update(others)
 
 
@@ -302,8 +302,8 @@ def _why_none(spec: str, left_out: Mapping[str, int]) -> str:
     if not os.path.exists(spec):
         return ": there is no such folder"
     if os.path.isdir(spec):
-        return "; jobs/pack.py makes shards of a folder of images"
-    return f": a file must be a {SUFFIX}, or a .txt list of what an input may be"
+        return "; a folder of images is packed by embed.py, into OUTPUT/packed, or by pack.py: name that folder"
+    return f": a file must be a {SUFFIX}, or a .txt list of what an input may be; for images, name their folder"
 
 
 def _below(

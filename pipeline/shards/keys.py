@@ -9,8 +9,9 @@ from shard_embedder.pipeline.core.config import KEYS
 FIRST_DOT = KEYS[0]
 # Which member is the image where a sample has several: the first in this order, then the first in the
 # shard. `x.png` goes before `x.mask.png`, whatever their order.
+HEIF_EXTENSIONS = ("heic", "heif", "hif")
 IMAGE_EXTENSIONS = (
-    "jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp", "gif",
+    "jpg", "jpeg", "png", "webp", "avif", "tif", "tiff", "bmp", "gif", *HEIF_EXTENSIONS,
     "jpe", "jfif", "mpo", "jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "ico", "dib",
 )  # fmt: skip
 # Members that tell of a shard or data set, and not of one sample. Only names that no image has: a name without an

@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,11 @@ from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, printable, spl
 from shard_embedder.pipeline.shards.left_out import SUFFIX
 
 # No `.tar` at its end, so that nothing below it can be taken for a shard.
-_TEMPORARY_PREFIX = ".packing-"
-_TEMPORARY_SUFFIX = ".unfinished"
+TEMPORARY_PREFIX = ".packing-"
+TEMPORARY_SUFFIX = ".unfinished"
 _MAX_WAYS = 1000
 # All that a tar header says beside name and size, so that the same images give the same bytes.
-_HEADER = {"mtime": 0, "user": "", "group": "", "mode": 0o644}
+HEADER = {"mtime": 0, "user": "", "group": "", "mode": 0o644}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,16 @@ def find_images(folder: Path, extensions: tuple[str, ...] = IMAGE_EXTENSIONS, *,
         others = f"; {describe_left_out(left_out)}" if left_out else " in it or below it"
         raise InputError(f"FOLDER must hold images ({', '.join(extensions)}), got none in {str(folder)!r}{others}")
     return Found(_with_keys(sorted(paths)), left_out)
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether `find_images` may find any, or a fault to tell of."""
+    inside = f"{os.path.realpath(folder).rstrip('/')}/"
+    try:
+        found = _walk(str(folder), "", (), inside, Counter())
+        return any(not (fault or _why_left_out(path, IMAGE_EXTENSIONS)) for path, fault in found)
+    except OSError:
+        return True
 
 
 def _walk(
@@ -197,9 +207,9 @@ def pack(config: PackConfig, found: Found, on_progress: Progress = no_progress) 
     """
     old = check_old_shards(config)
     config.shards.mkdir(parents=True, exist_ok=True)
-    for leftover in config.shards.glob(f"{_TEMPORARY_PREFIX}*"):
+    for leftover in config.shards.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(prefix=_TEMPORARY_PREFIX, dir=config.shards) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=config.shards) as temporary:
         num_bytes = _write(config, found.images, temporary, on_progress)
         names = _publish(Path(temporary), config.shards, old)
     return Packed(names, len(found.images), num_bytes)
@@ -230,12 +240,12 @@ def _write(config: PackConfig, images: Sequence[ImageFile], temporary: str, on_p
     """Write the shards under temporary names, and return the number of image bytes in them."""
     numbers = {label: i for i, label in enumerate(sorted({image.label for image in images} - {""}))}
     # ShardWriter fills in the shard's number with the % operator, and takes other % for its own.
-    pattern = f"{temporary.replace('%', '%%')}/{config.prefix}-%05d{SUFFIX}{_TEMPORARY_SUFFIX}"
+    pattern = f"{temporary.replace('%', '%%')}/{config.prefix}-%05d{SUFFIX}{TEMPORARY_SUFFIX}"
     num_bytes = shard_bytes = 0
     # ShardWriter's own limit of bytes counts no headers, and is looked at only after it is passed.
-    with ShardWriter(pattern, config.max_samples, sys.maxsize, verbose=0, encoder=False, **_HEADER) as writer:
+    with ShardWriter(pattern, config.max_samples, sys.maxsize, verbose=0, encoder=False, **HEADER) as writer:
         for number, image in enumerate(images, 1):
-            sample = _make_sample(config.folder, image, numbers)
+            sample = make_sample(config.folder, image, numbers)
             sample_bytes = _tar_bytes(sample)
             if writer.count and _padded(shard_bytes + sample_bytes) > config.max_bytes:
                 writer.next_stream()
@@ -246,14 +256,15 @@ def _write(config: PackConfig, images: Sequence[ImageFile], temporary: str, on_p
     return num_bytes
 
 
-def _make_sample(folder: Path, image: ImageFile, numbers: dict[str, int]) -> dict[str, Any]:
+def make_sample(folder: Path, image: ImageFile, numbers: Mapping[str, int]) -> dict[str, Any]:
+    """The sample of one image, as `ShardWriter` takes it. Its class gets a `.cls` if `numbers` has it."""
     about = {"path": printable(image.path), "class": printable(image.label) or None}
     sample = {
         "__key__": image.key,
         image.extension: (folder / image.path).read_bytes(),
         "json": json.dumps(about, ensure_ascii=False).encode(),
     }
-    if image.label:
+    if image.label in numbers:
         sample["cls"] = str(numbers[image.label]).encode()
     assert split_key(f"{image.key}.json") == (image.key, "json")
     return sample
@@ -284,7 +295,7 @@ def _publish(temporary: Path, shards: Path, old: list[Path]) -> list[str]:
             os.fsync(file.fileno())
     for path in old:
         path.unlink()
-    names = [path.name.removesuffix(_TEMPORARY_SUFFIX) for path in written]
+    names = [path.name.removesuffix(TEMPORARY_SUFFIX) for path in written]
     for path, name in reversed(list(zip(written, names, strict=True))):
         path.replace(shards / name)
     return names

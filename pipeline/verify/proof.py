@@ -30,6 +30,7 @@ from shard_embedder.pipeline.output.names import (
 )
 from shard_embedder.pipeline.shards.find import Shard, find_shards
 from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out
+from shard_embedder.pipeline.shards.photos import PACKED
 from shard_embedder.pipeline.verify.findings import Verdict
 from shard_embedder.pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
 from shard_embedder.pipeline.verify.recompute import Recompute, ShardPart, build_reference, draw_rows, recompute_rows
@@ -115,7 +116,7 @@ def _list_parts(output: str, verdict: Verdict) -> dict[str, set[PartName]]:
         elif folder == REPORTS_FOLDER and rest:
             continue
         elif folder not in stored:
-            if path not in _EXPECTED_FILES:
+            if path not in _EXPECTED_FILES and folder != PACKED:
                 verdict.notes.append(f"{one_line(path)} is no file of an output")
         elif name is None or str(name) != rest:
             verdict.add_finding(path, "stray-file", "not named as a part is")

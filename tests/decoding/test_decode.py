@@ -397,7 +397,6 @@ def test_what_is_no_image_says_so() -> None:
             ": a pointer of Git LFS, whose file was never fetched"
         ),
         gzip.compress(b"an image"): ": gzip data",
-        b"\0\0\0\x18ftypheic" + bytes(100): ": HEIC",
         b"\0\0\0\x18ftypisom" + bytes(100): ": an MP4 video, or its like",
         b"\xff\x0a" + bytes(range(100)): ": JPEG XL",
         b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(100): ": JPEG XL",

@@ -1,4 +1,4 @@
-"""A node whose Pillow has known faults decodes nothing."""
+"""A node whose Pillow has known faults decodes nothing, and one that lacks the job's pillow-heif neither."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tomllib
 import pytest
 
 from shard_embedder.pipeline.core.errors import ClusterError
-from shard_embedder.pipeline.decoding.versions import LEAST_PILLOW, require_pillow
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, LEAST_PILLOW, require_heif, require_pillow
 from tests.conftest import ROOT
 
 # Of a Pillow that is loaded: one that is not would refuse to be.
@@ -48,3 +48,18 @@ def test_neither_a_worker_nor_a_child_decodes_with_an_older_one() -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     assert all("Pillow must be at least 13.0 on every node, got 12.3.0 on " in line for line in lines)
+
+
+def test_the_pillow_heif_that_is_asked_for_is_the_one_that_is_required() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert f"pip install '{extras['heif'][0]}'" == INSTALL_HEIF
+
+
+@pytest.mark.parametrize(("version", "got"), [(None, "none"), ("1.8.0", "1.8.0"), ("0.22.1", "0.22.1")])
+def test_a_node_without_the_jobs_pillow_heif_is_refused(version: str | None, got: str) -> None:
+    with pytest.raises(
+        ClusterError, match=rf"^pillow-heif must be at least 1\.8\.1 on every node, .* got {got} on .*: pip install "
+    ):
+        require_heif(version)
+    require_heif("1.8.1")
+    require_heif("2.0")

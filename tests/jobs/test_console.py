@@ -16,9 +16,10 @@ from shard_embedder.jobs.support import console
 from shard_embedder.jobs.support.console import Console, has_unused_gpu, human_s
 from shard_embedder.jobs.support.console_json import JsonConsole
 from shard_embedder.pipeline.core.formatting import format_size
+from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.find import Pending
-from tests.conftest import sample_members, write_shards, write_tar
+from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 
 
 def test_sizes_and_times_are_shown_as_people_say_them() -> None:
@@ -93,6 +94,23 @@ def test_brackets_and_colons_of_a_name_are_shown_as_they_are(
     said = capsys.readouterr().out
     assert "input     in/[o-q]*.tar: 1 shard\n" in said
     assert f"output    {tmp_path}/g[/x]/:key:/out (new)\n" in said
+
+
+def test_a_log_for_machines_tells_what_of_a_folder_of_images_is_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bytes(str(tmp_path), "photos/a.jpg", encode(photo(1)))
+    asked = ["--log-format", "json", "--input", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    small = ["--backbone", "squeezenet1_1", "--weights", "random:0", "--image-size", "64", "--dry-run"]
+    assert embed.main([*asked, *small]) == 0
+    packing, plan, _ = lines_of(capsys.readouterr().out)
+    assert (packing["event"], packing["num_to_pack"], packing["num_new"], packing["dry_run"]) == (
+        "packing",
+        1,
+        1,
+        True,
+    )
+    assert (plan["event"], plan["num_shards"]) == ("plan", 0)
 
 
 def test_a_log_for_machines_tells_what_was_wrong_and_no_secret(capsys: pytest.CaptureFixture[str]) -> None:

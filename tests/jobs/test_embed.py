@@ -18,8 +18,10 @@ import pytest
 
 from shard_embedder.jobs.embed import gather, parser
 from shard_embedder.pipeline.core.errors import SettingsError
+from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.output.lease import hold
 from tests.conftest import ROOT, Done, encode, photo, write_shards, write_tar
+from tests.outputs import rows
 
 RunJob = Callable[..., Done]
 RunProcess = Callable[..., subprocess.CompletedProcess[str]]
@@ -121,6 +123,23 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_job: RunJob, t
     assert "0 done, 3 pending" in done.stdout
     assert re.search(r"estimate  2\d samples, by the front of the first shard", done.stdout)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_packs_no_folder_of_images(run_job: RunJob, tmp_path: Path) -> None:
+    write_bytes(str(tmp_path), "photos/2024/a.jpg", encode(photo(1)))
+    done = run_job("embed.py", "--input", "photos/", "--output", "out", "--dry-run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    told = rf"to pack   1 image of {tmp_path}/photos \(\d.\d KiB\) into 1 shard in {tmp_path}/out/packed\n"
+    assert re.search(told, done.stdout)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_images_is_packed_and_embedded(run_job: RunJob, tmp_path: Path) -> None:
+    write_bytes(str(tmp_path), "photos/2024/a.b.jpg", encode(photo(1)))
+    done = run_job("embed.py", "--input", "photos/", "--output", "out", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"packing   1 image of {tmp_path}/photos (")
+    assert [row["image_id"] for row in rows(tmp_path / "out")] == ["2024/a.b.jpg"]
 
 
 def test_a_run_on_an_output_that_another_holds_ends_with_75(run_job: RunJob, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from PIL import Image
 
 import shard_embedder
 from shard_embedder import build_backbone, embed, embed_images
+from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.errors import InputError, SampleError, SettingsError
 from shard_embedder.pipeline.output.parts import vectors
+from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.verify.proof import verify
+from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
 from tests.outputs import rows
 
@@ -115,3 +119,61 @@ def test_an_index_is_built_and_searched_by_images(tmp_path: Path) -> None:
 
 def test_a_backbone_is_a_plain_module() -> None:
     assert build_backbone("resnet18", weights="random:0").num_features == 512
+
+
+def test_a_folder_of_images_is_embedded_as_it_is_and_followed(tmp_path: Path) -> None:
+    images, output = tmp_path / "photos", tmp_path / "out"
+    settings = {**SETTINGS, "image_size": "64"}
+    for number, path in enumerate(("2024/a.v1.jpg", "b.jpg", "c.png")):
+        (images / path).parent.mkdir(parents=True, exist_ok=True)
+        (images / path).write_bytes(encode(photo(number), "PNG" if path.endswith("png") else "JPEG"))
+    (images / "notes.txt").write_text("no image")
+    run = embed(str(images), str(output), **settings)
+    assert run.complete
+    assert [row["image_id"] for row in rows(output)] == ["2024/a.v1.jpg", "b.jpg", "c.png"]
+    proof = verify(str(output), [str(output / "packed")], Recompute(None))
+    assert (proof.proven, proof.notes) == (True, [])
+    # New images are embedded, and nothing else is.
+    (images / "new.jpg").write_bytes(encode(photo(7)))
+    run = embed(str(images), str(output), **settings)
+    assert (run.report["samples_now"], run.report["shards"]["done_before"], run.complete) == (1, 1, True)
+    # What is deleted has no row any more, and what is changed has another.
+    before = {row["image_id"]: row["embedding"] for row in rows(output)}
+    (images / "new.jpg").unlink()
+    (images / "b.jpg").write_bytes(encode(photo(8)))
+    assert embed(str(images), str(output), **settings).complete
+    after = {row["image_id"]: row["embedding"] for row in rows(output)}
+    assert list(after) == ["2024/a.v1.jpg", "b.jpg", "c.png"]
+    assert [name for name in after if after[name] != before[name]] == ["b.jpg"]
+    assert verify(str(output), [str(output / "packed")], Recompute(None)).proven
+    assert embed(str(images), str(output), **settings).report["samples_now"] == 0
+
+
+def test_shards_in_a_folder_win_over_images(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    (folder / "a.jpg").write_bytes(encode(photo(1)))
+    job = prepare_job(parse({"input": [str(folder)], "output": str(tmp_path / "out"), **SETTINGS}))
+    assert (job.photos, job.left_out, len(job.shards)) == (None, {".jpg": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "told"),
+    [
+        (
+            ["photos"],
+            "s3://bucket/out",
+            "output must be on this machine where input is a folder of images, got s3://",
+        ),
+        (["photos", "more"], "out", "no .tar shard found for input photos; a folder of images is packed by embed.py"),
+        (["empty"], "out", "no .tar shard found for input empty"),
+    ],
+)
+def test_a_folder_of_images_that_cannot_be_packed_is_told(
+    inputs: list[str], output: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "more", "empty"):
+        Path(name).mkdir()
+        Path(name, "notes.txt" if name == "empty" else "a.jpg").write_bytes(encode(photo(1)))
+    with pytest.raises(InputError, match=f"^{re.escape(told)}"):
+        embed(inputs, output, **SETTINGS)

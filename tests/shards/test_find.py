@@ -282,7 +282,10 @@ def test_a_bucket_may_be_the_input(s3_server: S3Server) -> None:
     ("spec", "told"),
     [
         ("nowhere", "no .tar shard found for input nowhere: there is no such folder"),
-        ("photos", "no .tar shard found for input photos; jobs/pack.py makes shards of a folder of images"),
+        (
+            "photos",
+            "no .tar shard found for input photos; a folder of images is packed by embed.py, into OUTPUT/packed",
+        ),
         ("photos/a.jpg", "no .tar shard found for input photos/a.jpg: a file must be a .tar, or a .txt list of"),
     ],
 )

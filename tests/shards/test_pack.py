@@ -324,7 +324,7 @@ def test_a_folder_without_images_is_refused(tmp_path: Path, make: Callable[[Path
         ({"max_bytes": 0}, "max_bytes must be at least 1, got 0"),
         ({"prefix": "a/b"}, "prefix must be letters, digits, .*, got 'a/b'"),
         ({"prefix": ".a"}, "prefix must be .*, got '.a'"),
-        ({"extensions": ("jpg", "heic")}, "extensions must be of jpg, jpeg, .*, got 'heic'"),
+        ({"extensions": ("jpg", "psd")}, "extensions must be of jpg, jpeg, .*, got 'psd'"),
         ({"shards": Path("s3://bucket/x")}, "SHARDS must be a folder on this machine, got 's3://bucket/x'"),
     ],
 )
