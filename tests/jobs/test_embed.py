@@ -181,7 +181,7 @@ def many_shards(folder: Path) -> Path:
     """Shards enough that a run takes some seconds."""
     images = [encode(photo(i, (640, 480))) for i in range(20)]
     for shard in range(16):
-        members = [(f"{shard:02d}-{i:03d}.jpg", images[(shard + i) % 20]) for i in range(48)]
+        members = [(f"{shard:02d}-{i:03d}.jpg", images[(shard + i) % 20]) for i in range(24)]
         write_tar(folder / f"s-{shard:05d}.tar", members)
     return folder
 
@@ -294,17 +294,18 @@ def keeps_access_times(folder: Path) -> bool:
 
 
 def complete(files: dict[str, bytes], shard: str) -> bool:
-    return sum(name.startswith(f"embeddings/{shard}.") for name in files) == 3
+    return sum(name.startswith(f"embeddings/{shard}.") for name in files) == 2
 
 
 @pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_given_up_with_its_address(tmp_path: Path, run_process: RunProcess) -> None:
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
     with socket.socket() as closed, socket.socket() as silent:
-        closed.bind(("127.0.0.1", 0))
-        silent.bind(("", 0))
+        # Ray takes 127.0.0.1 for the node's own address.
+        closed.bind(("127.0.0.2", 0))
+        silent.bind(("127.0.0.2", 0))
         silent.listen()
-        addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in (closed, silent)]
+        addresses = [f"127.0.0.2:{one.getsockname()[1]}" for one in (closed, silent)]
 
         def run(address: str) -> subprocess.CompletedProcess[str]:
             # Ray's own default takes 14 minutes, one try 41 s; the rest is the start of a process on a busy machine.
