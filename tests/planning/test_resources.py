@@ -161,7 +161,7 @@ def test_a_quota_below_one_core_is_named_where_ray_counts_none(tmp_path: Path) -
         pytest.skip(f"a quota cannot be shown to a process: {error}")
     if "mount" in done.stderr or "unshare" in done.stderr:
         pytest.skip(f"a quota cannot be shown to a process: {done.stderr.strip()}")
-    told = "has 0 CPU (Ray rounds the CPU quota of a container down to whole cores, and this machine's is 0.5)"
+    told = "has 0 CPU (Ray rounds the CPU quota of this container, 0.5, down to whole cores)"
     assert told in done.stdout, done.stderr
 
 
