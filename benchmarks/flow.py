@@ -85,12 +85,14 @@ def _resident_mib() -> float:
 def _decode_tasks() -> list[tuple[float, float]]:
     """When each task that decoded began and ended, from Ray's timeline."""
     time.sleep(_EVENTS_S)
-    tasks = (event for event in ray.timeline() if event["cat"].startswith("task::"))
-    return [
+    tasks = [
         (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
-        for event in tasks
-        if "Decoder" in event["cat"] and "MapWorker" not in event["cat"]
+        for event in ray.timeline()
+        if event["cat"].startswith("task::") and "MapBatches(decode)" in event["cat"]
     ]
+    if not tasks:
+        raise RuntimeError("Ray's timeline has no task of the name MapBatches(decode)")
+    return tasks
 
 
 def _count(table: pa.Table) -> pa.Table:

@@ -22,10 +22,10 @@ _LOOK_EVERY_S = 0.25
 _MIB = 2**20
 # How Ray names a worker at a stage.
 _STAGES = {
-    "SampleReader": STAGE_READ,
-    "Decoder": STAGE_DECODE,
-    "Embedder": STAGE_EMBED,
-    "PartWriter": STAGE_WRITE,
+    "MapBatches(read)": STAGE_READ,
+    "MapBatches(decode)": STAGE_DECODE,
+    "MapBatches(Embedder)": STAGE_EMBED,
+    "MapBatches(write)": STAGE_WRITE,
 }
 _DRIVER = "driver"
 _STORE = "store"

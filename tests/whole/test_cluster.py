@@ -265,7 +265,7 @@ def _where(ran: Ran, begin: float) -> Ran:
     for event in ray.timeline():
         if event["cat"].startswith("task::") and event["ts"] / 1e6 >= begin:
             node = event["pid"].removeprefix("node:")
-            if "Decoder" in event["cat"]:
+            if "MapBatches(decode)" in event["cat"]:
                 ran.decoded_on.add(node)
             elif "MapWorker" in event["cat"]:
                 ran.embedded_on.add(node)
