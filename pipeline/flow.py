@@ -10,6 +10,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from shard_embedder.pipeline.core.groups import grouped
 from shard_embedder.pipeline.core.schema import SHARD_SCHEMA
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
@@ -167,13 +168,5 @@ def _tune(context: DataContext, resources: Resources) -> None:
 def _task_tables(pending: list[Pending]) -> list[pa.Table]:
     """The pending shards as one table a read task."""
     total = sum(shard.num_bytes for shard in pending)
-    limit = max(_TASK_BYTES, total // _MAX_TASKS)
-    groups: list[list[Pending]] = []
-    size = 0
-    for shard in pending:
-        if not groups or size + shard.num_bytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(shard)
-        size += shard.num_bytes
+    groups = grouped(pending, lambda shard: shard.num_bytes, max(_TASK_BYTES, total // _MAX_TASKS))
     return [pa.Table.from_pylist([shard._asdict() for shard in group], schema=SHARD_SCHEMA) for group in groups]

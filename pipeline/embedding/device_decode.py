@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from shard_embedder.pipeline.core.errors import SampleError
+from shard_embedder.pipeline.core.groups import grouped
 from shard_embedder.pipeline.core.schema import ENCODED
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
@@ -93,7 +93,7 @@ class DeviceDecoder:
                 pixels[place] = _tensor(value["data"]).reshape(*crop, 3).to(self._device)
             else:
                 jpegs.append(_Jpeg(place, **value))
-        for group in _groups(jpegs):
+        for group in grouped(jpegs, lambda jpeg: jpeg.height * jpeg.width, _GROUP_PIXELS, _GROUP_IMAGES):
             for jpeg, image in zip(group, self._decoded([jpeg.data for jpeg in group]), strict=True):
                 try:
                     pixels[jpeg.place] = self._pixels(jpeg, image)
@@ -132,21 +132,6 @@ class DeviceDecoder:
 
 def _tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def _groups(jpegs: list[_Jpeg]) -> Iterator[list[_Jpeg]]:
-    """In order, in groups that are decoded at once."""
-    group: list[_Jpeg] = []
-    num_pixels = 0
-    for jpeg in jpegs:
-        more = jpeg.height * jpeg.width
-        if group and (len(group) == _GROUP_IMAGES or num_pixels + more > _GROUP_PIXELS):
-            yield group
-            group, num_pixels = [], 0
-        group.append(jpeg)
-        num_pixels += more
-    if group:
-        yield group
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from webdataset import TarWriter
 
 from shard_embedder.pipeline.core.errors import InputError, OutputError, StoredDataError
 from shard_embedder.pipeline.core.formatting import format_count, format_size
+from shard_embedder.pipeline.core.groups import grouped
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.shards.left_out import SUFFIX
 from shard_embedder.pipeline.shards.pack import (
@@ -159,7 +160,8 @@ def _compare(folder: Path, shards: Path, rules: PackingRules, found: Found, stam
     for path in undecodable:
         del new[path]
     first = max((int(name.removeprefix(_PREFIX)) + 1 for name in packed), default=0)
-    for number, some in enumerate(_split(new.values(), stamps, rules), first):
+    groups = grouped(new.values(), lambda image: stamps[image.path][0], rules.max_bytes, rules.max_samples)
+    for number, some in enumerate(groups, first):
         to_write[f"{_PREFIX}{number:05d}"] = some
     return Photos(
         folder=folder,
@@ -196,21 +198,6 @@ def _read_lists(shards: Path) -> Iterator[tuple[str, Stamps]]:
         except (ValueError, AttributeError, TypeError) as error:
             raise StoredDataError(f"{path} is damaged: delete {shards}, and all images are packed again") from error
         yield path.stem, listed
-
-
-def _split(images: Iterable[ImageFile], stamps: Stamps, rules: PackingRules) -> Iterator[list[ImageFile]]:
-    """The images in lists that make a shard each."""
-    some: list[ImageFile] = []
-    num_bytes = 0
-    for image in images:
-        size = stamps[image.path][0]
-        if some and (len(some) == rules.max_samples or num_bytes + size > rules.max_bytes):
-            yield some
-            some, num_bytes = [], 0
-        some.append(image)
-        num_bytes += size
-    if some:
-        yield some
 
 
 def pack_photos(photos: Photos, on_progress: Progress = no_progress) -> None:
