@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import time
 import uuid
 from collections import deque
@@ -19,7 +18,7 @@ from shard_embedder.pipeline.core.config import AUTO
 from shard_embedder.pipeline.core.formatting import format_count, format_duration, format_share, format_size
 from shard_embedder.pipeline.core.progress import Progress as OnProgress
 from shard_embedder.pipeline.core.schema import SHARD_FAULT
-from shard_embedder.pipeline.output.ledger import MAX_WORST
+from shard_embedder.pipeline.core.threads import repeating
 from shard_embedder.pipeline.pages.charts import number
 from shard_embedder.pipeline.run.verdict import BAD, GOOD, WARN
 from shard_embedder.pipeline.shards.left_out import format_left_out
@@ -168,24 +167,18 @@ class Console:
                 self._task = self._bar.add_task(self._state(), total=1.0)
                 yield
             return
-        ended = threading.Event()
-        lines = threading.Thread(target=self._print_lines, args=(ended,), name="progress", daemon=True)
-        lines.start()
-        try:
+        started = time.monotonic()
+
+        def show_line() -> None:
+            """Whether or not anything moved."""
+            now = time.monotonic()
+            self._progress_line(now - started, now - max(self._last_part, started))
+
+        with repeating(show_line, LINE_EVERY_S, "progress"):
             yield
-        finally:
-            ended.set()
-            lines.join()
 
     def _is_live(self) -> bool:
         return sys.stdout.isatty()
-
-    def _print_lines(self, ended: threading.Event) -> None:
-        """A line every so often, whether or not anything moved."""
-        started = time.monotonic()
-        while not ended.wait(LINE_EVERY_S):
-            now = time.monotonic()
-            self._progress_line(now - started, now - max(self._last_part, started))
 
     def _progress_line(self, seconds: float, silent_s: float) -> None:
         """Show where the run is after so many seconds, when the last part was stored `silent_s` ago."""
@@ -305,6 +298,9 @@ class Console:
         """The shards with the most errors, and the share of their samples that these are."""
         if not by_shard:
             return
+        # Whoever asks for help shall not wait for it.
+        from shard_embedder.pipeline.output.ledger import MAX_WORST  # noqa: PLC0415
+
         is_cut = len(by_shard) == MAX_WORST
         self._out.print(f"errors by shard{f', the {MAX_WORST} with the most' if is_cut else ''}")
         for name, found in by_shard.items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter as Counts
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray.util.metrics import Counter, Gauge
 
-from shard_embedder.pipeline.planning.resources import Resources
+from shard_embedder.pipeline.core.threads import repeating
 from shard_embedder.pipeline.run.tally import Tally
 
 # Ray drops a gauge that was not set for two of its intervals, which are of 10 s.
@@ -32,7 +31,6 @@ class Metrics:
         self._written = Counter("embed_written_bytes", "Bytes of parts written.", ("run",))
         self._pending = Gauge("embed_pending_shards", "Shards that are not complete.", ("run",))
         self._busy = Gauge("embed_stage_busy_ratio", "Share of the run in which a stage was busy.", ("run", "stage"))
-        self._resources: Resources | None = None
         self._num_pending = self._num_done = 0
         # What the gauges show; None before there is anything to show.
         self._num_left: int | None = None
@@ -43,29 +41,14 @@ class Metrics:
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Set the gauges again and again while the block runs: between two parts they would be gone."""
-        ended = threading.Event()
-
-        def repeat() -> None:
-            while not ended.wait(_REPEAT_S):
-                self._set_gauges()
-
-        thread = threading.Thread(target=repeat, name="metrics", daemon=True)
-        thread.start()
-        try:
+        with repeating(self._set_gauges, _REPEAT_S, "metrics"):
             yield
-        finally:
-            ended.set()
-            thread.join()
 
     def _set_gauges(self) -> None:
         if self._num_left is not None:
             self._pending.set(self._num_left, self._run)
         for stage, share in self._shares.items():
             self._busy.set(share, {**self._run, "stage": stage})
-
-    def resources(self, resources: Resources) -> None:
-        """Set the workers and devices that the busy shares are computed from."""
-        self._resources = resources
 
     def begin_pass(self, num_pending: int) -> None:
         """Set the number of shards that the new pass has to do."""
@@ -89,5 +72,5 @@ class Metrics:
         self._told_reasons = Counts(tally.reasons)
         self._num_done = tally.num_shards
         self._num_left = self._num_pending - self._num_done
-        self._shares = tally.busy(self._resources) if self._resources else {}
+        self._shares = tally.busy
         self._set_gauges()

@@ -146,7 +146,6 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
         # Before run.json is written: another run may have begun the output while this one waited for nodes.
         lease.confirm()
         console.resources(decided, resources)
-        metrics.resources(resources)
 
     def on_pass(number: int, pending: list[Pending]) -> None:
         sigterm.check()

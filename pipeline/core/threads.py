@@ -1,10 +1,11 @@
-"""Calls in threads that no exit waits for: one that hangs, as on a mount that is gone, may be left behind."""
+"""Calls in daemon threads: one that hangs, as on a mount that is gone, may be left behind; others are repeated."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -38,3 +39,21 @@ def call_within(seconds: float, call: Callable[[], _T], what: str) -> _T:
         if answer.done():
             raise
         raise TimeoutError(f"{what} did not answer for {seconds:.0f} s") from error
+
+
+@contextmanager
+def repeating(call: Callable[[], object], every_s: float, name: str) -> Iterator[None]:
+    """Make `call` every so many seconds while the block runs, in a daemon thread of this name."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every_s):
+            call()
+
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

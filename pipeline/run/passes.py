@@ -66,7 +66,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
     if not plan.pending:
         _begin(job)
         counts = counted or _counted(job, shards, {shard.name for shard in shards}, problems)
-        return _finish(job, plan, None, tally, counts, problems)
+        return _finish(job, plan, tally, counts, problems)
     prepared = executor.prepare(job, plan.pending, tally.started, watcher.on_wait)
     job, resources = prepared.job, prepared.resources
     tally.devices, tally.resources = prepared.devices, resources
@@ -109,7 +109,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
         # An earlier run did not count what it stored, or found that it does not balance.
         names |= {shard.name for shard in shards} - {shard.name for shard in plan.pending}
     names -= tally.unstored.keys()
-    return _finish(job, first_plan, resources, tally, _counted(job, shards, names, problems), problems)
+    return _finish(job, first_plan, tally, _counted(job, shards, names, problems), problems)
 
 
 def _has_got_on(before: list[Pending], now: list[Pending]) -> bool:
@@ -118,16 +118,14 @@ def _has_got_on(before: list[Pending], now: list[Pending]) -> bool:
     return any(len(shard.stored_parts) < num_stored.get(shard.name, math.inf) for shard in before)
 
 
-def _finish(
-    job: Job, plan: Plan, resources: Resources | None, tally: Tally, counts: Counts, problems: list[str]
-) -> dict[str, Any]:
+def _finish(job: Job, plan: Plan, tally: Tally, counts: Counts, problems: list[str]) -> dict[str, Any]:
     refused = dict(job.refused) | tally.unstored
     if refused:
         name, reason = min(refused.items())
         problems.append(
             f"{format_count(len(refused), 'shard')} cannot be embedded, such as {one_line(name)}: {reason}"
         )
-    report = make_report(tally, counts, job, plan, resources, problems, refused)
+    report = make_report(tally, counts, job, plan, problems, refused)
     try:
         if plan.pending or not counts.balanced or not tells_of_work(job.config.output):
             write_report(job.config.output, report)

@@ -15,7 +15,6 @@ from shard_embedder.pipeline.output.ledger import Counts
 from shard_embedder.pipeline.output.names import REPORT_FILE, REPORTS_FOLDER, UNCOUNTED_FILE
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.plan import Plan
-from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.advice import make_warnings
 from shard_embedder.pipeline.run.tally import Tally, slowest_stage
 from shard_embedder.pipeline.run.verdict import Incomplete, judge
@@ -34,7 +33,6 @@ def make_report(
     counts: Counts,
     job: Job,
     plan: Plan,
-    resources: Resources | None,
     problems: list[str],
     refused: dict[str, str],
 ) -> dict[str, Any]:
@@ -54,7 +52,8 @@ def make_report(
     (`start_s`) to the last part; a million is not told of less than a minute of work.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
-    slots = tally.slots(resources) if resources else dict.fromkeys(STAGES, 1.0)
+    resources = tally.resources
+    slots = tally.slots or dict.fromkeys(STAGES, 1.0)
     slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
     price = job.config.price_per_hour
     device_hours = device_s / 3600

@@ -114,8 +114,7 @@ class Tally:
 
         It is never less than the slowest stage takes alone: of a short run, all parts may be told of at once.
         """
-        slots = self.slots(self.resources) if self.resources else {}
-        alone_s = max((self.stage_s[stage] / max(number, 1e-9) for stage, number in slots.items()), default=0.0)
+        alone_s = max((self.stage_s[stage] / max(number, 1e-9) for stage, number in self.slots.items()), default=0.0)
         return min(max(self.last_part_s - self.began_s, alone_s), self.last_part_s)
 
     @property
@@ -141,13 +140,17 @@ class Tally:
         """Device-seconds that the run has held until now."""
         return self.devices.seconds(time.monotonic()) if self.devices else 0.0
 
-    def busy(self, resources: Resources) -> dict[str, float]:
+    @property
+    def busy(self) -> dict[str, float]:
         """The share of the run until now in which the workers of a stage were busy: those that there were."""
-        return slowest_stage(self.stage_s, self.slots(resources), self.wall_s)[1]
+        return slowest_stage(self.stage_s, self.slots, self.wall_s)[1] if self.slots else {}
 
-    def slots(self, resources: Resources) -> dict[str, float]:
-        """How many workers of a stage could be busy at once, on average until now."""
-        return {**resources.slots, **({STAGE_EMBED: self.device_s / self.wall_s} if self.devices else {})}
+    @property
+    def slots(self) -> dict[str, float]:
+        """How many workers of a stage could be busy at once, on average until now; none before the run has looked."""
+        if self.resources is None:
+            return {}
+        return {**self.resources.slots, **({STAGE_EMBED: self.device_s / self.wall_s} if self.devices else {})}
 
 
 def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: float) -> tuple[str, dict[str, float]]:

@@ -46,7 +46,7 @@ def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_and_the_alerts_a
     job = prepare_job(parse({"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), **settings}))
     metrics = Metrics(job.run)
     watcher = Watcher(
-        lambda job, resources: metrics.resources(resources),
+        lambda *_: None,
         lambda number, pending: metrics.begin_pass(len(pending)),
         metrics.part,
     )

@@ -212,7 +212,7 @@ def test_imbalances_that_are_not_listed_are_counted(tmp_path: Path, capsys: pyte
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
     job = prepare_job(embed(tmp_path / "in", tmp_path / "out"))
     counts = Counts(faults=[f"s{number}: part 0 is missing" for number in range(150)])
-    report = make_report(Tally(), counts, job, make_plan(job.shards, job.config.output), None, [], {})
+    report = make_report(Tally(), counts, job, make_plan(job.shards, job.config.output), [], {})
     text = read(draw_page(report, {}, set(), Naming()))
     assert "150 disagreements in what is stored." in text
     assert "And 50 more, which are not listed." in text

@@ -95,11 +95,11 @@ def test_the_timeline_has_what_the_sums_have() -> None:
 def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were_asked_for() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}]
     resources, _ = divide(parse({"input": ["in"], "output": "out", "device": "cuda", "actors": "1:4"}), nodes)
-    tally = Tally(started=time.monotonic() - 100)
+    tally = Tally(started=time.monotonic() - 100, resources=resources)
     tally.add(receipt(embed_s=50.0))
-    assert tally.busy(resources)["embed"] == pytest.approx(50 / 400, rel=0.05)
+    assert tally.busy["embed"] == pytest.approx(50 / 400, rel=0.05)
     tally.devices = DeviceTime(resources.requests[0], 4, tally.started, nodes)
-    assert tally.busy(resources)["embed"] == pytest.approx(50 / 100, rel=0.05)
+    assert tally.busy["embed"] == pytest.approx(50 / 100, rel=0.05)
 
 
 def worked(after_s: float, **took: float) -> Tally:
