@@ -86,7 +86,7 @@ def _take_false_alarm() -> None:
 
 
 def _store_on_disk() -> str | None:
-    """Ray says it itself only in a log that it is told not to write."""
+    """Ray's own warning of it is not shown, as all that is less than an error."""
     store = ray.cluster_resources().get("object_store_memory", 0.0)
     try:
         status = os.statvfs(_SHARED_MEMORY)

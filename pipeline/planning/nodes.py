@@ -79,10 +79,11 @@ def _described(request: Request, nodes: list[Node], room: int) -> str:
     # The node that has most of what is asked.
     best = max(nodes, key=lambda node: sum(min(node.get(name, 0.0) / request.each[name], 1.0) for name in names))
     has = ", ".join(f"{best.get(name, 0.0):g} {name}" for name in names)
-    # A head may have 0 on purpose. Without the truncation the quota of this container shows, if it is why.
-    quota = get_num_cpus(override_docker_cpu_warning=True, truncate=False)
-    if not best.get("CPU") and quota < 1:
-        has += f" (Ray rounds the CPU quota of this container, {quota:g}, down to whole cores)"
+    if not best.get("CPU"):
+        # A head may have 0 on purpose. Without the truncation the quota of this container shows, if it is why.
+        quota = get_num_cpus(override_docker_cpu_warning=True, truncate=False)
+        if quota < 1:
+            has += f" (Ray rounds the CPU quota of this container, {quota:g}, down to whole cores)"
     return f"of {len(nodes)} node{'s' if len(nodes) > 1 else ''}, the nearest to it has {has}"
 
 
