@@ -71,6 +71,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(416, b"", Content_Range=f"bytes */{len(data)}")
         else:
             start, end = int(span[1]), min(int(span[2]) + 1, len(data))
+            if end - start > 1:
+                self.server_.read_paths.append(self.path)
+                if self.path in self.server_.held:
+                    self.server_.released.wait()
             self._send(206, data[start:end], Content_Range=f"bytes {start}-{end - 1}/{len(data)}", **about)
 
     def _send(self, status: int, body: bytes, **headers: str) -> None:
@@ -96,12 +100,18 @@ class _Server(ThreadingHTTPServer):
 
 
 class WebServer:
-    """Serves `files` (by path) while entered; `statuses` are answers to some paths in place of what is there."""
+    """Serves `files` (by path) while entered; `statuses` are answers to some paths in place of what is there.
+
+    `read_paths` are those of which more than a byte was asked for; of what is `held`, that waits until `released`.
+    """
 
     def __init__(self, kind: Kind, files: dict[str, bytes]) -> None:
         self.kind = kind
         self.files = files
         self.statuses: dict[str, int] = {}
+        self.held: set[str] = set()
+        self.released = threading.Event()
+        self.read_paths: list[str] = []
         self.requests: list[tuple[str, str]] = []
         self._server = _Server(("127.0.0.1", 0), type("_Handler", (_Handler,), {"server_": self}))
 
@@ -115,5 +125,6 @@ class WebServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
