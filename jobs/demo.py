@@ -9,9 +9,9 @@ import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,7 +40,6 @@ IMAGES_A_SHARD = 1000
 RANDOM = "random:0"
 DOWNLOAD_TIMEOUT_S = 30
 KEEP = ("cls", "json:class", "json:path")
-_JOBS = Path(__file__).resolve().parent
 _MARKER = "made-by-demo.txt"
 _OUT = rich.console.Console(highlight=False, soft_wrap=True)
 _EPILOG = """\
@@ -58,14 +57,16 @@ _EXIT_CODES = {
 
 
 def run_job(name: str, *arguments: str) -> None:
-    """Run one of `jobs/` as a user does and show its output. Raises `CommandError` with its exit code if it fails."""
+    """Run one of `jobs/`, and show how a user does. Raises `CommandError` with its exit code if it fails."""
     _OUT.print(f"$ python jobs/{name} {shlex.join(arguments)}", style="cyan", markup=False)
+    command = import_module(f"shard_embedder.jobs.{Path(name).stem}")
     # The demo has its own settings, and its files are on this machine only.
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("EMBED_") and key != "RAY_ADDRESS"
-    }
-    command = [sys.executable, str(_JOBS / name), *arguments]
-    code = subprocess.run(command, env=environment, check=False).returncode
+    not_ours = {key for key in os.environ if key.startswith("EMBED_") or key == "RAY_ADDRESS"}
+    kept = {key: os.environ.pop(key) for key in not_ours}
+    try:
+        code = command.main(list(arguments))
+    finally:
+        os.environ.update(kept)
     if code:
         raise CommandError(f"{name} ended with exit code {code}", code)
 

