@@ -89,9 +89,10 @@ class PartWriter:
             if not refuses_name(error):
                 raise
             fault = describe(error)
-        # It is this shard's error alone, and no run will store it: no errors may stay without their part.
-        with contextlib.suppress(OSError):
-            delete(self._root, [f"{ERRORS}/{part}"])
+            # No run will store it: no errors may stay without their part.
+            with contextlib.suppress(OSError):
+                delete(self._root, [f"{ERRORS}/{part}"])
+        # It is this shard's error alone.
         return {
             **values,
             "num_samples": 0,

@@ -21,7 +21,7 @@ from shard_embedder.pipeline.core.errors import OutputError
 from shard_embedder.pipeline.core.schema import UNKNOWN_INDEX, part_row, sample_type
 from shard_embedder.pipeline.core.storage import read_bytes
 from shard_embedder.pipeline.output import parts
-from shard_embedder.pipeline.output.names import EMBEDDINGS, PartName, version_tag
+from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS, PartName, version_tag
 from shard_embedder.pipeline.output.parts import PartWriter, content_sha256, read_facts, vectors
 from tests.conftest import ROOT
 from tests.faults.odd_store import OddStore, Quirks
@@ -404,13 +404,13 @@ def test_a_full_disk_is_no_fault_of_a_shard(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_damaged_part_before_the_end_of_a_shard_is_that_shard_s_error(tmp_path: Path) -> None:
     make = writer(tmp_path)
-    make(embedded(["a"], name="hurt", end=""))
+    end = embedded([], name="hurt", part=1, first_index=UNKNOWN_INDEX, end="broken", fault="cut")
+    make(pa.concat_tables([embedded(["a"], name="hurt", end=""), end]))
     path = tmp_path / EMBEDDINGS / str(PartName("hurt", TAG, 0, ""))
     path.write_bytes(path.read_bytes()[:-1])
-    parts = [
-        embedded([], name="hurt", part=1, first_index=UNKNOWN_INDEX, end="broken", fault="cut"),
-        embedded(["b"], name="good"),
-    ]
-    hurt, good = make(pa.concat_tables(parts)).to_pylist()
+    of_before = tmp_path / ERRORS / str(PartName("hurt", TAG, 1, "broken"))
+    before = of_before.read_bytes()
+    hurt, good = make(pa.concat_tables([end, embedded(["b"], name="good")])).to_pylist()
     assert f"{path.name} is not whole Parquet" in hurt["store_fault"]
     assert good["store_fault"] is None
+    assert of_before.read_bytes() == before, "the part of an earlier run is there, and so is its fault"
