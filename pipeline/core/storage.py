@@ -45,7 +45,7 @@ UNKNOWN_SIZE = -1
 class FileInfo(NamedTuple):
     """A stored file. `version` changes when its content does: the ETag, or the modification time.
 
-    `num_bytes` is `UNKNOWN_SIZE` where a listing does not tell it, as that of a web server; `stat` does.
+    `num_bytes` is `UNKNOWN_SIZE` where a listing does not tell it, as that of a web server; `stat` does, or why not.
     """
 
     path: str
@@ -219,18 +219,25 @@ async def _first_byte(fs: Any, url: str) -> tuple[int, Mapping[str, str]]:
 
 
 def list_files(
-    fs: fsspec.AbstractFileSystem, folder: str, *, recursive: bool = True, limits: StoreLimits = LIMITS
+    fs: fsspec.AbstractFileSystem,
+    folder: str,
+    *,
+    recursive: bool = True,
+    with_pipes: bool = False,
+    limits: StoreLimits = LIMITS,
 ) -> Iterator[FileInfo]:
     """Every file below `folder`, in no set order; nothing where there is no such folder.
 
     A link to a file or folder is what it leads to; one that leads nowhere, or to itself, is a file of 0 bytes, so
-    that whoever reads it finds out. A link to a folder above itself is not followed.
+    that whoever reads it finds out. A link to a folder above itself is not followed. Pipes, sockets and devices are
+    no files; `with_pipes` they are told of, with `UNKNOWN_SIZE`.
 
     Raises:
         PermissionError, StoreError: the folder cannot be listed.
     """
     if isinstance(fs, LocalFileSystem):
-        yield from _list_local(folder, recursive, Counter())
+        listed = _list_local(folder, recursive, Counter())
+        yield from (info for info in listed if with_pipes or info.num_bytes != UNKNOWN_SIZE)
     elif is_s3(fs):
         yield from _list_s3(fs, folder, recursive, limits)
     else:
@@ -277,8 +284,9 @@ def _list_local(
             if modes.S_ISDIR(status.st_mode):
                 if recursive:
                     yield from _list_local(entry.path, recursive, ways, (*above, identity))
-            elif modes.S_ISREG(status.st_mode):
-                yield FileInfo(entry.path, status.st_size, str(status.st_mtime_ns))
+            else:
+                is_file = modes.S_ISREG(status.st_mode)
+                yield FileInfo(entry.path, status.st_size if is_file else UNKNOWN_SIZE, str(status.st_mtime_ns))
 
 
 def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits: StoreLimits) -> Iterator[FileInfo]:

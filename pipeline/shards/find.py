@@ -333,7 +333,7 @@ def _below(
 
 def _list(fs: fsspec.AbstractFileSystem, folder: str, limits: StoreLimits, *, recursive: bool) -> Iterator[FileInfo]:
     try:
-        yield from list_files(fs, folder, recursive=recursive, limits=limits)
+        yield from list_files(fs, folder, recursive=recursive, with_pipes=True, limits=limits)
     except Exception as error:
         raise InputError(f"cannot list {to_url(fs, folder)}: {describe(error)}") from error
 

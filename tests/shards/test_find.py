@@ -429,3 +429,13 @@ def test_a_folder_that_may_not_be_listed_is_an_error(place: str, monkeypatch: py
     monkeypatch.setattr(module, "list_files", denied)
     with pytest.raises(InputError, match=f"cannot list {place}: PermissionError"):
         find_shards([place])
+
+
+def test_a_pipe_among_shards_is_refused_by_name_and_one_of_another_kind_counted(tmp_path: Path) -> None:
+    write_bytes(str(tmp_path), "in/a.tar", b"")
+    for name in ("pipe.tar", "pipe.log"):
+        os.mkfifo(tmp_path / "in" / name)
+    found = find_shards([str(tmp_path / "in")])
+    assert [shard.name for shard in found.shards] == ["a"]
+    assert found.refused == [Refused("pipe", "it cannot be read: it is no file, but a pipe, a socket or a device")]
+    assert found.left_out == {".log": 1}
