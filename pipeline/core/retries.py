@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import random
 import threading
 import time
@@ -32,6 +33,7 @@ _LASTING = (PipelineError, FileNotFoundError, PermissionError, IsADirectoryError
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
 
 _T = TypeVar("_T")
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class StoreLimits:
     """When an object store is given up, and in what pieces it is read."""
 
     retry_s: float = 60.0  # no attempt begins later than this after the first
+    quiet_s: float = 3.0  # after so long without success a call is said to be tried again
     max_pause_s: float = 8.0  # between two attempts
     request_timeout_s: float = 20.0  # a request that shows no byte for this long is tried again
     slowest_bytes_per_s: int = 120_000  # and so is one that moves, but slower than this
@@ -90,7 +93,7 @@ def with_retries(what: str, call: Callable[[], _T], limits: StoreLimits = LIMITS
     """`call()`, again after a fault that may pass, with growing pauses, for `limits.retry_s`.
 
     Where this process has just given up a call, the next gets one attempt until one succeeds: a store that is
-    away costs a task its patience once, and not for each of its shards.
+    away costs a task its patience once, and not for each of its shards. After some seconds a warning is logged.
 
     Raises:
         StoreError: transient, when every attempt failed.
@@ -99,6 +102,7 @@ def with_retries(what: str, call: Callable[[], _T], limits: StoreLimits = LIMITS
     """
     started = time.monotonic()
     attempt = 0
+    is_told = False
     while True:
         attempt += 1
         try:
@@ -121,6 +125,10 @@ def with_retries(what: str, call: Callable[[], _T], limits: StoreLimits = LIMITS
                     f"{what} failed {attempt} times in {elapsed:.0f} s, at last with {describe(error)}",
                     transient=True,
                 ) from error
+            if elapsed + pause > limits.quiet_s and not is_told:
+                is_told = True
+                left_s = limits.retry_s - elapsed
+                _LOG.warning("%s failed, and is tried again for up to %.0f s: %s", what, left_s, describe(error))
             time.sleep(pause)
         else:
             _given_up.clear()

@@ -25,6 +25,7 @@ from shard_embedder.pipeline.core.storage import (
     UNKNOWN_SIZE,
     FileInfo,
     is_http,
+    lacks_bucket,
     list_files,
     locate,
     read_bytes,
@@ -136,13 +137,13 @@ def find_shards(inputs: Iterable[str], limits: StoreLimits = LIMITS) -> ShardSet
     for pattern in patterns:
         for spec in _expand_braces(pattern):
             if _has_wildcard(spec):
-                _add(found, partial(_glob, fs, spec, limits), spec, left_out)
+                _add(found, partial(_glob, fs, spec, limits), spec, left_out, limits)
                 continue
             path = locate(spec, limits)[1]
             if _is_shard(fs, spec, path):
                 named[_without_query(path).rpartition("/")[0]].append(path)
             else:
-                _add(found, partial(_below, fs, path, limits), spec, left_out)
+                _add(found, partial(_below, fs, path, limits), spec, left_out, limits)
     unknown = [path for path, info in found.items() if info.num_bytes == UNKNOWN_SIZE]
     refused: list[Refused] = []
     for path, info in itertools.chain(_named(fs, named, limits), _look_at(fs, unknown, limits)):
@@ -169,7 +170,7 @@ def shards_below(folder: str, limits: StoreLimits = LIMITS) -> list[Shard]:
     """
     fs, path = locate(folder, limits)
     found: dict[str, FileInfo] = {}
-    _add(found, partial(_below, fs, path, limits), folder, Counter())
+    _add(found, partial(_below, fs, path, limits), folder, Counter(), limits)
     return _shards(fs, _shared_folder({path.rstrip("/") or path}), found, [])
 
 
@@ -277,6 +278,7 @@ def _add(
     listing: Callable[[Counter[str]], Iterator[FileInfo]],
     spec: str,
     left_out: Counter[str],
+    limits: StoreLimits,
 ) -> None:
     count = 0
     others: Counter[str] = Counter()
@@ -284,26 +286,30 @@ def _add(
         found[info.path] = info
         count += 1
     if not count:
-        raise NoShardError(f"no {SUFFIX} shard found for input {spec}{_why_none(spec, others)}")
+        raise NoShardError(f"no {SUFFIX} shard found for input {spec}{_why_none(spec, others, limits)}")
     left_out.update(others)
 
 
-def _why_none(spec: str, left_out: Mapping[str, int]) -> str:
+def _why_none(spec: str, left_out: Mapping[str, int], limits: StoreLimits) -> str:
     """What is known of a spec that gave no shard."""
     archives = archives_among(left_out)
     if archives:
         return f"; it holds {format_left_out(archives)}, and only plain {SUFFIX} is read: decompress them"
+    if "://" in spec:
+        return _no_bucket(*locate(spec, limits), limits)
     if _has_wildcard(spec):
         if not os.path.exists(spec):
             return ""
         return ", whose *, ? and [] stand for other characters; in brackets, as [[], they stand for themselves"
-    if "://" in spec:
-        return ""
     if not os.path.exists(spec):
         return ": there is no such folder"
     if os.path.isdir(spec):
         return "; a folder of images is packed by embed.py, into OUTPUT/packed, or by pack.py: name that folder"
     return f": a file must be a {SUFFIX}, or a .txt list of what an input may be; for images, name their folder"
+
+
+def _no_bucket(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits) -> str:
+    return f": there is no bucket {path.partition('/')[0]}" if lacks_bucket(fs, path, limits) else ""
 
 
 def _below(
@@ -384,6 +390,7 @@ def _named(
         names = ", ".join(to_url(fs, path) for path in sorted(missing)[:4])
         raise InputError(
             f"{len(missing)} of {format_count(total, 'shard')} named in the input not found: {names}{more}"
+            f"{_no_bucket(fs, missing[0], limits)}"
         )
 
 

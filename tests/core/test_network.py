@@ -148,6 +148,23 @@ def test_a_dead_endpoint_is_given_up_in_bounded_time(
     storage._filesystem.cache_clear()
 
 
+@pytest.mark.parametrize("quiet_s", [0.0, 60.0])
+def test_what_fails_for_some_seconds_is_said_once_to_be_tried_again(
+    quiet_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [OSError("nobody answers")] * 3
+
+    def call() -> str:
+        if errors:
+            raise errors.pop()
+        return "an answer"
+
+    retries._given_up.clear()
+    assert retries.with_retries("looking", call, StoreLimits(quiet_s=quiet_s, max_pause_s=0.01)) == "an answer"
+    told = "looking failed, and is tried again for up to 60 s: OSError: nobody answers"
+    assert caplog.messages == ([told] if not quiet_s else [])
+
+
 def test_an_object_that_is_denied_is_a_lasting_error_after_one_request(network: FaultProxy, shard: Shard) -> None:
     network.add("denied", r"a\.tar", times=100)
     with pytest.raises(ShardError, match="not permitted to read it") as caught:

@@ -299,10 +299,13 @@ def test_what_holds_no_shard_is_told_by_what_it_is(
 
 
 def test_a_bucket_that_is_not_there_is_an_error(s3_server: S3Server) -> None:
-    with pytest.raises(InputError, match=r"no \.tar shard found for input s3://no-such-bucket/a"):
-        find_shards(["s3://no-such-bucket/a"])
-    with pytest.raises(InputError, match=r"1 of 1 shard named in the input not found: s3://no-such-bucket/a\.tar"):
-        find_shards(["s3://no-such-bucket/a.tar"])
+    none, not_there = "no .tar shard found for input", "1 of 1 shard named in the input not found:"
+    for spec, found in (("a", none), ("a.tar", not_there)):
+        url = f"s3://no-such-bucket/{spec}"
+        with pytest.raises(InputError, match=f"{re.escape(f'{found} {url}')}: there is no bucket no-such-bucket$"):
+            find_shards([url])
+    with pytest.raises(InputError, match=f"no .tar shard found for input s3://{s3_server.bucket}/no-such-folder$"):
+        find_shards([f"s3://{s3_server.bucket}/no-such-folder"])
 
 
 @pytest.mark.parametrize(
