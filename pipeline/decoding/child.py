@@ -115,6 +115,10 @@ class _Child:
             return reply.decode(errors="replace"), seconds
         return reply, seconds
 
+    def kill(self) -> None:
+        """End the process at once, whoever waits for it."""
+        self._process.kill()
+
     def end(self) -> int:
         """End the process, if it has not ended, and give its exit status."""
         self._socket.close()
@@ -199,8 +203,14 @@ os.register_at_fork(after_in_child=_own.renew)
 @atexit.register
 def end() -> None:
     """End this process's child. The next image starts another."""
-    with _own.lock:
-        _own.end()
+    if _own.lock.acquire(timeout=_PAUSE_S):
+        try:
+            _own.end()
+        finally:
+            _own.lock.release()
+    elif _own.child is not None:
+        # At exit, with a thread that still waits for its answer.
+        _own.child.kill()
 
 
 def serve(descriptor: int) -> None:
