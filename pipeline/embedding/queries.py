@@ -20,6 +20,7 @@ from shard_embedder.pipeline.output.stored import PIECE_BYTES
 from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, printable
 
 BATCH_SIZE = 16
+_NOT_FINITE = "not finite: the embedding has NaN or infinite values"
 
 
 class Query(NamedTuple):
@@ -64,14 +65,18 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 
 
 class QueryEmbedder:
-    """Embeds image files with the backbone, weights, preprocessing and precision that a fingerprint names.
+    """Embeds images with the backbone, weights, preprocessing and precision that a fingerprint names.
+
+    Batches are of `batch_size`: one that has fewer images takes as long.
 
     Raises:
         SettingsError: the device is cuda, and there is none.
         WeightsError: the weights cannot be had, or have another sha256 than those of the run.
     """
 
-    def __init__(self, made: Fingerprint, weights: str | None = None, device: str = "auto") -> None:
+    def __init__(
+        self, made: Fingerprint, weights: str | None = None, device: str = "auto", batch_size: int = BATCH_SIZE
+    ) -> None:
         device = device_here(device)
         recipe = recipe_of(made, weights)
         settings = recipe.settings
@@ -81,7 +86,7 @@ class QueryEmbedder:
         self._embedder = Embedder(
             SharedWeights.of(recipe.weights),
             recipe.network,
-            Placement(device=device, precision=settings.precision, batch_size=BATCH_SIZE),
+            Placement(device=device, precision=settings.precision, batch_size=batch_size),
             shape=settings.embedding_shape,
             dtype=settings.dtype,
         )
@@ -99,6 +104,18 @@ class QueryEmbedder:
         if waiting:
             yield from self._embed(waiting)
 
+    def embed(self, image: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The embedding, float32 [C], of one encoded image.
+
+        Raises:
+            SampleError: it has none.
+        """
+        pixels = self._decoder.decode(image)[None]
+        (embedding,) = self._values(pixels, np.zeros(1, np.int64))
+        if not np.isfinite(embedding).all():
+            raise SampleError(_NOT_FINITE)
+        return embedding
+
     def _embed(self, paths: list[Path]) -> Iterator[Query]:
         pixels = np.zeros((len(paths), *self._crop, 3), np.uint8)
         reasons: list[str] = []
@@ -115,7 +132,7 @@ class QueryEmbedder:
             embedding = embedded.get(row)
             reason = reasons[row]
             if embedding is not None and not np.isfinite(embedding).all():
-                embedding, reason = None, "not finite: the embedding has NaN or infinite values"
+                embedding, reason = None, _NOT_FINITE
             yield Query(path, embedding, reason)
 
     def _values(self, pixels: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:

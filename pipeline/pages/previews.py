@@ -20,8 +20,9 @@ from shard_embedder.pipeline.core.threads import begin
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.preprocess import SQUASH, Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
-from shard_embedder.pipeline.output.names import Place, version_tag
-from shard_embedder.pipeline.shards.find import Shard, find_shards, shards_below
+from shard_embedder.pipeline.output.names import Place
+from shard_embedder.pipeline.pages.stored_images import NO_IMAGE, StoredImages
+from shard_embedder.pipeline.shards.find import Shard
 from shard_embedder.pipeline.shards.keys import Naming
 from shard_embedder.pipeline.shards.peek import images
 
@@ -98,24 +99,22 @@ def previews(
         InputError: the inputs name no shard.
     """
     try:
-        found = find_shards(inputs).shards if inputs else shards_below(prefix)
+        stored = StoredImages(inputs, naming, tag_of, prefix)
     except InputError as error:
         if inputs:
             raise
-        return dict.fromkeys(places, Preview(None, f"no input was named, and {error}"))
-    shards = {shard.name: shard for shard in found}
+        return dict.fromkeys(places, Preview(None, str(error)))
     wanted: dict[str, set[int]] = defaultdict(set)
     for name, index in places:
         wanted[name].add(index)
     previews: dict[Place, Preview] = {}
     for name, indices in wanted.items():
-        shard = shards.get(name)
-        reason, read = "its shard is not in this input", {}
-        if shard is not None and version_tag(shard.num_bytes, shard.version) != tag_of(name):
-            reason = "its shard has changed since it was embedded"
-        elif shard is not None:
+        shard, read, reason = stored.shard(name), {}, NO_IMAGE
+        if isinstance(shard, str):
+            reason = shard
+        else:
             try:
-                read, reason = images(shard, naming, indices), "its sample has no image in the shard"
+                read = images(shard, naming, indices)
             except (OSError, ShardError) as error:
                 reason = f"its shard cannot be read: {describe(error)}"
         for index in indices:
