@@ -12,6 +12,7 @@ _COMMANDS = {
     "pack": "pack a folder of images into shards",
     "index": "build a FAISS index of an output",
     "search": "find the nearest embeddings of image files",
+    "serve": "serve a page that searches an index by images you drop on it",
     "duplicates": "find near-duplicates in an output",
     "submit": "submit the job to a Ray cluster, and exit with its code",
     "demo": "show it all on sample photos",

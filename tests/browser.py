@@ -75,8 +75,9 @@ class Browser:
         if message.get("method") == "Log.entryAdded":
             self.complaints.append(message["params"]["entry"]["text"])
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Show a page, and wait until all of it is there."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """Show a page, a file's or a URL's, and wait until all of it is there."""
+        url = page if isinstance(page, str) else page.as_uri()
         phone = width < 600
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -85,8 +86,8 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.requests.clear()
         self.complaints.clear()
-        self.call("Page.navigate", url=page.as_uri())
-        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(page.as_uri())}")
+        self.call("Page.navigate", url=url)
+        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
 
     def wait(self, expression: str) -> None:
         """Wait until an expression holds in the page."""
@@ -124,11 +125,24 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press a key and let it go."""
-        code = {"Tab": 9, "Enter": 13, "ArrowDown": 40, "ArrowRight": 39}[key]
+        codes = {"Tab": 9, "Enter": 13, "End": 35, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        code = codes[key]
         # Enter does something only with its text.
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+
+    def choose(self, selector: str, path: Path) -> None:
+        """Choose a file in an input."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def drop(self, path: Path) -> None:
+        """Drop a file on the page."""
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=200, y=200, data=data)
 
     def close(self) -> None:
         """End it."""

@@ -25,7 +25,7 @@ from shard_embedder.pipeline.core.errors import (
 from tests.conftest import ROOT
 
 SECRET = "https://127.0.0.1:9/b/a.tar?X-Amz-Signature=hunter2"
-COMMANDS = ["bench", "demo", "duplicates", "embed", "index", "pack", "search", "submit", "verify"]
+COMMANDS = ["bench", "demo", "duplicates", "embed", "index", "pack", "search", "serve", "submit", "verify"]
 
 
 def ended(command: str, arguments: list[str]) -> object:
@@ -55,6 +55,7 @@ def test_no_command_shows_a_secret_in_what_it_does_not_understand(
         ("search", [SECRET, "a.jpg"]),
         ("search", ["i", SECRET]),
         ("duplicates", [SECRET]),
+        ("serve", [SECRET]),
     ],
 )
 def test_no_command_shows_a_secret_in_what_it_does_not_find(

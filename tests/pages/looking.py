@@ -103,8 +103,13 @@ def check_looks(browser: Browser, page: Path, width: int, scheme: str, shot: Pat
     """Open a page, and see that it looks right: nothing missing or refused, readable, in the colours of `scheme`."""
     browser.open(page, width=width, scheme=scheme)
     assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
-    assert browser.complaints == [], "nothing was refused or is wrong"
     assert browser.value("[...document.images].every(i => i.naturalWidth > 0)")
+    check_readable(browser, width, scheme, shot)
+
+
+def check_readable(browser: Browser, width: int, scheme: str, shot: Path) -> None:
+    """The page that is open was refused nothing, and is readable in the colours of `scheme`."""
+    assert browser.complaints == [], "nothing was refused or is wrong"
     check_layout(browser, width)
     contrast, text = browser.value(_CONTRAST)
     assert contrast >= 4.5, f"{text!r} is hard to read"
