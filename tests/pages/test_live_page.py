@@ -106,6 +106,18 @@ def test_the_slider_says_how_many_are_shown(folder: Path, url: str, browser: Bro
     assert widths[0] > widths[-1] > 0
 
 
+def test_in_a_small_window_the_query_comes_into_view(folder: Path, url: str, browser: Browser) -> None:
+    browser.open(url, width=390, height=500)
+    top, bottom = ("document.querySelector('.head').getBoundingClientRect()." + side for side in ("top", "bottom"))
+    browser.choose("#file", folder / "stored.jpg")
+    wait_for(browser, "stored.jpg")
+    browser.wait(f"{top} > 0 && {bottom} <= innerHeight + 1")
+    last = browser.value(NAMES)[-1]
+    browser.click(".others li:nth-child(12) button")
+    wait_for(browser, last)
+    browser.wait(f"{top} > -1 && {bottom} < innerHeight")
+
+
 def test_an_image_can_be_dropped_and_pasted(folder: Path, url: str, browser: Browser) -> None:
     browser.open(url)
     browser.drop(folder / "stored.jpg")

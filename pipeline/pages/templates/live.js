@@ -92,10 +92,8 @@ async function search(path, options, name) {
     tell(near.length ? `Found in ${seconds} s.` : "The index holds no other image.");
     const first = by("button", others);
     if (first) first.tabIndex = 0;
-    if (hadFocus) {
-      scrollTo(0, 0);
-      (first || count).focus({ preventScroll: true });
-    }
+    if (hadFocus) (first || count).focus({ preventScroll: true });
+    head.scrollIntoView({ block: "nearest" });
   } catch (error) {
     if (!signal.aborted) tell(`${name}: ${error.message}`, true);
   }
