@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.error(str(error), EXIT_USAGE)
         console.end(EXIT_USAGE)
         return EXIT_USAGE
-    console = make_console(config.log_format)
+    console = make_console(config.log_format, flags["config"] or os.environ.get("EMBED_CONFIG"))
     for text in unknown_variables(os.environ):
         console.warning(f"the variable {text}")
     # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from shard_embedder.pipeline.shards.photos import Photos
 
 _STYLES = {GOOD: "bold green", WARN: "bold yellow", BAD: "bold red"}
+# Settings that lines of the plan tell.
+_TOLD = {"backbone", "weights", "features", "dtype", "precision", "image_size", "limit"}
 # A line says so where no part was stored for this long.
 _SILENT_S = 120.0
 # The rate shown is that of the last parts in this window.
@@ -64,11 +66,12 @@ class _Sums(NamedTuple):
 class Console:
     """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere; errors to standard error.
 
-    `run` is the id that everything of this run has.
+    `run` is the id that everything of this run has; `config_file` is where settings were read from, if they were.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config_file: str | None = None) -> None:
         self.run = uuid.uuid4().hex[:12]
+        self.config_file = config_file
         self._out = plain_console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -91,6 +94,11 @@ class Console:
         say(f"backbone  {job.network.backbone}, weights {job.weights.name} (sha256 {job.weights.sha256[:12]})")
         kind = f"{settings.features} [{shape}] {settings.dtype}"
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")
+        if self.config_file is not None:
+            say(f"config    {self.config_file}")
+        others = [f"{name} {value}" for name, value in job.config.not_default().items() if name not in _TOLD]
+        if others:
+            say(f"settings  {', '.join(others)}")
         say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
         if job.left_out:
             num_left_out = format_count(sum(job.left_out.values()), "file")

@@ -33,9 +33,9 @@ _SUMMARY = (
 )  # fmt: skip
 
 
-def make_console(log_format: str) -> Console:
+def make_console(log_format: str, config_file: str | None = None) -> Console:
     """What shows a run in one of `LOG_FORMATS`."""
-    return JsonConsole() if log_format == "json" else Console()
+    return JsonConsole(config_file) if log_format == "json" else Console(config_file)
 
 
 class JsonConsole(Console):
@@ -47,8 +47,8 @@ class JsonConsole(Console):
     `left_s` are of the pass, and the other numbers of the run.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config_file: str | None = None) -> None:
+        super().__init__(config_file)
         self._verdict: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -69,6 +69,8 @@ class JsonConsole(Console):
             fingerprint=job.fingerprint.digest,
             shape=list(job.shape),
             precision=job.precision,
+            config_file=self.config_file,
+            settings=job.config.not_default(),
             input=list(job.config.input),
             output=job.config.output,
             is_new=job.is_new,

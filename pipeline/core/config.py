@@ -199,10 +199,29 @@ class Config:
         """What of these settings only a GPU does, or None."""
         return "decode gpu" if self.decode == "gpu" else "compile" if self.compile else None
 
+    def not_default(self) -> dict[str, str]:
+        """The settings that are not their default, each as a flag or a variable has it; but for input and output."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default
+        }
+        return {name: _as_text(name, value) for name, value in values.items()}
+
     @property
     def kept_columns(self) -> tuple[tuple[str, str], ...]:
         """The kept columns as (name, type name) pairs, in the order asked for."""
         return tuple((field.column, field.type) for field in self.keep)
+
+
+def _as_text(name: str, value: Any) -> str:
+    """The inverse of `_coerce`."""
+    if isinstance(value, Field):
+        return value.spec.removesuffix(f"={value.type}") if name == "id" else value.spec
+    if isinstance(value, tuple):
+        between = {"image_size": "x", "actors": ":"}.get(name, " ")
+        return between.join(_as_text(name, item) for item in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check(holds: bool, field: str, rule: str, value: Any) -> None:

@@ -209,3 +209,14 @@ def test_decoding_on_a_gpu_needs_one() -> None:
     assert [parse({**GIVEN, "decode": "gpu", "device": device}).decode for device in ("auto", "cuda")] == ["gpu"] * 2
     with pytest.raises(SettingsError, match="decode gpu needs device cuda: device must be auto or cuda with it"):
         parse({**GIVEN, "decode": "gpu", "device": "cpu"})
+
+
+def test_what_is_not_the_default_is_told_as_it_may_be_given() -> None:
+    assert parse({"input": "in", "output": "out", "part_rows": 1024}).not_default() == {}
+    given = {
+        "id": "json:uid", "keep": "author=json:user.name=string cls=int64", "image_size": "224x96",
+        "actors": "1:4", "normalize": "true", "max_error_fraction": "0.1", "batch_size": "auto", "key": "last-dot",
+    }  # fmt: skip
+    config = parse({"input": "in", "output": "out", **given})
+    assert config.not_default() == given
+    assert parse({"input": "in", "output": "out", **config.not_default()}) == config

@@ -107,8 +107,10 @@ def test_wrong_settings_end_with_2_before_ray_starts(
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_job: RunJob, tmp_path: Path) -> None:
     write_shards(tmp_path / "in")
-    done = run_job("embed.py", "--input", "in", "--output", "out", "--dry-run", *SMALL)
+    (tmp_path / "job.toml").write_text('key = "last-dot"')
+    done = run_job("embed.py", "--config", "job.toml", "--input", "in", "--output", "out", "--dry-run", *SMALL)
     assert done.returncode == 0, done.stderr
+    assert "\nconfig    job.toml\nsettings  device cpu, key last-dot\n" in done.stdout
     assert "0 done, 3 pending" in done.stdout
     assert re.search(r"estimate  2\d samples, by the front of the first shard", done.stdout)
     assert not (tmp_path / "out").exists()
