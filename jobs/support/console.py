@@ -78,6 +78,8 @@ class Console:
         self._total_bytes = 1
         self._num_shards = 0
         self._tally: Tally | None = None
+        # What happens until the first part is stored.
+        self._phase = "starting"
         # The sums of the run when this pass began.
         self._before = _Sums()
         self._rate = 0.0
@@ -223,15 +225,21 @@ class Console:
     def _state(self) -> str:
         tally = self._tally
         if tally is None:
-            return "starting"
+            return self._phase
         left = "?" if self._left_s is None else human_s(self._left_s)
         return (
             f"{tally.num_embedded:,} images  {self._rate:,.0f}/s  "
             f"{self._pass.num_shards:,}/{self._num_shards:,} shards  {tally.num_errors:,} errors  ETA {left}"
         )
 
+    def phase(self, what: str) -> None:
+        """Show what happens now, before there is a part to count."""
+        self._phase = what
+        self._show()
+
     def begin_pass(self, number: int, pending: list[Pending]) -> None:
         """Say which pass begins, where it is not the first."""
+        self._phase = "waiting for the first part"
         self._before = self._sums()
         self._total_bytes = sum(shard.num_bytes for shard in pending) or 1
         self._num_shards = len(pending)

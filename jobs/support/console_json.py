@@ -127,6 +127,7 @@ class JsonConsole(Console):
             "progress",
             seconds=round(seconds, 1),
             silent_s=round(silent_s, 1),
+            phase=self._phase if tally is None else None,
             embedded=tally.num_embedded if tally else 0,
             errors=tally.num_errors if tally else 0,
             read_bytes=tally.read_bytes if tally else 0,

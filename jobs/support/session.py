@@ -161,12 +161,13 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
 
     watcher = Watcher(on_resources, on_pass, on_part, console.waiting, lease.confirm)
     # Ray ends before the lease does, so that no worker writes after it.
-    with choose_meanwhile(job, plan.pending) as choose, ExitStack() as stack:
+    with console.progress(), choose_meanwhile(job, plan.pending) as choose, ExitStack() as stack:
         if plan.pending:
+            console.phase("starting Ray")
             stack.enter_context(_connected(console, sigterm))
             stack.enter_context(metrics.repeated())
-        with console.progress():
-            report = run(job, plan, watcher, OnRay(choose))
+            console.phase("trying the backbone")
+        report = run(job, plan, watcher, OnRay(choose))
     if plan.pending or not report["balanced"]:
         console.summary(report)
     else:

@@ -39,6 +39,19 @@ def test_without_a_terminal_a_line_comes_even_when_nothing_moves(
     assert all(line.startswith("0:00:0") and line.endswith("starting") for line in lines)
 
 
+def test_until_there_is_a_part_the_progress_says_what_happens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "LINE_EVERY_S", 0.02)
+    for shown in (Console(), JsonConsole()):
+        with shown.progress():
+            for begin in (lambda: shown.phase("starting Ray"), lambda: shown.begin_pass(1, [])):  # noqa: B023
+                begin()
+                time.sleep(0.3)
+        said = capsys.readouterr().out
+        assert said.index("starting Ray") < said.index("waiting for the first part")
+
+
 def test_cpus_are_a_problem_only_where_a_driver_shows_that_a_gpu_was_meant(tmp_path: Path) -> None:
     driver = tmp_path / "version"
     assert not has_unused_gpu("auto", "cpu", driver)
