@@ -32,7 +32,7 @@ exit codes:
   2    wrong usage or settings; nothing was started
   3    some shards could not be read to their end, or went from the input meanwhile; what could be read is stored
   4    the counts do not balance, or the store failed: run the same command again
-  5    more errors than --max-error-fraction
+  5    more errors than --max-error-fraction, or in a shard than --max-shard-error-fraction
   75   another run holds the output: nothing was started, or it took over and this one stopped
   130  interrupted (143 by SIGTERM): run the same command again to go on
 """
@@ -181,6 +181,7 @@ def parser() -> Parser:
         metavar="N",
     )
     add(faults, "max_error_fraction", "end with 5 where more of the samples are errors, 0 to 1", metavar="F")
+    add(faults, "max_shard_error_fraction", "end with 5 where more of the samples of any shard are", metavar="F")
     return top
 
 

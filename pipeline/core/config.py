@@ -114,6 +114,7 @@ class Config:
     limit: int | None = None  # shards
     max_passes: int = 3
     max_error_fraction: float = 1.0
+    max_shard_error_fraction: float = 1.0
     price_per_hour: float | None = None  # money a device-hour, for the report
     log_format: str = "text"
 
@@ -151,12 +152,8 @@ class Config:
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "be at least 1", value)
         _check(self.part_rows <= 1_000_000, "part_rows", "be at most 1000000", self.part_rows)
-        _check(
-            0.0 <= self.max_error_fraction <= 1.0,
-            "max_error_fraction",
-            "be between 0 and 1",
-            self.max_error_fraction,
-        )
+        for name in ("max_error_fraction", "max_shard_error_fraction"):
+            _check(0.0 <= getattr(self, name) <= 1.0, name, "be between 0 and 1", getattr(self, name))
         price = self.price_per_hour
         _check(price is None or 0.0 <= price < math.inf, "price_per_hour", "be at least 0", price)
         if self.actors is not None:

@@ -48,6 +48,8 @@ class Counts:
     num_errors: int = 0
     # Of the `MAX_WORST` shards with the most errors, the worst first: how many of how many samples.
     errors_by_shard: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # The shard of which the largest share are errors, with the same numbers.
+    worst_share: tuple[str, int, int] | None = None
     # Image members that no row stands for, and one of them.
     unused_images: int = 0
     unused_example: str | None = None
@@ -103,6 +105,8 @@ def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts
     counts.errors_by_shard = {
         shard: (-num_errors, num_samples) for num_errors, num_samples, shard in heapq.nsmallest(MAX_WORST, failed)
     }
+    worst = min(failed, key=lambda one: (one[0] / one[1], one[2]), default=None)
+    counts.worst_share = None if worst is None else (worst[2], -worst[0], worst[1])
     for parts in stored.values():
         for part, _ in parts:
             errors.pop(part, None)

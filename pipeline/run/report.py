@@ -148,7 +148,9 @@ def make_report(
         ),
         num_shards=len({shard.name for shard in job.shards} | refused.keys()),
         num_left=max(0, len(plan.pending) - (job.config.limit or len(plan.pending))),
+        worst_share=counts.worst_share,
         max_error_fraction=job.config.max_error_fraction,
+        max_shard_error_fraction=job.config.max_shard_error_fraction,
     )
     # The timeline last, since it is long.
     return {

@@ -49,7 +49,9 @@ def judge(
     *,
     num_shards: int,
     num_left: int,
+    worst_share: tuple[str, int, int] | None,
     max_error_fraction: float,
+    max_shard_error_fraction: float,
 ) -> dict[str, Any]:
     """`exit_code` and `verdict` of a report: the worst that it tells.
 
@@ -58,7 +60,9 @@ def judge(
         incomplete: what could not be stored whole.
         num_shards: how many shards the input has.
         num_left: pending shards that `--limit` left for another run.
+        worst_share: the shard with the largest share of errors, its errors and its samples.
         max_error_fraction: the share of errors that the user accepts.
+        max_shard_error_fraction: the same of each shard.
     """
     samples, errors = report["samples"], report["errors"]
     if not report["balanced"]:
@@ -73,13 +77,14 @@ def judge(
             f"{'is' if len(incomplete) == 1 else 'are'} incomplete"
         )
         return _verdict(EXIT_BROKEN_SHARDS, WARN, "Incomplete shards", happened, incomplete.advice())
-    if errors > max_error_fraction * samples:
-        happened = (
-            f"{errors:,} of {format_count(samples, 'sample')} are errors, a fraction of {errors / samples:.4g}, "
-            f"which is more than --max-error-fraction {max_error_fraction:g}"
-        )
+    too_many = _above("", errors, samples, "--max-error-fraction", max_error_fraction)
+    if too_many is None and worst_share is not None:
+        shard, shard_errors, shard_samples = worst_share
+        option = "--max-shard-error-fraction"
+        too_many = _above(f" of {shard}.tar", shard_errors, shard_samples, option, max_shard_error_fraction)
+    if too_many is not None:
         then = "Everything is stored. Read the reasons in errors/, and raise the limit if you accept them."
-        return _verdict(EXIT_TOO_MANY_ERRORS, WARN, "Too many errors", happened, then)
+        return _verdict(EXIT_TOO_MANY_ERRORS, WARN, "Too many errors", too_many, then)
     then = f"--limit left {format_count(num_left, 'shard')}: {_RUN_AGAIN} to go on." if num_left else ""
     if report["device"] is None:
         happened = f"nothing to do: all {format_count(num_shards, 'shard')} had been embedded before"
@@ -99,6 +104,16 @@ def without_report(report: Mapping[str, Any], fault: str) -> dict[str, Any]:
 
 def _verdict(code: int, level: str, title: str, happened: str, then: str) -> dict[str, Any]:
     return {"exit_code": code, "verdict": {"level": level, "title": title, "happened": happened, "next": then}}
+
+
+def _above(of: str, errors: int, samples: int, option: str, limit: float) -> str | None:
+    """What happened, where more of the samples are errors than an option allows."""
+    if errors <= limit * samples:
+        return None
+    return (
+        f"{errors:,} of {format_count(samples, 'sample')}{of} are errors, a fraction of {errors / samples:.4g}, "
+        f"which is more than {option} {limit:g}"
+    )
 
 
 def _names(names: Iterable[str]) -> str:

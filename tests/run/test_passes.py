@@ -295,6 +295,17 @@ def test_a_run_without_work_is_judged_by_the_errors_of_the_last_one(tmp_path: Pa
         assert report["exit_code"] == 5
 
 
+def test_one_bad_shard_among_good_ones_is_too_much_for_a_limit_of_its_own(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=2, samples_each=6)
+    write_tar(tmp_path / "in" / "bad.tar", [("a.jpg", b"no image"), *sample_members("b", 1)])
+    report = embed(tmp_path / "in", tmp_path / "out", max_error_fraction=0.1, max_shard_error_fraction=0.4)
+    assert report["exit_code"] == 5
+    assert report["verdict"]["happened"] == (
+        "1 of 2 samples of bad.tar are errors, a fraction of 0.5, which is more than --max-shard-error-fraction 0.4"
+    )
+    assert embed(tmp_path / "in", tmp_path / "out", max_shard_error_fraction=0.5)["exit_code"] == 0
+
+
 def test_an_empty_shard_is_done_and_gives_no_row(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
     write_tar(tmp_path / "in" / "empty.tar", [])

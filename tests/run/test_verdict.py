@@ -31,9 +31,24 @@ def report(**changes: Any) -> dict[str, Any]:
     }
 
 
-def judged(incomplete: Incomplete = NOTHING, limit: float = 1.0, left: int = 0, **changes: Any) -> dict[str, Any]:
+def judged(
+    incomplete: Incomplete = NOTHING,
+    limit: float = 1.0,
+    left: int = 0,
+    worst: tuple[str, int, int] | None = None,
+    shard_limit: float = 1.0,
+    **changes: Any,
+) -> dict[str, Any]:
     made = report(**changes)
-    found = judge(made, incomplete, num_shards=9, num_left=left, max_error_fraction=limit)
+    found = judge(
+        made,
+        incomplete,
+        num_shards=9,
+        num_left=left,
+        worst_share=worst,
+        max_error_fraction=limit,
+        max_shard_error_fraction=shard_limit,
+    )
     return {**made, **found}
 
 
@@ -47,6 +62,8 @@ def test_the_exit_code_is_the_worst_that_the_report_tells() -> None:
     assert judged()["exit_code"] == 0
     assert judged(errors=3, limit=0.3)["exit_code"] == 0
     assert judged(errors=3, limit=0.2)["exit_code"] == 5
+    assert judged(errors=3, worst=("a", 1, 2), shard_limit=0.5)["exit_code"] == 0
+    assert judged(errors=3, worst=("a", 2, 2), shard_limit=0.5)["exit_code"] == 5
     assert judged(CUT, errors=3, limit=0.2)["exit_code"] == 3
     assert judged(CUT, errors=3, limit=0.2, **broken)["exit_code"] == 4
 
