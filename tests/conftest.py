@@ -184,15 +184,22 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Peaks(), "peaks")
 
 
+def start_ray() -> None:
+    """A local Ray. Its workers have the environment of this moment."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Never one that another test has started meanwhile.
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
 @pytest.fixture(scope="module")
 def ray_session(s3_server: S3Server) -> None:
     """One local Ray for all tests, which takes ten seconds and more to start; its workers can reach S3."""
     import ray
 
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Never one that another test has started meanwhile.
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        start_ray()
 
 
 class SmallDisk:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from shard_embedder.jobs.embed import main
 from shard_embedder.jobs.verify import main as verify_main
+from shard_embedder.pipeline.core import storage
 from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.storage import locate
 from shard_embedder.pipeline.output.names import UNCOUNTED_FILE
@@ -25,7 +27,7 @@ from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
 from shard_embedder.pipeline.verify.proof import verify
-from tests.conftest import Done, S3Server, SmallDisk, sample_members, write_tar
+from tests.conftest import Done, S3Server, SmallDisk, sample_members, start_ray, write_tar
 from tests.faults.proxy import FaultProxy
 
 RunJob = Callable[..., Done]
@@ -49,10 +51,30 @@ def rows(output: Path, folder: str = "embeddings") -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["shard"], -1 if row["sample_index"] is None else row["sample_index"]))
 
 
-@pytest.fixture
-def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_server.environment["AWS_ENDPOINT_URL"]) as proxy:
+@pytest.fixture(scope="module")
+def between(s3_server: S3Server) -> Iterator[FaultProxy]:
+    """A proxy before the store, for this process and the workers of a Ray of its own."""
+    with FaultProxy(s3_server.environment["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        storage._filesystem.cache_clear()
         yield proxy
+    storage._filesystem.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def ray_session(between: FaultProxy) -> Iterator[None]:
+    ray.shutdown()
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def proxy(between: FaultProxy) -> Iterator[FaultProxy]:
+    between.rules.clear()
+    between.requests.clear()
+    yield between
+    between.rules.clear()
 
 
 # Shard, whether it is read in a task of its own, then method, fault and how often.
@@ -73,7 +95,7 @@ PASSING = [
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_job_through_faults_that_pass_ends_as_one_without_them(
-    run_process: RunProcess, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
+    run_job: RunJob, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
 ) -> None:
     direct = s3_server.filesystem()
     shards, newer = tmp_path / "in", tmp_path / "newer"
@@ -94,9 +116,7 @@ def test_a_job_through_faults_that_pass_ends_as_one_without_them(
     proxy.add("slow_down", "delete", "POST", 2)
     proxy.add("slow_down", r"run\.json", "PUT", 1)
     proxy.add("lost", r"report\.json", "PUT", 1)
-    done = run_process(
-        "embed.py", "--input", f"{s3_url}/in", "--output", f"{s3_url}/out", *SMALL, AWS_ENDPOINT_URL=proxy.url
-    )
+    done = run_job("embed.py", "--input", f"{s3_url}/in", "--output", f"{s3_url}/out", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exit 0: every sample is one stored row" in done.stdout
     assert not [rule for rule in proxy.rules if rule.times > 0], "every fault happened"
@@ -126,7 +146,7 @@ if os.environ.get("EMBED_TEST_FAULTS") != "all":
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_it_whole(
-    run_process: RunProcess, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
+    run_job: RunJob, proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
 ) -> None:
     direct = s3_server.filesystem()
     shards = tmp_path / "in"
@@ -136,7 +156,7 @@ def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_
         proxy.add(fault, rf"/in/{name}\.", method, times=10_000)
     direct.put(str(shards), f"{s3_url}/in", recursive=True)
     job = ("embed.py", "--input", f"{s3_url}/in", "--output", f"{s3_url}/out", *SMALL)
-    done = run_process(*job, "--max-passes", "1", AWS_ENDPOINT_URL=proxy.url)
+    done = run_job(*job, "--max-passes", "1")
     assert done.returncode == 3, done.stdout + done.stderr
     assert re.search(r"^exit 3: \d+ of \d+ shards are incomplete\. ", done.stdout.splitlines()[-1])
     direct.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
@@ -150,7 +170,7 @@ def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_
         # One layer of retries: three on top of each other would be some hundred requests.
         assert proxy.count("GET", rf"/in/{name}\.") <= 20
     proxy.rules.clear()
-    again = run_process(*job, AWS_ENDPOINT_URL=proxy.url)
+    again = run_job(*job)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"1 done, {len(LASTING)} pending ({len(LASTING)} broken before)" in again.stdout
     assert embed(shards, tmp_path / "expected")["balanced"]
