@@ -44,6 +44,8 @@ class Start:
 class SleepRunner:
     """Embeds an image as [4]: its process, and when its part came, began and ended, in seconds after `epoch`."""
 
+    gpu: ClassVar[None] = None
+
     images_per_s: float
     epoch: float
     start: Start | None = None

@@ -74,7 +74,8 @@ def make_flow(pending: list[Pending], job: Job, source: Source, resources: Resou
     embedded = decoded.map_batches(
         Embedder,
         fn_constructor_args=stages.embedder.args,
-        fn_constructor_kwargs=stages.embedder.keywords,
+        # Ray starts a process that ended again, and gives it the same part.
+        fn_constructor_kwargs={**stages.embedder.keywords, "ends_process": True},
         # One part a call: with GPUs Ray Data refuses None, which would be a block.
         batch_size=1,
         batch_format="pyarrow",

@@ -51,6 +51,10 @@ class ClusterError(PipelineError):
     """The cluster lacks what the job needs."""
 
 
+class DeviceError(PipelineError):
+    """A process can use its device no more; another process may."""
+
+
 class StoreError(PipelineError, OSError):
     """A disk or an object store refused, failed, or did not answer in time.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import pyarrow as pa
 
+from shard_embedder.pipeline.core.errors import DeviceError
 from shard_embedder.pipeline.core.schema import (
     EMBEDDING,
     PIXELS,
@@ -24,6 +28,9 @@ from shard_embedder.pipeline.core.schema import (
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.embedding.network import Network, Placement
 
+if TYPE_CHECKING:  # whoever computes without torch shall not load it
+    from shard_embedder.pipeline.embedding.gpu import Gpu
+
 
 class Runner(Protocol):
     """What computes embeddings."""
@@ -31,6 +38,11 @@ class Runner(Protocol):
     @property
     def batch_size(self) -> int:
         """Images a batch, now: a runner may halve it where the memory does not hold a batch."""
+        ...
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that it computes on, if any."""
         ...
 
     def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -76,9 +88,10 @@ class Source(Protocol):
 
 
 class _BusyTime:
-    """Seconds in which at least one part was under way, none of them counted twice."""
+    """Seconds of `clock` that passed while at least one part was under way, none of them counted twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._turn = threading.Lock()
         self._under_way = 0
         self._since = 0.0
@@ -86,13 +99,13 @@ class _BusyTime:
     def begin(self) -> None:
         with self._turn:
             if not self._under_way:
-                self._since = time.perf_counter()
+                self._since = self._clock()
             self._under_way += 1
 
     def end(self) -> float:
         """What has passed that no part which ended has counted."""
         with self._turn:
-            now = time.perf_counter()
+            now = self._clock()
             counted, self._since = now - self._since, now
             self._under_way -= 1
             return counted
@@ -105,6 +118,9 @@ class Embedder:
     together. Batches never cross parts, so that a sample's embedding does not depend on what else runs. With a
     `decoder` the samples come as `pipeline.decoding.jpeg_forwarder` gives them, are decoded on the device, and what
     that refuses by `decoder`; the time that takes is this stage's.
+
+    With `ends_process`, an error that leaves the GPU useless to this process ends it, so that another takes its
+    place; but not before it has embedded a part: then each new process would end as this one, without end.
     """
 
     def __init__(
@@ -116,21 +132,40 @@ class Embedder:
         shape: tuple[int, ...],
         dtype: str,
         decoder: Decoder | None = None,
+        ends_process: bool = False,
     ) -> None:
         self._crop = network.preprocess.crop
         self._intake = self._pixels if decoder is None else _device_intake(decoder, placement.device)
         self._field = embedding_field(shape, dtype)
         self._stored = np.dtype(dtype)
-        self._busy = _BusyTime()
         self._runner = source.runner(network, placement)
+        gpu = self._runner.gpu
+        # What the device does to decode has no batches to be timed by.
+        self._busy = _BusyTime(time.perf_counter if gpu is None or decoder is not None else lambda: gpu.busy_s)
+        self._ends_process = ends_process
+        self._has_embedded = False
 
     def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `Runner.embed` does."""
         return self._runner.embed(pixels, rows)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Parts with pixels in, or with what a device is to decode; the same parts with embeddings out."""
-        return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
+        """Parts with pixels in, or with what a device is to decode; the same parts with embeddings out.
+
+        Raises:
+            DeviceError: the GPU is of no use to this process any more.
+        """
+        try:
+            return pa.concat_tables([self._part(values, samples) for values, samples in part_rows(table)])
+        except RuntimeError as error:
+            if self._runner.gpu is None or not self._runner.gpu.is_broken():
+                raise
+            # torch's advice fills the lines below the first.
+            cause, _, _ = str(error).partition("\n")
+            reason = f"this process can use its GPU no more: {cause}"
+            if self._ends_process and self._has_embedded:
+                _end_process(reason)
+            raise DeviceError(reason) from error
 
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         self._busy.begin()
@@ -150,10 +185,14 @@ class Embedder:
             stages[row], reasons[row] = STAGE_DECODE, reason
         rows = np.array([row for row in rows if int(row) not in faults], np.int64)
         if len(rows):
+            embedded = self.embed(pixels, places).reshape(len(rows), *shape)
+            self._has_embedded = True
             with np.errstate(over="ignore"):
-                embedded = self.embed(pixels, places).astype(self._stored).reshape(len(rows), *shape)
-            stored[rows] = embedded
-            for row in rows[~np.isfinite(embedded).all(axis=1)]:
+                if len(rows) == len(samples):
+                    stored = embedded.astype(self._stored, copy=False)
+                else:
+                    stored[rows] = embedded
+            for row in np.flatnonzero(~np.isfinite(stored).all(axis=1)).tolist():
                 stages[row] = STAGE_EMBED
                 reasons[row] = f"not finite: the embedding has NaN or infinite values as {self._stored}"
         column = self._column(stored, [reason is not None for reason in reasons])
@@ -188,3 +227,9 @@ def _device_intake(decoder: Decoder, device: str) -> Intake:
     from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder  # noqa: PLC0415  whoever computes without torch shall not load it
 
     return DeviceDecoder(decoder, device)
+
+
+def _end_process(reason: str) -> NoReturn:
+    sys.stderr.write(f"{reason}; it ends, so that another takes its place\n")
+    sys.stderr.flush()
+    os._exit(1)

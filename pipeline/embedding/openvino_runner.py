@@ -53,6 +53,8 @@ class OpenVinoRunner:
     last is padded.
     """
 
+    gpu: ClassVar[None] = None
+
     def __init__(
         self, graph: bytes, constants: np.ndarray[Any, Any], crop: tuple[int, int], placement: Placement
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,11 @@ from shard_embedder.pipeline.backbones.transform import Normalize
 from shard_embedder.pipeline.backbones.weights_spec import Weights
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.embedding.gpu import Gpu, lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.network import Network, Placement
 
-BATCH_SIZES = {"cuda": 128, "cpu": 16}
+_CPU_BATCH, _GPU_BATCH, _LARGE_GPU_BATCH = 16, 128, 256
+_LARGE_GPU_BYTES = 40 * 10**9
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Batches on their way through the device at once: one computes while the next is copied in and the last out.
 _IN_FLIGHT = 3
@@ -145,49 +148,50 @@ class _Batch(NamedTuple):
     """A batch that the device computes, or has computed."""
 
     features: Tensor  # in host memory, the padding's too
-    copied: torch.cuda.Event | None  # when they are there; None where they are already
-    num_images: int  # without the padding
-
-    def fetch(self) -> np.ndarray[Any, Any]:
-        """Its embeddings, when the device is done with them."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.features.numpy()[: self.num_images].copy()
+    rows: slice  # of the call that it belongs to, without the padding
+    # On a GPU, when it began to compute, and when the features are there; elsewhere they are there already.
+    times: tuple[torch.cuda.Event, torch.cuda.Event] | None
 
 
 class TorchRunner:
     """One backbone on one device.
 
-    Calls of `embed` from several threads take turns in one that is the runner's own: CUDA graphs belong to the
-    thread that recorded them. A turn ends when the call's last batch is on its way: while a GPU computes that, the
-    next call's first is copied to it. Batches have one fixed shape (the last is padded), so that an embedding does
-    not depend on what else is in its batch. Where the device's memory does not hold a batch they are halved, for
-    good; kernels of another shape may round the last bit otherwise.
+    Calls of `embed` from several threads take turns in one that is the runner's own, or that of all compiled runners
+    of the process. A turn ends when the call's last batch is on its way: while a GPU computes that, the next call's
+    first is copied to it. Batches have one fixed shape (the last is padded), so that an embedding does not depend on
+    what else is in its batch. Where the memory does not hold a batch they are halved, for good; kernels of another
+    shape may round the last bit otherwise.
 
     With `compiled`, torch.compile fuses what is between the convolutions, and on a GPU replays CUDA graphs. That
     takes a C compiler and some ten seconds for each batch size; torch keeps what it made on disk, for the next actor.
+
+    `gpu` is the device where it is one, None on CPUs.
     """
 
-    def __init__(self, network: NetworkModule, crop: tuple[int, int], placement: Placement) -> None:
+    def __init__(
+        self, network: NetworkModule, crop: tuple[int, int], placement: Placement, gpu: Gpu | None = None
+    ) -> None:
         if placement.num_threads is not None:
             # Ray sets OMP_NUM_THREADS from the CPUs that the actor reserves; it may use more than it reserves.
             torch.set_num_threads(placement.num_threads)
         self._device = torch.device(placement.device)
+        self.gpu = Gpu(self._device) if gpu is None and self._device.type == "cuda" else gpu
         if placement.precision == "fp32":
-            # On GPUs cuDNN's convolutions would round their inputs to 10 bits (TF32), as fp16 does.
-            torch.backends.cudnn.allow_tf32 = False
+            use_exact_fp32()
         self._crop = crop
-        module = network.as_precision(_DTYPES[placement.precision]).eval().to(self._device)
-        self._network: Callable[[Tensor], Tensor] = module
+        self._network: Callable[[Tensor], Tensor] = (
+            network.as_precision(_DTYPES[placement.precision]).eval().to(self._device)
+        )
         # What is copied in the stream that computes would wait for the batch before.
-        on_gpu = self._device.type == "cuda"
-        self._copies = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self.use_batches_of(placement.batch_size or BATCH_SIZES[self._device.type])
-        self._thread = ThreadPoolExecutor(1, "torch")
+        self._copies = None if self.gpu is None else self.gpu.stream()
+        # Each with what says when it has been copied from, which is waited for before it is filled again.
+        self._buffers: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.use_batches_of(placement.batch_size or _own_batch_size(self.gpu))
+        self._thread = _graph_thread() if placement.compiled else ThreadPoolExecutor(1, "torch")
         self._is_compiled = placement.compiled
         if placement.compiled:
-            mode = "reduce-overhead" if self._device.type == "cuda" else "default"
-            self._network = torch.compile(self._network, mode=mode, dynamic=False)
+            mode = "default" if self.gpu is None else "reduce-overhead"
+            self._network = self._thread.submit(torch.compile, self._network, mode=mode, dynamic=False).result()
             # By the way that the work takes, and twice, as a graph is recorded in the second call.
             for _ in range(2):
                 self.embed(np.zeros((1, *crop, 3), np.uint8), np.zeros(1, np.int64))
@@ -200,104 +204,129 @@ class TorchRunner:
     def use_batches_of(self, batch_size: int) -> None:
         """Compute in batches of so many images from now on."""
         self._batch_size = batch_size
-        on_gpu = self._device.type == "cuda"
-        # Each with what says when it has been copied from, which is waited for before it is filled again.
-        self._buffers = deque(
-            (
-                torch.empty((batch_size, *self._crop, 3), dtype=torch.uint8, pin_memory=on_gpu),
-                torch.cuda.Event(blocking=True) if on_gpu else None,  # type: ignore[no-untyped-call]
-            )
-            for _ in range(_IN_FLIGHT)
-        )
+        self._buffers.clear()
 
     def memory_share(self) -> float:
         """Of the device's memory, what torch has held at most; 0 on CPUs, whose memory is for others, too."""
-        if self._device.type != "cuda":
-            return 0.0
-        total = torch.cuda.get_device_properties(self._device).total_memory
-        return float(torch.cuda.max_memory_reserved(self._device)) / float(total)
+        return 0.0 if self.gpu is None else self.gpu.most_held_bytes / self.gpu.total_bytes
 
     def embed(self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Embed `pixels[rows]`, as `pipeline.embedding.embedder.Runner.embed` does.
 
         Raises:
-            torch.OutOfMemoryError: not even one image fits into the device's memory.
+            RuntimeError: torch's own; of memory where that does not even hold one image.
         """
-        done, in_flight = self._thread.submit(self._launched, pixels, rows).result()
-        return np.concatenate([*done, *(batch.fetch() for batch in in_flight)])
+        embedded, in_flight = self._thread.submit(self._launched, pixels, rows).result()
+        for batch in in_flight:
+            self._fetch(batch, embedded)
+        return embedded
 
-    def _launched(
-        self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]
-    ) -> tuple[list[np.ndarray[Any, Any]], deque[_Batch]]:
-        """All batches of a call, in sizes that fit: the embeddings of the first, and the last ones in flight."""
+    def _launched(self, pixels: Any, rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], deque[_Batch]]:
+        """All batches of a call, in sizes that fit: the embeddings, and the batches that they still lack."""
         while True:
             try:
                 return self._launch_all(pixels, rows)
-            except torch.OutOfMemoryError:
-                if self._batch_size == 1:
+            except RuntimeError as error:
+                if self._batch_size == 1 or not lacks_memory(error):
                     raise
             # Outside of the handler, whose traceback holds what fills the memory.
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            if self.gpu is not None:
+                self.gpu.synchronize()
             self.use_batches_of(self._batch_size // 2)
             if self._is_compiled:
                 # Recorded graphs hold the memory that they were recorded with.
                 torch.compiler.reset()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            if self.gpu is not None:
+                self.gpu.free_cache()
 
-    def _launch_all(
-        self, pixels: np.ndarray[Any, Any] | Tensor, rows: np.ndarray[Any, Any]
-    ) -> tuple[list[np.ndarray[Any, Any]], deque[_Batch]]:
-        # What is on the device is chosen there: an upload for each batch would wait for the batch before.
-        chosen = (
-            torch.from_numpy(np.ascontiguousarray(rows)).to(pixels.device) if isinstance(pixels, Tensor) else rows
-        )
+    def _launch_all(self, pixels: Any, rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], deque[_Batch]]:
         in_flight: deque[_Batch] = deque()
-        done: list[np.ndarray[Any, Any]] = []
+        embedded = np.empty((0,), np.float32)
         with torch.inference_mode():
-            for start in range(0, len(rows), self._batch_size):
+            for start in range(0, max(len(rows), 1), self._batch_size):
                 if len(in_flight) == _IN_FLIGHT:
-                    done.append(in_flight.popleft().fetch())
-                in_flight.append(self._launch(pixels, chosen[start : start + self._batch_size]))
-        return done, in_flight
+                    self._fetch(in_flight.popleft(), embedded)
+                in_flight.append(self._launch(pixels, rows, start))
+                if start == 0:
+                    embedded = np.empty((len(rows), *in_flight[0].features.shape[1:]), np.float32)
+        return embedded, in_flight
 
-    def _launch(self, pixels: Any, batch: Any) -> _Batch:
+    def _launch(self, pixels: Any, rows: np.ndarray[Any, Any], start: int) -> _Batch:
         """Start one batch on the device."""
-        features = self._network(
-            self._gathered(pixels, batch) if isinstance(pixels, Tensor) else self._copied(pixels, batch)
-        )
-        if self._device.type != "cuda":
-            return _Batch(features, None, len(batch))
-        host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        batch = rows[start : start + self._batch_size]
+        place = slice(start, start + len(batch))
+        # numpy's are in host memory, torch's where it computes.
+        images = self._copied(pixels, batch) if isinstance(pixels, np.ndarray) else self._gathered(pixels, batch)
+        if self.gpu is None:
+            return _Batch(self._network(images), place, None)
+        began, ended = self.gpu.event(timed=True), self.gpu.event(timed=True)
+        began.record()
+        features = self._network(images)
+        host = self.gpu.pinned(features.shape, features.dtype)
         host.copy_(features, non_blocking=True)
-        # Whoever waits for it shall not keep a core busy, which decodes meanwhile.
-        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        copied.record()
-        return _Batch(host, copied, len(batch))
+        ended.record()
+        return _Batch(host, place, (began, ended))
+
+    def _fetch(self, batch: _Batch, embedded: np.ndarray[Any, Any]) -> None:
+        """Put a batch's embeddings into those of its call, when the device is done with them."""
+        if self.gpu is not None and batch.times is not None:
+            batch.times[1].synchronize()
+            self.gpu.add_busy(*batch.times)
+        embedded[batch.rows] = batch.features.numpy()[: batch.rows.stop - batch.rows.start]
 
     def _copied(self, pixels: np.ndarray[Any, Any], batch: np.ndarray[Any, Any]) -> Tensor:
         """A batch on its way to the device, padded."""
-        buffer, free = self._buffers[0]
-        self._buffers.rotate(-1)
+        buffer, free = self._buffer()
         if free is not None:
             free.synchronize()
         staged = buffer.numpy()
         np.take(pixels, batch, axis=0, out=staged[: len(batch)], mode="clip")
         staged[len(batch) :] = 0
-        if self._copies is None or free is None:
+        if self.gpu is None or self._copies is None or free is None:
             return buffer
-        with torch.cuda.stream(self._copies):
+        with self.gpu.using(self._copies):
             copied = buffer.to(self._device, non_blocking=True)
             free.record()
-        computes = torch.cuda.current_stream(self._device)
+        computes = self.gpu.current_stream()
         computes.wait_stream(self._copies)
         # Its memory is the other stream's, and is not to be given away before the batch is computed.
         copied.record_stream(computes)
         return copied
 
-    def _gathered(self, pixels: Tensor, batch: Tensor) -> Tensor:
+    def _buffer(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """The one that was filled the longest ago; a new one while they are few."""
+        if len(self._buffers) < _IN_FLIGHT:
+            shape = (self._batch_size, *self._crop, 3)
+            if self.gpu is None:
+                self._buffers.append((torch.empty(shape, dtype=torch.uint8), None))
+            else:
+                self._buffers.append((self.gpu.pinned(shape, torch.uint8), self.gpu.event()))
+        else:
+            self._buffers.rotate(-1)
+        return self._buffers[-1]
+
+    def _gathered(self, pixels: Tensor, batch: np.ndarray[Any, Any]) -> Tensor:
         """A batch of what is on the device already, padded."""
         gathered = pixels.new_zeros((self._batch_size, *self._crop, 3))
-        gathered[: len(batch)] = pixels[batch]
+        # By runs of neighbours, of which there are few: to choose by an index that comes from the host, the device
+        # would first do all that it was given before.
+        ends = np.flatnonzero(np.diff(batch) != 1) + 1
+        for start, end in zip([0, *ends], [*ends, len(batch)], strict=True):
+            if end > start:
+                gathered[start:end] = pixels[int(batch[start]) : int(batch[end - 1]) + 1]
         return gathered
+
+
+@functools.cache
+def _graph_thread() -> ThreadPoolExecutor:
+    """The thread of all compiled runners: CUDA graphs belong to the one that recorded them.
+
+    In torch 2.11 no second thread of a process can record any.
+    """
+    return ThreadPoolExecutor(1, "torch-graphs")
+
+
+def _own_batch_size(gpu: Gpu | None) -> int:
+    if gpu is None:
+        return _CPU_BATCH
+    return _LARGE_GPU_BATCH if gpu.total_bytes >= _LARGE_GPU_BYTES else _GPU_BATCH
