@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -79,6 +82,37 @@ def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one_on_every_call(ba
     for _ in range(3):
         assert np.array_equal(actor.embed(images, rows), got)
     assert np.array_equal(actor.embed(torch.from_numpy(images).cuda(), rows), got)
+
+
+def test_compiled_backbones_of_one_process_work_side_by_side() -> None:
+    images, rows = pictures(20), np.arange(20)
+    actors = [embedder(backbone, "cuda", "bf16", compiled=True) for backbone in ("resnet18", "resnet50")]
+    first = [actor.embed(images, rows) for actor in actors]
+    for actor, wanted in zip(actors, first, strict=True):
+        assert np.array_equal(actor.embed(images, rows), wanted)
+
+
+def test_the_device_is_busy_while_it_computes_and_no_longer() -> None:
+    runner = embedder("resnet50", "cuda", "bf16")._runner
+    runner.embed(pictures(20), np.arange(20))
+    before, start = runner.gpu.busy_s, time.perf_counter()
+    runner.embed(pictures(150), np.arange(150))
+    wall_s = time.perf_counter() - start
+    assert 0.0 < runner.gpu.busy_s - before <= wall_s
+
+
+def test_a_process_that_loses_its_device_knows_and_one_that_lacked_memory_does_not_think_so() -> None:
+    code = (
+        "import torch\n"
+        "from shard_embedder.pipeline.embedding.gpu import Gpu, lacks_memory\n"
+        "gpu = Gpu(torch.device('cuda'))\n"
+        "try:\n    torch.empty(2**50, device='cuda')\n"
+        "except RuntimeError as error:\n    print(lacks_memory(error), gpu.is_broken())\n"
+        "try:\n    torch.zeros(3, device='cuda')[torch.tensor([7], device='cuda')].cpu()\n"
+        "except RuntimeError as error:\n    print(lacks_memory(error), gpu.is_broken())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=300)
+    assert ran.stdout.splitlines() == ["True False", "False True"], ran.stderr
 
 
 def test_feature_maps_come_from_the_device_in_the_order_c_h_w() -> None:
