@@ -219,9 +219,9 @@ def device_decode(settings: Settings) -> dict[str, float | str]:
 
     def on_device(tables: list[pa.Table]) -> None:
         for _, samples in itertools.chain.from_iterable(map(part_rows, tables)):
-            pixels, _, _ = decoder(samples, np.flatnonzero(samples.field(REASON).is_null()))
+            pixels = decoder(samples, np.flatnonzero(samples.field(REASON).is_null()))
             # A device answers before it is done.
-            pixels.sum().item()
+            pixels.values.sum().item()
 
     on_device(forwarded[:1])
     device_s = _timed(lambda: on_device(forwarded))

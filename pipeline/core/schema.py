@@ -94,6 +94,9 @@ PART_FIELDS: tuple[pa.Field, ...] = (
     pa.field("kept", pa.list_(KEPT_COUNTS), nullable=False),
     pa.field("read_bytes", pa.int64(), nullable=False),
     pa.field("batch_size", pa.int32(), nullable=False),  # images a batch, of the runner; 0 before it is embedded
+    # Images that the device's decoder refused and the CPU decoded instead, and what the device said of the first.
+    pa.field("device_refused", pa.int32(), nullable=False),
+    pa.field("device_refusal", pa.string()),
     *(pa.field(f"{stage}_s", pa.float64(), nullable=False) for stage in STAGES),
 )
 

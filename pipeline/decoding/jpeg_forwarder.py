@@ -24,7 +24,7 @@ from shard_embedder.pipeline.core.schema import (
 from shard_embedder.pipeline.decoding import jpeg
 from shard_embedder.pipeline.decoding.decoder import Decoder, decode_rows, pillow_does_not_warn
 from shard_embedder.pipeline.decoding.preprocess import Preprocess, resized_size
-from shard_embedder.pipeline.decoding.versions import require_decoders
+from shard_embedder.pipeline.decoding.versions import require_decoders, require_torchcodec, torchcodec_version
 
 # `orientation` of what is pixels already.
 PIXELS_ALREADY = 0
@@ -41,12 +41,13 @@ _COMPONENTS = ((1,), (0,), (1, 2, 3), (0, 1, 2))
 _ADOBE_RGB = 0
 
 
-def require_device_resize(preprocess: Preprocess) -> None:
-    """Check that a device can resize as the weights ask.
+def require_device_decoding(preprocess: Preprocess) -> None:
+    """Check that a device can decode, and resize as the weights ask.
 
     Raises:
         SettingsError: it cannot.
     """
+    require_torchcodec(torchcodec_version())
     if preprocess.interpolation not in DEVICE_INTERPOLATIONS:
         raise SettingsError(
             f"decode gpu resizes by {' or '.join(DEVICE_INTERPOLATIONS)}, and these weights ask for "
@@ -127,7 +128,12 @@ class JpegForwarder:
         header = self._decoder.plain_jpeg(data) if is_whole(data) else None
         if header is not None and self._is_for_device(header):
             turned = 1 if self._decoder.rules.ignore_orientation else header.orientation
-            return {"data": data, "height": header.height, "width": header.width, "orientation": turned}
+            # Its orientation is told. No parser of metadata runs in the process of the device, nor turns it twice.
+            plain = jpeg.without_metadata(data)
+            return {"data": plain, "height": header.height, "width": header.width, "orientation": turned}
+        return self._decoded(data)
+
+    def _decoded(self, data: bytes) -> dict[str, Any]:
         height, width = self._decoder.rules.preprocess.crop
         pixels = self._decoder.decode(data).tobytes()
         return {"data": pixels, "height": height, "width": width, "orientation": PIXELS_ALREADY}

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import PIL
 
-from shard_embedder.pipeline.core.errors import ClusterError
+from shard_embedder.pipeline.core.errors import ClusterError, SettingsError
 
 # The first without GHSA-8g5g-8vmr-9782 (JPEG decoder, buffer overflow), CVE-2026-96639 (storage that is used after a
 # change of mode) and GHSA-462x-pgg6-55fp (TIFF decoder, read out of bounds). pyproject.toml requires it too.
@@ -19,6 +19,32 @@ LEAST_PILLOW = (13, 0)
 # Its libheif, 1.23.6, is the oldest that was tested. pyproject.toml requires it too.
 LEAST_HEIF = (1, 8, 1)
 INSTALL_HEIF = f"pip install 'pillow-heif>={'.'.join(map(str, LEAST_HEIF))}'"
+
+
+# The first that decodes JPEGs. pyproject.toml requires it too.
+LEAST_TORCHCODEC = (0, 16)
+
+
+def torchcodec_version() -> str | None:
+    """The version of torchcodec here; None where it is not installed."""
+    try:
+        return version("torchcodec")
+    except PackageNotFoundError:
+        return None
+
+
+def require_torchcodec(installed: str | None) -> None:
+    """Check that devices can decode JPEGs.
+
+    Raises:
+        SettingsError: torchcodec is missing, or older than what the project requires.
+    """
+    if installed is None or _is_older(installed, LEAST_TORCHCODEC):
+        least = ".".join(map(str, LEAST_TORCHCODEC))
+        raise SettingsError(
+            f"decode gpu needs torchcodec {least} or newer, got {installed or 'none'}: "
+            f"pip install 'torchcodec>={least}' here and on every node"
+        )
 
 
 @functools.cache

@@ -1,52 +1,57 @@
 """Plain JPEGs to uint8 RGB pixels on the device of the backbone: nvJPEG on a GPU, libjpeg on a CPU.
 
-The geometry is that of `pipeline.decoding.resize.resize_crop`. The pixels are not: a device's decoder rounds, and
-widens colours that are stored at half the size, in its own way.
+The pixels are not those of the CPU: a GPU's decoder rounds, and widens colours that are stored at half the size, in
+its own way.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import simplejpeg
 import torch
+from PIL import ExifTags, Image
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
+from torch.utils.dlpack import from_dlpack
+from torchcodec.decoders import decode_jpeg
 
 from shard_embedder.pipeline.core.errors import SampleError
-from shard_embedder.pipeline.core.groups import grouped
+from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.core.schema import ENCODED
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
-from shard_embedder.pipeline.decoding.preprocess import Preprocess, resized_size
-from shard_embedder.pipeline.decoding.resize import TURNS, is_height_first
+from shard_embedder.pipeline.embedding.device_resize import Group, Plan, plan_resizes, resize_group
+from shard_embedder.pipeline.embedding.embedder import Pixels
+from shard_embedder.pipeline.embedding.gpu import lacks_memory, use_exact_fp32
 
-# What is decoded at once: enough to fill the device's decoder, and bounded whatever the images' size.
-_GROUP_IMAGES = 64
-_GROUP_PIXELS = 2**26
+# Groups whose pixels the device still makes, while the next one is decoded: each holds memory until it is done.
+_IN_FLIGHT = 2
 
 
-class _Jpeg(NamedTuple):
-    """A JPEG, and its place among the pixels to be made."""
+@dataclass
+class _Part:
+    """The JPEGs of a part in the order of `plan`, and where their pixels go."""
 
-    place: int
-    data: bytes
-    height: int
-    width: int
-    orientation: int
+    jpegs: list[Tensor]
+    sizes: list[tuple[int, ...]]  # of their pixels [3, H, W]
+    plan: Plan
+    axes: Tensor  # `plan.axes` on the device
+    places: Tensor  # among `pixels`, on the device
+    pixels: Tensor
+    refusal: str | None = None
 
 
 class DeviceDecoder:
     """Makes the pixels of parts on one device; `decoder` takes what that refuses, so that errors are its own.
 
-    Threads take turns: `decoder` may be of one thread, and what hides a warning is the process's. On a GPU all is
-    done in a stream of its own, beside what the backbone computes.
+    Threads take turns: `decoder` is of one thread. On a GPU all is done in two streams, beside what the backbone
+    computes: while one resizes a group of images, the other decodes the next.
 
     Raises:
         RuntimeError: the device decodes nothing, not even the JPEG that it is tried with.
@@ -54,121 +59,156 @@ class DeviceDecoder:
 
     def __init__(self, decoder: Decoder, device: str) -> None:
         self._decoder = decoder
+        self._preprocess = decoder.rules.preprocess
         self._device = torch.device(device)
         on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._decodes = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._resizes = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._in_flight: deque[torch.cuda.Event] = deque()
         self._turn = threading.Lock()
-        # Else each image would be refused, and decoded on the CPU one after the other, in silence.
-        with self._own_stream():
-            self._decode([_tensor(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)))])
+        if on_gpu:
+            # TF32 would round the weights of pixels to 10 bits.
+            use_exact_fp32()
+        # Else each image would be refused, and decoded on the CPU one after the other.
+        self._decoded([from_dlpack(np.frombuffer(bytearray(_TINY), np.uint8))])
 
-    def __call__(
-        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
-    ) -> tuple[Tensor, np.ndarray[Any, Any], dict[int, str]]:
+    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
         """As `pipeline.embedding.embedder.Intake` does; the pixels are a tensor on the device."""
-        with self._turn, self._own_stream():
+        with self._turn, _in_stream(self._resizes):
             made = self._made(samples, rows)
-            # They are computed with in another stream.
-            self._finish()
+            if self._resizes is not None:
+                # They are computed with in another stream.
+                self._resizes.synchronize()
+                self._in_flight.clear()
             return made
 
-    def _own_stream(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def _finish(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def _made(
-        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
-    ) -> tuple[Tensor, np.ndarray[Any, Any], dict[int, str]]:
-        crop = self._decoder.rules.preprocess.crop
-        pixels = torch.zeros((len(rows), *crop, 3), dtype=torch.uint8, device=self._device)
+    def _made(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
+        crop = self._preprocess.crop
         encoded = samples.field(ENCODED)
+        orientations = _column(encoded, "orientation", rows)
+        data = _views(encoded.field("data"), rows)
+        pixels = torch.zeros((len(rows), *crop, 3), dtype=torch.uint8, device=self._device)
+        is_pixels = orientations == PIXELS_ALREADY
+        ready, places = np.flatnonzero(is_pixels), np.flatnonzero(~is_pixels)
+        if len(ready):
+            whole = torch.stack([data[place] for place in ready]).to(self._device)
+            pixels[self._uploaded(ready)] = whole.view(-1, *crop, 3)
+        sizes = np.stack([_column(encoded, side, rows)[places] for side in ("height", "width")], 1)
+        plan = plan_resizes(sizes, orientations[places], self._preprocess)
+        places = places[plan.order]
+        part = _Part(
+            [data[place] for place in places],
+            [(3, *size) for size in sizes[plan.order].tolist()],
+            plan,
+            self._uploaded(plan.axes),
+            self._uploaded(places),
+            pixels,
+        )
+        refused = [number for group in plan.groups for number in self._refused(part, group)]
         faults: dict[int, str] = {}
-        jpegs: list[_Jpeg] = []
-        for place, row in enumerate(rows):
-            value = encoded[int(row)].as_py()
-            if value["orientation"] == PIXELS_ALREADY:
-                pixels[place] = _tensor(value["data"]).reshape(*crop, 3).to(self._device)
-            else:
-                jpegs.append(_Jpeg(place, **value))
-        for group in grouped(jpegs, lambda jpeg: jpeg.height * jpeg.width, _GROUP_PIXELS, _GROUP_IMAGES):
-            for jpeg, image in zip(group, self._decoded([jpeg.data for jpeg in group]), strict=True):
-                try:
-                    pixels[jpeg.place] = self._pixels(jpeg, image)
-                except SampleError as error:
-                    faults[int(rows[jpeg.place])] = str(error)
+        num_refused = 0
+        for place in places[refused]:
+            image = _with_orientation(data[place].numpy().tobytes(), int(orientations[place]))
+            try:
+                found = self._decoder.decode(image)
+            except SampleError as error:
+                faults[int(rows[place])] = str(error)
+                continue
+            pixels[place] = torch.from_numpy(np.array(found)).to(self._device)
+            num_refused += 1
         good = np.array([place for place, row in enumerate(rows) if int(row) not in faults], np.int64)
-        return pixels, good, faults
+        return Pixels(pixels, good, faults, num_refused, part.refusal if num_refused else None)
 
-    def _decoded(self, images: list[bytes]) -> list[Tensor | None]:
-        """Each image as uint8 [3, H, W] on the device; None where that refuses it."""
+    def _uploaded(self, values: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+
+    def _refused(self, part: _Part, group: Group, *, may_retry: bool = True) -> list[int]:
+        """Make the pixels of a group; those that the device refuses, each of them alone."""
         try:
-            return list(self._decode([_tensor(image) for image in images]))
-        except RuntimeError:
-            # One of them, or the device lacks the memory for all.
-            return [None] if len(images) == 1 else [self._decoded([image])[0] for image in images]
+            self._make(part, group)
+            return []
+        except RuntimeError as error:
+            is_of_memory = lacks_memory(error)
+            if isinstance(error, torch.AcceleratorError) and not is_of_memory:
+                # The device has failed, not an image: nothing more is computed there.
+                raise
+            part.refusal = part.refusal or describe(error)
+        # Outside of the handler, whose traceback holds what fills the memory.
+        if is_of_memory and may_retry:
+            self._free_memory()
+            return self._refused(part, group, may_retry=False)
+        if group.end - group.start == 1:
+            return [group.start]
+        return [number for half in group.halves() for number in self._refused(part, half, may_retry=may_retry)]
 
-    def _decode(self, images: list[Tensor]) -> list[Tensor]:
-        # nvJPEG writes from a stream of torchvision's, which does not wait for this one: memory that was freed here,
-        # and is given to it, may be read by what is still to run.
-        self._finish()
-        with warnings.catch_warnings():
-            # What replaces it comes with a package of its own, torchcodec.
-            warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
-            decoded: list[Tensor] = decode_jpeg(images, mode=ImageReadMode.RGB, device=self._device)
+    def _make(self, part: _Part, group: Group) -> None:
+        """Decode and resize a group. Raises `RuntimeError` where the device refuses an image, or lacks the memory."""
+        chosen = slice(group.start, group.end)
+        images = self._decoded(part.jpegs[chosen])
+        for image, size in zip(images, part.sizes[chosen], strict=True):
+            if image.shape != size:
+                raise RuntimeError(f"decoded to {tuple(image.shape)}, and its header says {size}")
+        made = resize_group(images, part.axes[chosen], group, self._preprocess)
+        part.pixels[part.places[chosen]] = made
+        if self._resizes is not None:
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.record(self._resizes)
+            self._in_flight.append(done)
+
+    def _decoded(self, images: list[Tensor]) -> list[Tensor]:
+        """Each image as uint8 [3, H, W] on the device, for the stream that resizes. Raises `RuntimeError`."""
+        if self._decodes is None or self._resizes is None:
+            decoded: list[Tensor] = decode_jpeg(images, device=self._device)
+            return decoded
+        while len(self._in_flight) >= _IN_FLIGHT:
+            self._in_flight.popleft().synchronize()
+        # nvJPEG's hardware does not wait for the stream that it is given: memory that was freed there may be read by
+        # what is still to run. That of images that are being resized is not given away before they are.
+        self._decodes.synchronize()
+        with torch.cuda.stream(self._decodes):
+            decoded = decode_jpeg(images, device=self._device)
+        self._resizes.wait_stream(self._decodes)
+        for image in decoded:
+            image.record_stream(self._resizes)
         return decoded
 
-    def _pixels(self, jpeg: _Jpeg, image: Tensor | None) -> Tensor:
-        """The image as the backbone is to see it, uint8 [H, W, 3]. Raises `SampleError`."""
-        if image is not None and image.shape == (3, jpeg.height, jpeg.width):
-            try:
-                return resize_crop(upright(image, jpeg.orientation), self._decoder.rules.preprocess)
-            except RuntimeError:  # too large for its memory, or for one of its kernels
-                pass
-        return torch.from_numpy(np.array(self._decoder.decode(jpeg.data))).to(self._device)
+    def _free_memory(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
 
 
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def _in_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
-def upright(image: Tensor, orientation: int) -> Tensor:
-    """An image [3, H, W] of an EXIF orientation (1 to 8), turned."""
+# What a device is tried with.
+_TINY: bytes = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+
+
+def _with_orientation(data: bytes, orientation: int) -> bytes:
+    """A JPEG without metadata, with its EXIF orientation."""
     if orientation == 1:
-        return image
-    turned, mirrored = TURNS[orientation]
-    return torch.rot90(image.flip(2) if mirrored else image, turned, (1, 2))
+        return data
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    told = exif.tobytes()
+    return data[:2] + b"\xff\xe1" + (len(told) + 2).to_bytes(2, "big") + told + data[2:]
 
 
-def resize_crop(image: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 RGB [3, H, W] as uint8 [H', W', 3]: `resize_crop` on the image's device."""
-    height, width = preprocess.crop
-    new_height, new_width = resized_size(image.shape[1], image.shape[2], preprocess)
-    # One side, then the other, each rounded, in Pillow's order: a network sees the difference.
-    first = (
-        (new_height, image.shape[2])
-        if is_height_first(image.shape[1], image.shape[2], new_height, new_width)
-        else (image.shape[1], new_width)
+def _column(encoded: pa.StructArray, name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    values: np.ndarray[Any, np.dtype[np.int64]] = (
+        encoded.field(name).to_numpy(zero_copy_only=False)[rows].astype(np.int64)
     )
-    between = _rounded(_resized(image, first, preprocess))
-    resized = _rounded(_resized(between, (new_height, new_width), preprocess))
-    seen_height, seen_width = min(height, new_height), min(width, new_width)
-    top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
-    seen = resized[:, top : top + seen_height, left : left + seen_width].permute(1, 2, 0)
-    if (seen_height, seen_width) == preprocess.crop:
-        return seen
-    padded = seen.new_zeros((height, width, 3))
-    top, left = (height - seen_height) // 2, (width - seen_width) // 2
-    padded[top : top + seen_height, left : left + seen_width] = seen
-    return padded
+    return values
 
 
-def _resized(image: Tensor, size: tuple[int, int], preprocess: Preprocess) -> Tensor:
-    return interpolate(image[None].float(), size, mode=preprocess.interpolation, antialias=True)[0]
-
-
-def _rounded(values: Tensor) -> Tensor:
-    """As uint8: bicubic overshoots, and Pillow rounds halves up."""
-    return (values + 0.5).clamp_(0, 255).to(torch.uint8)
+def _views(data: pa.LargeBinaryArray, rows: np.ndarray[Any, Any]) -> list[Tensor]:
+    """These rows of `data`, uint8 [num_bytes] each, where they are: nothing is copied."""
+    _, offsets, values = data.buffers()
+    if values is None:
+        return [torch.empty(0, dtype=torch.uint8) for _ in rows]
+    ends = np.frombuffer(offsets, np.int64)[data.offset : data.offset + len(data) + 1]
+    # By DLPack, as torch asks of other buffers that they can be written.
+    whole = from_dlpack(pa.Array.from_buffers(pa.uint8(), values.size, [None, values]))
+    return [whole[start:end] for start, end in zip(ends[rows].tolist(), ends[rows + 1].tolist(), strict=True)]

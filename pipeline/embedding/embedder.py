@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -58,18 +58,26 @@ class Runner(Protocol):
         ...
 
 
+class Pixels(NamedTuple):
+    """What a runner embeds of a part.
+
+    `values` are pixels for `Runner.embed`, `places` which of them are the part's rows without a reason, in order, and
+    `faults` the rows that cannot be decoded, each with its reason. `num_refused` images were decoded on the CPU
+    because the device refused them; `refusal` is what it said of the first.
+    """
+
+    values: Any
+    places: np.ndarray[Any, Any]
+    faults: dict[int, str]
+    num_refused: int = 0
+    refusal: str | None = None
+
+
 class Intake(Protocol):
     """Where a runner's pixels come from."""
 
-    def __call__(
-        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
-    ) -> tuple[Any, np.ndarray[Any, Any], dict[int, str]]:
-        """Pixels of the rows of `samples` that have no reason yet.
-
-        Returns:
-            pixels for `Runner.embed`; which of them are those rows, in order and without the faults; and the rows
-            that cannot be decoded, each with its reason.
-        """
+    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
+        """Pixels of the rows of `samples` that have no reason yet."""
         ...
 
 
@@ -170,22 +178,23 @@ class Embedder:
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         self._busy.begin()
         try:
-            embedded = self._embedded(samples)
+            pixels, embedded = self._embedded(samples)
         finally:
             embed_s = self._busy.end()
-        return part_row({**values, "embed_s": embed_s, "batch_size": self._runner.batch_size}, embedded)
+        told = {"device_refused": pixels.num_refused, "device_refusal": pixels.refusal}
+        return part_row({**values, "embed_s": embed_s, "batch_size": self._runner.batch_size, **told}, embedded)
 
-    def _embedded(self, samples: pa.StructArray) -> pa.StructArray:
+    def _embedded(self, samples: pa.StructArray) -> tuple[Pixels, pa.StructArray]:
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
         rows = np.flatnonzero([reason is None for reason in reasons])
         shape = self._storage_shape()
         stored = np.zeros((len(samples), *shape), self._stored)
-        pixels, places, faults = self._intake(samples, rows)
-        for row, reason in faults.items():
+        pixels = self._intake(samples, rows)
+        for row, reason in pixels.faults.items():
             stages[row], reasons[row] = STAGE_DECODE, reason
-        rows = np.array([row for row in rows if int(row) not in faults], np.int64)
+        rows = np.array([row for row in rows if int(row) not in pixels.faults], np.int64)
         if len(rows):
-            embedded = self.embed(pixels, places).reshape(len(rows), *shape)
+            embedded = self.embed(pixels.values, pixels.places).reshape(len(rows), *shape)
             self._has_embedded = True
             with np.errstate(over="ignore"):
                 if len(rows) == len(samples):
@@ -196,7 +205,7 @@ class Embedder:
                 stages[row] = STAGE_EMBED
                 reasons[row] = f"not finite: the embedding has NaN or infinite values as {self._stored}"
         column = self._column(stored, [reason is not None for reason in reasons])
-        return with_payload(
+        return pixels, with_payload(
             samples,
             pa.field(EMBEDDING, column.type),
             **{
@@ -206,12 +215,10 @@ class Embedder:
             },
         )
 
-    def _pixels(
-        self, samples: pa.StructArray, rows: np.ndarray[Any, Any]
-    ) -> tuple[Any, np.ndarray[Any, Any], dict[int, str]]:
+    def _pixels(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
         """What the decode stage has made, where it is."""
         column = samples.field(PIXELS)
-        return column.values.to_numpy().reshape(-1, *self._crop, 3), rows + column.offset, {}
+        return Pixels(column.values.to_numpy().reshape(-1, *self._crop, 3), rows + column.offset, {})
 
     def _storage_shape(self) -> tuple[int]:
         kind = self._field.type

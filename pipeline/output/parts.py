@@ -127,6 +127,8 @@ class PartWriter:
             "ignored_members": str(values["ignored_members"]),
             "unused_images": str(values["unused_images"]),
         }
+        if values["device_refused"]:
+            metadata["device_refused"] = str(values["device_refused"])
         if values["unused_example"]:
             metadata["unused_example"] = values["unused_example"]
         # The errors first: where the part is there, its errors are too.

@@ -18,9 +18,9 @@ from shard_embedder.pipeline.core.errors import InputError, NoShardError, Stored
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.storage import join, locate, to_url
-from shard_embedder.pipeline.decoding.jpeg_forwarder import require_device_resize
+from shard_embedder.pipeline.decoding.jpeg_forwarder import require_device_decoding
 from shard_embedder.pipeline.decoding.rules import DecodingRules
-from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, heif_version
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, heif_version, torchcodec_version
 from shard_embedder.pipeline.embedding.network import Network
 from shard_embedder.pipeline.output.fingerprint import (
     Fingerprint,
@@ -136,7 +136,7 @@ def prepare_job(config: Config) -> Job:
     if config.image_size is not None:
         preprocess = preprocess.with_size(config.image_size)
     if config.decode == "gpu":
-        require_device_resize(preprocess)
+        require_device_decoding(preprocess)
     # What a part holds decoded has a bound. The rows that it may have are a setting of the output.
     config = replace(config, part_rows=bound_part_rows(config.part_rows, preprocess.crop))
     config, found, photos = _find_input(config)
@@ -145,9 +145,10 @@ def prepare_job(config: Config) -> Job:
     settings = OutputSettings.of(
         config, backbone=backbone, weights_sha256=weights.sha256, preprocess=preprocess, embedding_shape=shape
     )
-    asked = make_fingerprint(
-        settings, weights_name=weights.name, input_prefix=found.prefix, versions=library.versions()
-    )
+    versions = library.versions()
+    if config.decode == "gpu":
+        versions = {**versions, "torchcodec": torchcodec_version() or ""}
+    asked = make_fingerprint(settings, weights_name=weights.name, input_prefix=found.prefix, versions=versions)
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
     return follow_output(
         Job(

@@ -23,6 +23,7 @@ def make_warnings(job: Job, counts: Counts, tally: Tally) -> list[str]:
         *_unused_images(job.config, counts),
         *([job.warning] if job.warning else []),
         *_heif(tally),
+        *_device_refusals(tally),
         *_members_apart(tally),
         *_kept_fields(job.config, tally),
     ]
@@ -58,6 +59,16 @@ def _heif(tally: Tally) -> list[str]:
     return [
         f"{number} of this run are HEIC and stored as errors: pillow-heif, which decodes them, is missing where "
         f"the job started. Install it there and on every node ({INSTALL_HEIF}), and embed them into a new --output."
+    ]
+
+
+def _device_refusals(tally: Tally) -> list[str]:
+    if not tally.device_refused:
+        return []
+    number = format_count(tally.device_refused, "image")
+    return [
+        f"{number} of this run were decoded on the CPU, because the device's decoder refused them; "
+        f"for example {tally.device_refusal}."
     ]
 
 

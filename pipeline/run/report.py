@@ -43,6 +43,7 @@ def make_report(
     stored itself, and `errors_by_shard` of the ten shards with the most errors. `batch_size` is what was asked for
     or measured, None for the engine's own, and `batch_size_used` the smallest that was used: where a device's
     memory does not hold a batch, its runner halves them. Lists are cut, and have their number beside them.
+    `device_refused` images were decoded on the CPU, since the device's decoder refused them (`device_refusal`).
     `exit_code` and `verdict` are how it ended. `problems` is what went wrong with the engine on the way, `warnings`
     what may not be meant, and `unused_images` are image members that no row stands for. `timeline` has for each
     `step_s` seconds since the begin (`started_at`) the images of the parts stored in it, and the seconds that each
@@ -79,6 +80,8 @@ def make_report(
         "batch_size_used": tally.batch_size,
         "batch_rates": {str(size): round(rate, 2) for size, rate in resources.batch_rates} if resources else {},
         "decode": job.config.decode,
+        "device_refused": tally.device_refused,
+        "device_refusal": tally.device_refusal,
         "num_devices": devices.peak if devices else 0,
         "balanced": counts.balanced,
         "samples": counts.num_samples,

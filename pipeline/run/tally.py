@@ -44,6 +44,9 @@ class Tally:
     kept: list[Kept] = field(default_factory=list)
     # The smallest that a runner used: on a device whose memory did not hold more.
     batch_size: int | None = None
+    # Images that a device's decoder refused and the CPU decoded, and what the device said of the first.
+    device_refused: int = 0
+    device_refusal: str | None = None
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     stage_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
@@ -79,9 +82,18 @@ class Tally:
         self.num_samples += receipt["num_samples"]
         self.num_embedded += receipt["num_embedded"]
         self.num_errors += receipt["num_samples"] - receipt["num_embedded"]
-        for name in ("read_bytes", "written_bytes", "kept_nulls", "ignored_members", "apart_samples"):
+        for name in (
+            "read_bytes",
+            "written_bytes",
+            "kept_nulls",
+            "ignored_members",
+            "apart_samples",
+            "device_refused",
+        ):
             setattr(self, name, getattr(self, name) + receipt[name])
         self.batch_size = min(self.batch_size or receipt["batch_size"], receipt["batch_size"])
+        if self.device_refusal is None and receipt["device_refusal"] is not None:
+            self.device_refusal = f"{receipt['name']}: {receipt['device_refusal']}"
         self.kept = self.kept or [Kept() for _ in receipt["kept"]]
         for kept, counts in zip(self.kept, receipt["kept"], strict=True):
             kept.values += counts["values"]

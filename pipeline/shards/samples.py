@@ -262,6 +262,8 @@ class _PartBuilder:
             "kept": self._kept,
             "read_bytes": position - self._read_to,
             "batch_size": 0,
+            "device_refused": 0,
+            "device_refusal": None,
             **{f"{stage}_s": 0.0 for stage in STAGES},
         }
         self._index += len(self._rows)

@@ -529,7 +529,7 @@ def part(files: list[bytes | None]) -> pa.Table:
         "name": "shard", "url": "shard.tar", "num_bytes": 1, "version": "1", "part": 0, "first_index": 0,
         "num_samples": len(files), "end": "last", "fault": None, "fault_transient": False, "ignored_members": 0,
         "unused_images": 0, "unused_example": None, "apart_samples": 0, "kept_nulls": 0,
-        "kept": [], "read_bytes": 1, "batch_size": 0,
+        "kept": [], "read_bytes": 1, "batch_size": 0, "device_refused": 0, "device_refusal": None,
         "read_s": 0.0, "decode_s": 0.0, "embed_s": 0.0, "write_s": 0.0,
     }  # fmt: skip
     return part_row(values, pa.array(rows, kind))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import simplejpeg
 from PIL import Image
 
 from shard_embedder.pipeline.core.errors import SampleError, SettingsError
@@ -26,7 +27,7 @@ from shard_embedder.pipeline.decoding.jpeg_forwarder import (
     PIXELS_ALREADY,
     JpegForwarder,
     is_whole,
-    require_device_resize,
+    require_device_decoding,
 )
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
@@ -34,6 +35,13 @@ from tests.conftest import encode, photo
 from tests.decoding.test_decode import SMALL, every_format, with_orientation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+
+VALUES: dict[str, Any] = dict.fromkeys(("num_bytes", "part", "first_index", "num_samples"), 0)
+VALUES |= dict.fromkeys(("name", "url", "version", "end", "fault"), "")
+VALUES |= {"fault_transient": False, "ignored_members": 0, "kept_nulls": 0, "kept": [], "read_bytes": 0}
+VALUES |= {"unused_images": 0, "unused_example": None, "apart_samples": 0, "batch_size": 0}
+VALUES |= {"device_refused": 0, "device_refusal": None}
+VALUES |= {f"{stage}_s": 0.0 for stage in ("read", "decode", "embed", "write")}
 
 
 def decoder(max_pixels: int = 4_000_000, ignore_orientation: bool = False) -> Decoder:
@@ -97,11 +105,17 @@ def test_nothing_else_is_whole() -> None:
     assert {name: is_whole(other) for name, other in others.items()} == dict.fromkeys(others, False)
 
 
-def test_plain_jpegs_are_forwarded_as_they_are() -> None:
+def test_plain_jpegs_are_forwarded_as_they_are_but_for_their_metadata() -> None:
     for name, data in jpegs().items():
         height, width = 80, 96
-        expected = {"data": data, "height": height, "width": width, "orientation": 6 if name == "EXIF" else 1}
-        assert JpegForwarder(decoder()).forward(data) == expected, name
+        found = JpegForwarder(decoder()).forward(data)
+        plain = found.pop("data")
+        assert found == {"height": height, "width": width, "orientation": 6 if name == "EXIF" else 1}, name
+        # What a decoder applies by itself is not there: it would turn the picture twice.
+        assert b"Exif" not in plain
+        assert is_whole(plain)
+        assert np.array_equal(simplejpeg.decode_jpeg(plain), simplejpeg.decode_jpeg(data))
+        assert (plain == data) == (name not in ("EXIF", "profile", "a comment that looks like the end"))
     unturned = JpegForwarder(decoder(ignore_orientation=True)).forward(jpegs()["EXIF"])
     assert unturned["orientation"] == 1
 
@@ -147,12 +161,7 @@ def test_a_part_keeps_its_rows_and_the_reasons_that_it_has() -> None:
     kind = sample_type(image_field(), ())
     rows = [{"sample_index": i, "image_id": str(i), IMAGE: image} for i, image in enumerate(images)]
     rows[2] |= {STAGE: "read", REASON: "no image: for the test"}
-    values: dict[str, Any] = dict.fromkeys(("num_bytes", "part", "first_index", "num_samples"), 0)
-    values |= dict.fromkeys(("name", "url", "version", "end", "fault"), "")
-    values |= {"fault_transient": False, "ignored_members": 0, "kept_nulls": 0, "kept": [], "read_bytes": 0}
-    values |= {"unused_images": 0, "unused_example": None, "apart_samples": 0, "batch_size": 0}
-    values |= {f"{stage}_s": 0.0 for stage in ("read", "decode", "embed", "write")}
-    (table,) = JpegForwarder(decoder())(part_row(values, pa.array(rows, kind)))
+    (table,) = JpegForwarder(decoder())(part_row(VALUES, pa.array(rows, kind)))
     ((told, samples),) = part_rows(table)
     assert told["decode_s"] > 0.0
     assert samples.field("image_id").to_pylist() == ["0", "1", "2", "3"]
@@ -171,5 +180,5 @@ def test_a_part_keeps_its_rows_and_the_reasons_that_it_has() -> None:
 def test_weights_that_resize_in_another_way_are_refused() -> None:
     lanczos = Preprocess(40, (32, 32), "lanczos", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with pytest.raises(SettingsError, match=r"decode gpu resizes by bilinear or bicubic, .* ask for lanczos"):
-        require_device_resize(lanczos)
-    require_device_resize(SMALL)
+        require_device_decoding(lanczos)
+    require_device_decoding(SMALL)

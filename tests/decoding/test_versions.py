@@ -8,8 +8,15 @@ import tomllib
 
 import pytest
 
-from shard_embedder.pipeline.core.errors import ClusterError
-from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, LEAST_PILLOW, require_heif, require_pillow
+from shard_embedder.pipeline.core.errors import ClusterError, SettingsError
+from shard_embedder.pipeline.decoding.versions import (
+    INSTALL_HEIF,
+    LEAST_PILLOW,
+    LEAST_TORCHCODEC,
+    require_heif,
+    require_pillow,
+    require_torchcodec,
+)
 from tests.conftest import ROOT
 
 # Of a Pillow that is loaded: one that is not would refuse to be.
@@ -53,6 +60,18 @@ def test_neither_a_worker_nor_a_child_decodes_with_an_older_one() -> None:
 def test_the_pillow_heif_that_is_asked_for_is_the_one_that_is_required() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert f"pip install '{extras['heif'][0]}'" == INSTALL_HEIF
+
+
+def test_decoding_on_devices_is_refused_without_the_torchcodec_that_is_required() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["gpu"] == [f"torchcodec>={'.'.join(map(str, LEAST_TORCHCODEC))}"]
+    for version, got in ((None, "none"), ("0.15.2", "0.15.2")):
+        with pytest.raises(
+            SettingsError, match=rf"^decode gpu needs torchcodec 0\.16 or newer, got {got}: pip install"
+        ):
+            require_torchcodec(version)
+    require_torchcodec("0.16.0")
+    require_torchcodec("1.0")
 
 
 @pytest.mark.parametrize(("version", "got"), [(None, "none"), ("1.8.0", "1.8.0"), ("0.22.1", "0.22.1")])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from shard_embedder.pipeline.backbones import library_of, load_weights
 from shard_embedder.pipeline.backbones.torchvision_models import preprocess_for
@@ -51,11 +49,3 @@ def test_torch_export_still_loses_networks_that_the_tracer_takes() -> None:
         program = torch.export.export(module, (torch.zeros((4, *crop, 3), dtype=torch.uint8),))
     with pytest.raises(ov.frontend.OpConversionFailure, match=r"No conversion rule found for .* aten\._upsample"):
         ov.convert_model(program)
-
-
-def test_device_decode_still_has_torchvisions_jpeg_decoder() -> None:
-    """`pipeline.embedding.device_decode`: `decode_jpeg` moves to torchcodec."""
-    jpeg = torch.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), dtype=torch.uint8)
-    with pytest.warns(DeprecationWarning, match="The image decoding and encoding capabilities of TorchVision"):
-        (image,) = decode_jpeg([jpeg], mode=ImageReadMode.RGB, device=torch.device("cpu"))
-    assert image.shape == (3, 16, 16)

@@ -1,11 +1,10 @@
-"""Decoding on the backbone's device, here torch's `cpu`: pixels, errors and embeddings beside the decoder's."""
+"""Decoding on the backbone's device, here torch's `cpu`: pixels and embeddings beside the decoder's."""
 
 from __future__ import annotations
 
 import io
 import random
 import tarfile
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,10 +26,10 @@ from shard_embedder.pipeline.core.schema import encoded_field
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY, JpegForwarder
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
-from shard_embedder.pipeline.decoding.resize import resize_crop as on_cpu
 from shard_embedder.pipeline.decoding.rules import DecodingRules
-from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder, resize_crop
-from shard_embedder.pipeline.embedding.embedder import Embedder
+from shard_embedder.pipeline.embedding import device_decode
+from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
+from shard_embedder.pipeline.embedding.embedder import Embedder, Pixels
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.queries import QueryEmbedder
 from shard_embedder.pipeline.embedding.recipe import recipe_of
@@ -55,15 +54,25 @@ def decoder(preprocess: Preprocess = SMALL, kind: type[Decoder] = Decoder, **rul
     return kind(DecodingRules(preprocess=preprocess, max_pixels=4_000_000, **rules))
 
 
-def on_device(images: list[bytes], cpu: Decoder | None = None) -> tuple[Any, dict[int, str]]:
-    """Pixels [N, H, W, 3] of images that the CPU's part lets pass, and what the device's part says of the others."""
-    cpu = cpu or decoder()
+def samples_of(images: list[bytes], cpu: Decoder) -> pa.StructArray:
+    """Samples as the CPU's part gives them to the device's."""
     field = encoded_field()
     encoded = pa.array([JpegForwarder(cpu).forward(image) for image in images], field.type)
-    samples = pa.StructArray.from_arrays([encoded], fields=[field])
-    pixels, places, faults = DeviceDecoder(cpu, "cpu")(samples, np.arange(len(images)))
-    assert places.tolist() == [row for row in range(len(images)) if row not in faults]
-    return pixels.numpy(), faults
+    return pa.StructArray.from_arrays([encoded], fields=[field])
+
+
+def made(images: list[bytes], cpu: Decoder | None = None) -> Pixels:
+    """Images that the CPU's part lets pass, by the device's part."""
+    cpu = cpu or decoder()
+    found = DeviceDecoder(cpu, "cpu")(samples_of(images, cpu), np.arange(len(images)))
+    assert found.places.tolist() == [row for row in range(len(images)) if row not in found.faults]
+    return found
+
+
+def on_device(images: list[bytes], cpu: Decoder | None = None) -> tuple[Any, dict[int, str]]:
+    """Pixels [N, H, W, 3] of images that the CPU's part lets pass, and what the device's part says of the others."""
+    found = made(images, cpu)
+    return found.values.numpy(), found.faults
 
 
 def assert_alike(found: Any, expected: Any) -> None:
@@ -71,22 +80,6 @@ def assert_alike(found: Any, expected: Any) -> None:
     difference = np.abs(found.astype(int) - expected)
     assert difference.max() <= 2
     assert difference.mean() < 0.05
-
-
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(
-    ("resize", "crop", "mode"),
-    [(40, (32, 28), "center"), (31, (31, 31), "center"), (20, (32, 32), "center"), (33, (32, 20), "squash")],
-)
-def test_the_geometry_is_that_of_the_decoder(
-    interpolation: str, resize: int, crop: tuple[int, int], mode: str
-) -> None:
-    preprocess = replace(SMALL, resize=resize, crop=crop, interpolation=interpolation, mode=mode)
-    for size in [(96, 80), (80, 97), (41, 41), (17, 200), (333, 250), (24, 24)]:
-        # Large steps between pixels, so that bicubic overshoots.
-        pixels = np.random.default_rng(size).integers(0, 2, (*size, 3), dtype=np.uint8) * 255
-        found = resize_crop(torch.from_numpy(pixels).permute(2, 0, 1), preprocess).numpy()
-        assert_alike(found, on_cpu(pixels, preprocess))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -109,35 +102,6 @@ def refused() -> bytes:
     data = bytearray(encode(photo(3)))
     data[data.index(b"\xff\xc0") + 12] = 3
     return bytes(data)
-
-
-def test_what_the_device_refuses_has_the_decoders_reason_and_costs_only_itself() -> None:
-    cpu = decoder()
-    assert JpegForwarder(cpu).forward(refused())["orientation"] == 1
-    images = [encode(photo(seed)) for seed in range(5)]
-    found, faults = on_device([*images[:3], refused(), *images[3:]], cpu)
-    with pytest.raises(SampleError) as expected:
-        cpu.decode(refused())
-    assert faults == {3: str(expected.value)}
-    good, _ = on_device(images, cpu)
-    assert np.array_equal(np.delete(found, 3, 0), good)
-
-
-class Counted(Decoder):
-    """Keeps what it is asked to decode."""
-
-    def decode(self, data: bytes | pa.Buffer) -> Any:
-        asked.append(bytes(memoryview(data)))
-        return super().decode(data)
-
-
-asked: list[bytes] = []
-
-
-def test_one_that_is_refused_leaves_its_group_to_the_device() -> None:
-    asked.clear()
-    on_device([encode(photo(0)), refused(), encode(photo(1))], decoder(kind=Counted))
-    assert asked == [refused()]
 
 
 def test_whatever_a_jpeg_is_broken_into_becomes_what_the_decoder_makes_of_it() -> None:
@@ -192,65 +156,52 @@ def outcome(decode: Callable[[bytes], Any], data: bytes) -> Any:
         return str(error)
 
 
-def test_images_are_decoded_in_groups_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_in_groups_of_a_bounded_size(decodes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     images = [encode(photo(seed, (96 - seed, 80))) for seed in range(9)]
     whole, _ = on_device(images)
-    sizes: list[int] = []
-    decode = DeviceDecoder._decode
-
-    def counted(self: DeviceDecoder, group: list[torch.Tensor]) -> list[torch.Tensor]:
-        sizes.append(len(group))
-        return decode(self, group)
-
-    monkeypatch.setattr(DeviceDecoder, "_decode", counted)
-    monkeypatch.setattr("shard_embedder.pipeline.embedding.device_decode._GROUP_PIXELS", 2 * 96 * 80)
-    assert np.array_equal(on_device(images)[0], whole)
     # The first is what the device is tried with.
-    assert sizes == [1, 2, 2, 2, 2, 1]
+    assert decodes == [1, 9]
+    decodes.clear()
+    floats = 3 * 96 * 80 + 4 * 32 * (96 + 80)
+    monkeypatch.setattr("shard_embedder.pipeline.embedding.device_resize._GROUP_FLOATS", 2 * floats)
+    assert np.array_equal(on_device(images)[0], whole)
+    assert decodes == [1, 2, 2, 2, 2, 1]
 
 
-def test_threads_that_decode_at_once_leave_the_process_its_warnings() -> None:
-    images = [encode(photo(seed)) for seed in range(20)]
-    forwarder, field = JpegForwarder(decoder()), encoded_field()
-    encoded = pa.array([forwarder.forward(image) for image in images], field.type)
-    samples = pa.StructArray.from_arrays([encoded], fields=[field])
-    device = DeviceDecoder(decoder(), "cpu")
-    filters = list(warnings.filters)
-    with ThreadPoolExecutor(4) as pool:
-        at_once = list(pool.map(lambda _: device(samples, np.arange(len(images)))[0], range(40)))
-    assert warnings.filters == filters
-    assert all(torch.equal(pixels, at_once[0]) for pixels in at_once)
+def test_jpegs_are_decoded_where_they_are_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = decoder()
+    samples = samples_of([encode(photo(seed)) for seed in range(9)], cpu)
+    # As Ray gives them: in memory that nobody may write to.
+    table = pa.table({"samples": samples})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    stored = pa.ipc.open_stream(sink.getvalue().to_pybytes()).read_all()["samples"].chunk(0)[2:]
+    data = stored.field("encoded").field("data").buffers()[2]
+    assert not data.is_mutable
+    given: list[int] = []
+    decode = device_decode.decode_jpeg
 
+    def noted(images: list[torch.Tensor], **options: Any) -> Any:
+        given.extend(image.data_ptr() for image in images)
+        return decode(images, **options)
 
-def test_what_the_device_refuses_keeps_its_place_when_threads_share_a_child_process() -> None:
-    cpu, field = decoder(), encoded_field()
-    images = [[encode(photo(seed)) for seed in range(first, first + 20)] * 10 for first in (0, 20, 40, 60)]
-    encoded = [pa.array([JpegForwarder(decoder()).forward(one) for one in part], field.type) for part in images]
     device = DeviceDecoder(cpu, "cpu")
-    device._decode = refuse  # type: ignore[method-assign]
-
-    def made(part: pa.Array) -> Any:
-        pixels, _, faults = device(pa.StructArray.from_arrays([part], fields=[field]), np.arange(len(part)))
-        assert faults == {}
-        return pixels.numpy()
-
-    with ThreadPoolExecutor(len(images)) as pool:
-        at_once = list(pool.map(made, encoded))
-    for found, part in zip(at_once, images, strict=True):
-        assert np.array_equal(found, np.stack([decoder().decode(one) for one in part]))
+    monkeypatch.setattr(device_decode, "decode_jpeg", noted)
+    rows = np.array([0, 2, 5])
+    found = device(stored, rows)
+    assert len(given) == len(rows)
+    assert all(data.address <= address < data.address + data.size for address in given)
+    for pixels, row in zip(found.values.numpy(), rows, strict=True):
+        assert_alike(pixels, cpu.decode(encode(photo(2 + row))))
 
 
-def refuse(images: list[torch.Tensor]) -> list[torch.Tensor]:
-    raise RuntimeError("no")
-
-
-def test_a_device_that_decodes_nothing_is_told_of_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **options: Any) -> None:
-        raise RuntimeError("Failed to initialize nvjpeg")
-
-    monkeypatch.setattr("shard_embedder.pipeline.embedding.device_decode.decode_jpeg", broken)
-    with pytest.raises(RuntimeError, match="Failed to initialize nvjpeg"):
-        DeviceDecoder(decoder(), "cpu")
+def test_threads_that_decode_at_once_get_what_each_gets_alone() -> None:
+    samples = samples_of([encode(photo(seed)) for seed in range(20)], decoder())
+    device = DeviceDecoder(decoder(), "cpu")
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda number: device(samples, np.arange(20)).values, range(40)))
+    assert all(torch.equal(pixels, at_once[0]) for pixels in at_once)
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,8 @@ def decoded(images: list[bytes], device: str) -> tuple[Any, dict[int, str]]:
     field = encoded_field()
     encoded = pa.array([JpegForwarder(decoder).forward(image) for image in images], field.type)
     samples = pa.StructArray.from_arrays([encoded], fields=[field])
-    pixels, _, faults = DeviceDecoder(decoder, device)(samples, np.arange(len(images)))
-    return pixels, faults
+    found = DeviceDecoder(decoder, device)(samples, np.arange(len(images)))
+    return found.values, found.faults
 
 
 def test_jpegs_decoded_on_the_device_have_the_embeddings_of_those_decoded_on_the_cpu() -> None:

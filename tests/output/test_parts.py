@@ -103,6 +103,7 @@ def test_a_version_is_its_size_and_its_tag() -> None:
 
 def test_a_part_holds_the_rows_in_order_and_says_what_made_them(tmp_path: Path) -> None:
     counts = {"first_index": 20, "ignored_members": 2, "unused_images": 1, "unused_example": "d.png, beside d.jpg"}
+    counts |= {"device_refused": 2, "device_refusal": "RuntimeError: nvjpegDecode failed: 6"}
     (receipt,) = writer(tmp_path)(embedded(["a", "b", "c"], **counts)).to_pylist()
     table = pq.read_table(tmp_path / "embeddings" / NAME)
     assert table.column_names == ["image_id", "shard", "sample_index", "embedding"]
@@ -129,7 +130,9 @@ def test_a_part_holds_the_rows_in_order_and_says_what_made_them(tmp_path: Path) 
         "ignored_members": "2",
         "unused_images": "1",
         "unused_example": "d.png, beside d.jpg",
+        "device_refused": "2",
     }
+    assert (receipt["device_refused"], receipt["device_refusal"]) == (2, "RuntimeError: nvjpegDecode failed: 6")
     assert (receipt["num_embedded"], receipt["reasons"]) == (3, [])
     assert receipt["written_bytes"] == (tmp_path / "embeddings" / NAME).stat().st_size
     assert not (tmp_path / "errors").exists()

@@ -77,6 +77,7 @@ def store(output: Path, shard: str, values: Vectors, part_rows: int = 500) -> No
         facts |= {"first_index": start, "num_samples": len(some), "fault": None, "fault_transient": False}
         facts |= {"end": END_LAST if start + part_rows >= len(values) else END_NONE, "ignored_members": 0}
         facts |= {"unused_images": 0, "unused_example": None, "apart_samples": 0, "kept": []}
+        facts |= {"device_refused": 0, "device_refusal": None}
         facts |= {"kept_nulls": 0, "read_bytes": 0, "batch_size": 1, **{f"{stage}_s": 0.0 for stage in STAGES}}
         writer(part_row(facts, samples))
 

@@ -10,11 +10,14 @@ import pytest
 
 from shard_embedder.jobs.support.console import Console
 from shard_embedder.jobs.support.console_json import JsonConsole
+from shard_embedder.pipeline.output.ledger import Counts
 from shard_embedder.pipeline.pages.run_page import draw_page
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.advice import make_warnings
 from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.passes import run
+from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.keys import Naming
 from tests.conftest import encode, photo, sample_members, write_tar
 from tests.outputs import UNHEARD, embed, job_for, rows
@@ -119,6 +122,17 @@ def parts_run(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
     """The report of a run that stores its parts itself."""
     job = job_for(folder, output, **settings)
     return run(job, make_plan(job.shards, job.config.output), UNHEARD, InProcess())
+
+
+def test_images_that_the_device_refused_are_warned_of_with_what_it_said(tmp_path: Path) -> None:
+    write_images(tmp_path / "in" / "a.tar", "x.jpg")
+    job = job_for(tmp_path / "in", tmp_path / "out")
+    assert make_warnings(job, Counts(), Tally()) == []
+    tally = Tally(device_refused=1200, device_refusal="a: RuntimeError: nvjpegDecode failed: 6")
+    assert make_warnings(job, Counts(), tally) == [
+        "1,200 images of this run were decoded on the CPU, because the device's decoder refused them; "
+        "for example a: RuntimeError: nvjpegDecode failed: 6."
+    ]
 
 
 def write_apart(path: Path, num_apart: int, num_beside: int) -> None:

@@ -28,6 +28,8 @@ def receipt(**changes: Any) -> dict[str, Any]:
         "num_samples": 4,
         "num_embedded": 4,
         "batch_size": 128,
+        "device_refused": 0,
+        "device_refusal": None,
         "store_fault": None,
         "reasons": [],
         "error_ids": [],
@@ -90,6 +92,13 @@ def test_the_timeline_has_what_the_sums_have() -> None:
     assert {stage: sum(steps) for stage, steps in told["busy_s"].items()} == tally.stage_s
     assert tally.reasons == {"broken image": 2, "empty": 1}
     assert tally.examples["broken image"] == "a, x: broken image: a"
+
+
+def test_images_that_a_device_refused_are_counted_with_what_it_said_of_the_first() -> None:
+    tally = Tally()
+    for number, said in ((0, None), (2, "RuntimeError: nvjpegDecode failed: 6"), (1, "another")):
+        tally.add(receipt(device_refused=number, device_refusal=said))
+    assert (tally.device_refused, tally.device_refusal) == (3, "a: RuntimeError: nvjpegDecode failed: 6")
 
 
 def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were_asked_for() -> None:
