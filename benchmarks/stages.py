@@ -219,7 +219,7 @@ def device_decode(settings: Settings) -> dict[str, float | str]:
 
     def on_device(tables: list[pa.Table]) -> None:
         for _, samples in itertools.chain.from_iterable(map(part_rows, tables)):
-            pixels = decoder(samples, np.flatnonzero(samples.field(REASON).is_null()))
+            pixels = decoder(samples, np.flatnonzero(samples.field(REASON).is_null()), "of the benchmark")
             # A device answers before it is done.
             pixels.values.sum().item()
 

@@ -24,14 +24,18 @@ from torchcodec.decoders import decode_jpeg
 from shard_embedder.pipeline.core.errors import SampleError
 from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.core.schema import ENCODED
+from shard_embedder.pipeline.decoding import child
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
 from shard_embedder.pipeline.embedding.device_resize import Group, Plan, plan_resizes, resize_group
 from shard_embedder.pipeline.embedding.embedder import Pixels
 from shard_embedder.pipeline.embedding.gpu import lacks_memory, use_exact_fp32
+from shard_embedder.pipeline.embedding.tries import counted_try
 
 # Groups whose pixels the device still makes, while the next one is decoded: each holds memory until it is done.
 _IN_FLIGHT = 2
+# Times that a part may end its process, or fail, while the device decodes it; then the CPU does, in a child process.
+_MOST_TRIES = 2
 
 
 @dataclass
@@ -50,8 +54,9 @@ class _Part:
 class DeviceDecoder:
     """Makes the pixels of parts on one device; `decoder` takes what that refuses, so that errors are its own.
 
-    Threads take turns: `decoder` is of one thread. On a GPU all is done in two streams, beside what the backbone
-    computes: while one resizes a group of images, the other decodes the next.
+    Threads take turns: `decoder` is of one thread, and so it is known which part was decoded when a process died. On
+    a GPU all is done in two streams, beside what the backbone computes: while one resizes a group of images, the
+    other decodes the next.
 
     Raises:
         RuntimeError: the device decodes nothing, not even the JPEG that it is tried with.
@@ -72,17 +77,17 @@ class DeviceDecoder:
         # Else each image would be refused, and decoded on the CPU one after the other.
         self._decoded([from_dlpack(np.frombuffer(bytearray(_TINY), np.uint8))])
 
-    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
+    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> Pixels:
         """As `pipeline.embedding.embedder.Intake` does; the pixels are a tensor on the device."""
-        with self._turn, _in_stream(self._resizes):
-            made = self._made(samples, rows)
+        with self._turn, counted_try(part) as num_tries, _in_stream(self._resizes):
+            made = self._made(samples, rows, num_tries)
             if self._resizes is not None:
                 # They are computed with in another stream.
                 self._resizes.synchronize()
                 self._in_flight.clear()
             return made
 
-    def _made(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
+    def _made(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], num_tries: int) -> Pixels:
         crop = self._preprocess.crop
         encoded = samples.field(ENCODED)
         orientations = _column(encoded, "orientation", rows)
@@ -104,13 +109,18 @@ class DeviceDecoder:
             self._uploaded(places),
             pixels,
         )
-        refused = [number for group in plan.groups for number in self._refused(part, group)]
+        is_deadly = num_tries >= _MOST_TRIES
+        if is_deadly:
+            part.refusal = f"{num_tries} times the process died, or failed, while its device decoded this part"
+            refused = list(range(len(places)))
+        else:
+            refused = [number for group in plan.groups for number in self._refused(part, group)]
         faults: dict[int, str] = {}
         num_refused = 0
         for place in places[refused]:
             image = _with_orientation(data[place].numpy().tobytes(), int(orientations[place]))
             try:
-                found = self._decoder.decode(image)
+                found = child.decode(image, self._decoder.rules)[0] if is_deadly else self._decoder.decode(image)
             except SampleError as error:
                 faults[int(rows[place])] = str(error)
                 continue

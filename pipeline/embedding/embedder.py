@@ -76,8 +76,8 @@ class Pixels(NamedTuple):
 class Intake(Protocol):
     """Where a runner's pixels come from."""
 
-    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
-        """Pixels of the rows of `samples` that have no reason yet."""
+    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> Pixels:
+        """Pixels of the rows of `samples` that have no reason yet. `part` names them, and no others."""
         ...
 
 
@@ -178,18 +178,18 @@ class Embedder:
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         self._busy.begin()
         try:
-            pixels, embedded = self._embedded(samples)
+            pixels, embedded = self._embedded(samples, f"{values['url']} {values['version']} {values['part']}")
         finally:
             embed_s = self._busy.end()
         told = {"device_refused": pixels.num_refused, "device_refusal": pixels.refusal}
         return part_row({**values, "embed_s": embed_s, "batch_size": self._runner.batch_size, **told}, embedded)
 
-    def _embedded(self, samples: pa.StructArray) -> tuple[Pixels, pa.StructArray]:
+    def _embedded(self, samples: pa.StructArray, part: str) -> tuple[Pixels, pa.StructArray]:
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
         rows = np.flatnonzero([reason is None for reason in reasons])
         shape = self._storage_shape()
         stored = np.zeros((len(samples), *shape), self._stored)
-        pixels = self._intake(samples, rows)
+        pixels = self._intake(samples, rows, part)
         for row, reason in pixels.faults.items():
             stages[row], reasons[row] = STAGE_DECODE, reason
         rows = np.array([row for row in rows if int(row) not in pixels.faults], np.int64)
@@ -215,7 +215,7 @@ class Embedder:
             },
         )
 
-    def _pixels(self, samples: pa.StructArray, rows: np.ndarray[Any, Any]) -> Pixels:
+    def _pixels(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> Pixels:
         """What the decode stage has made, where it is."""
         column = samples.field(PIXELS)
         return Pixels(column.values.to_numpy().reshape(-1, *self._crop, 3), rows + column.offset, {})

@@ -64,7 +64,7 @@ def samples_of(images: list[bytes], cpu: Decoder) -> pa.StructArray:
 def made(images: list[bytes], cpu: Decoder | None = None) -> Pixels:
     """Images that the CPU's part lets pass, by the device's part."""
     cpu = cpu or decoder()
-    found = DeviceDecoder(cpu, "cpu")(samples_of(images, cpu), np.arange(len(images)))
+    found = DeviceDecoder(cpu, "cpu")(samples_of(images, cpu), np.arange(len(images)), "a part")
     assert found.places.tolist() == [row for row in range(len(images)) if row not in found.faults]
     return found
 
@@ -189,7 +189,7 @@ def test_jpegs_are_decoded_where_they_are_without_a_copy(monkeypatch: pytest.Mon
     device = DeviceDecoder(cpu, "cpu")
     monkeypatch.setattr(device_decode, "decode_jpeg", noted)
     rows = np.array([0, 2, 5])
-    found = device(stored, rows)
+    found = device(stored, rows, "a part")
     assert len(given) == len(rows)
     assert all(data.address <= address < data.address + data.size for address in given)
     for pixels, row in zip(found.values.numpy(), rows, strict=True):
@@ -200,7 +200,7 @@ def test_threads_that_decode_at_once_get_what_each_gets_alone() -> None:
     samples = samples_of([encode(photo(seed)) for seed in range(20)], decoder())
     device = DeviceDecoder(decoder(), "cpu")
     with ThreadPoolExecutor(4) as pool:
-        at_once = list(pool.map(lambda number: device(samples, np.arange(20)).values, range(40)))
+        at_once = list(pool.map(lambda number: device(samples, np.arange(20), str(number)).values, range(40)))
     assert all(torch.equal(pixels, at_once[0]) for pixels in at_once)
 
 

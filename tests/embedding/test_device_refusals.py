@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +25,7 @@ from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
 from shard_embedder.pipeline.embedding import device_decode
 from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
-from tests.conftest import encode, photo
+from tests.conftest import ROOT, encode, photo
 from tests.decoding.test_decode import part, with_orientation
 from tests.embedding.test_device_decode import (
     assert_alike,
@@ -80,7 +86,7 @@ def test_one_that_is_refused_is_found_by_halves_and_counted_where_the_cpu_decode
         return found
 
     monkeypatch.setattr(device_decode, "decode_jpeg", odd_one_out)
-    found = device(samples_of(images, decoder()), np.arange(64))
+    found = device(samples_of(images, decoder()), np.arange(64), "a part")
     assert sorted(decodes, reverse=True) == [64, 32, 32, 16, 16, 8, 8, 4, 4, 2, 2, 1, 1, 1]
     assert (found.faults, found.num_refused, found.refusal) == ({}, 1, "RuntimeError: nvjpegDecode failed: 6")
     # Turned as its metadata said, which the device was not given.
@@ -108,13 +114,14 @@ def test_a_group_that_the_memory_does_not_hold_is_tried_again_and_then_halved(
     for sizes, calls in (([8], [8, 8]), ([8, 8], [8, 8, 4, 4]), ([8, 8, 4], [8, 8, 4, 2, 2, 4])):
         decodes.clear()
         full[:] = sizes
-        found = device(samples, np.arange(8))
+        found = device(samples, np.arange(8), "a part")
         assert decodes == calls
         assert (found.num_refused, found.refusal, found.faults) == (0, None, {})
         assert np.array_equal(found.values.numpy(), expected)
 
 
-def test_a_device_that_fails_altogether_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_fails_altogether_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     device = DeviceDecoder(decoder(), "cpu")
 
     def poisoned(*args: Any, **options: Any) -> None:
@@ -122,8 +129,12 @@ def test_a_device_that_fails_altogether_is_no_refusal(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(device_decode, "decode_jpeg", poisoned)
     samples = samples_of([encode(photo(1))] * 2, decoder())
+    for _ in range(2):
+        with pytest.raises(torch.AcceleratorError):
+            device(samples, np.arange(2), "a part")
+    assert device(samples, np.arange(2), "a part").num_refused == 2
     with pytest.raises(torch.AcceleratorError):
-        device(samples, np.arange(2))
+        device(samples, np.arange(2), "a part")
 
 
 def test_what_the_device_refuses_keeps_its_place_when_threads_share_a_child_process(
@@ -134,7 +145,7 @@ def test_what_the_device_refuses_keeps_its_place_when_threads_share_a_child_proc
     device = DeviceDecoder(decoder(), "cpu")
     monkeypatch.setattr(device_decode, "decode_jpeg", broken)
     with ThreadPoolExecutor(len(images)) as pool:
-        at_once = list(pool.map(lambda samples: device(samples, np.arange(200)), parts))
+        at_once = list(pool.map(lambda samples: device(samples, np.arange(200), str(id(samples))), parts))
     for found, files in zip(at_once, images, strict=True):
         assert (found.faults, found.num_refused) == ({}, 200)
         assert found.refusal == "RuntimeError: Failed to initialize nvjpeg"
@@ -163,3 +174,46 @@ def test_a_part_says_how_many_of_its_images_the_device_refused_and_why(monkeypat
     # One is an error, which is told as one.
     assert (values["device_refused"], values["device_refusal"]) == (2, "RuntimeError: Failed to initialize nvjpeg")
     assert samples.field("stage").to_pylist() == [None, "decode", None, "decode"]
+
+
+DEADLY = """
+import os, signal, sys
+import numpy as np
+import pyarrow as pa
+from shard_embedder.pipeline.core.schema import encoded_field
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
+from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.embedding import device_decode
+cpu = Decoder(DecodingRules(preprocess=Preprocess(40, (32, 28), "bilinear", (), ()), max_pixels=4_000_000))
+decode = device_decode.decode_jpeg
+def deadly(images, **options):
+    if len(images) > 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return decode(images, **options)
+device_decode.decode_jpeg = deadly
+device = device_decode.DeviceDecoder(cpu, "cpu")
+images = [open(path, "rb").read() for path in sys.argv[1:]]
+field = encoded_field()
+encoded = pa.array([JpegForwarder(cpu).forward(image) for image in images], field.type)
+samples = pa.StructArray.from_arrays([encoded], fields=[field])
+assert device(samples, np.arange(1), "another part").num_refused == 0
+found = device(samples, np.arange(3), "a part")
+assert np.array_equal(found.values.numpy(), np.stack([cpu.decode(image) for image in images]))
+print(found.num_refused, found.refusal)
+"""
+
+
+def test_a_part_that_kills_its_process_twice_is_decoded_on_the_cpu(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{seed}.jpg" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        path.write_bytes(with_orientation(photo(seed), 1 + seed, "JPEG"))
+    command = [sys.executable, "-c", DEADLY, *map(str, paths)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = [
+        subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        for _ in range(3)
+    ]
+    assert [one.returncode for one in done] == [-signal.SIGSEGV, -signal.SIGSEGV, 0], done[2].stderr
+    assert done[2].stdout == "3 2 times the process died, or failed, while its device decoded this part\n"

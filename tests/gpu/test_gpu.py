@@ -195,7 +195,7 @@ def decoded(images: list[bytes], device: str) -> tuple[Any, dict[int, str]]:
     field = encoded_field()
     encoded = pa.array([JpegForwarder(decoder).forward(image) for image in images], field.type)
     samples = pa.StructArray.from_arrays([encoded], fields=[field])
-    found = DeviceDecoder(decoder, device)(samples, np.arange(len(images)))
+    found = DeviceDecoder(decoder, device)(samples, np.arange(len(images)), "a part")
     return found.values, found.faults
 
 
