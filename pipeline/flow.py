@@ -10,6 +10,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from shard_embedder.pipeline.core.config import device_share
 from shard_embedder.pipeline.core.groups import grouped
 from shard_embedder.pipeline.core.schema import SHARD_SCHEMA
 from shard_embedder.pipeline.decoding.decoder import Decoder
@@ -49,7 +50,7 @@ class Stages:
         """The stages of a job."""
         config = job.config
         decoder = Decoder(job.rules)
-        on_device = config.decode == "gpu"
+        share = device_share(config.decode)
         embedder = functools.partial(
             Embedder,
             source,
@@ -57,11 +58,11 @@ class Stages:
             resources.placement(job.precision, compiled=config.compile),
             shape=job.shape,
             dtype=config.dtype,
-            decoder=decoder if on_device else None,
+            decoder=decoder if share else None,
         )
         return cls(
             reader=SampleReader(config),
-            decoder=JpegForwarder(decoder) if on_device else decoder,
+            decoder=JpegForwarder(decoder, share) if share else decoder,
             embedder=embedder,
             writer=PartWriter(config, job.fingerprint, job.shape),
         )

@@ -16,7 +16,7 @@ from shard_embedder.pipeline.core.schema import KEEP_TYPES, RESERVED_COLUMNS
 FEATURES = ("pooled", "map")
 DTYPES = ("float32", "float16")
 DEVICES = ("auto", "cuda", "cpu")
-DECODES = ("cpu", "gpu")
+DECODES = ("cpu", "gpu", "gpu:SHARE")
 # Where the key of a member ends in its basename; the first is WebDataset's rule.
 KEYS = ("first-dot", "last-dot")
 AUTO = "auto"
@@ -97,7 +97,7 @@ class Config:
     precision: str = "auto"
     device: str = "auto"
     batch_size: int | str | None = None  # images; auto: by measuring; None: by device
-    decode: str = "cpu"  # gpu: plain JPEGs on the backbone's device
+    decode: str = "cpu"  # gpu: plain JPEGs on the backbone's device; gpu:SHARE: so many of the samples
     compile: bool = False  # the backbone, for the GPU
     actors: tuple[int, int] | None = None  # (min, max); None: all the devices there are
     actor_resource: str | None = None  # Ray resource of the nodes that backbones may run on; None: any node
@@ -133,7 +133,8 @@ class Config:
         _check(self.dtype in DTYPES, "dtype", f"be one of {', '.join(DTYPES)}", self.dtype)
         _check(self.device in DEVICES, "device", f"be one of {', '.join(DEVICES)}", self.device)
         _check(self.key in KEYS, "key", f"be one of {', '.join(KEYS)}", self.key)
-        _check(self.decode in DECODES, "decode", f"be one of {', '.join(DECODES)}", self.decode)
+        rule = f"be one of {', '.join(DECODES)} (hundredths, 0.01 to 0.99)"
+        _check(is_decode(self.decode), "decode", rule, self.decode)
         if self.needs_gpu and self.device == "cpu":
             raise SettingsError(f"{self.needs_gpu} needs device cuda: device must be auto or cuda with it, got 'cpu'")
         _check(self.precision in PRECISIONS, "precision", f"be one of {', '.join(PRECISIONS)}", self.precision)
@@ -194,7 +195,7 @@ class Config:
     @property
     def needs_gpu(self) -> str | None:
         """What of these settings only a GPU does, or None."""
-        return "decode gpu" if self.decode == "gpu" else "compile" if self.compile else None
+        return f"decode {self.decode}" if device_share(self.decode) else "compile" if self.compile else None
 
     def not_default(self) -> dict[str, str]:
         """The settings that are not their default, each as a flag or a variable has it; but for input and output."""
@@ -224,6 +225,18 @@ def _as_text(name: str, value: Any) -> str:
 def _check(holds: bool, field: str, rule: str, value: Any) -> None:
     if not holds:
         raise SettingsError(f"{field} must {rule}, got {value!r}")
+
+
+def is_decode(decode: str) -> bool:
+    """Whether it is a value of `decode`."""
+    return decode == "cpu" or device_share(decode) > 0
+
+
+def device_share(decode: str) -> float:
+    """The share of the samples whose JPEGs the backbone's device decodes: 0 with cpu, 1 with gpu."""
+    # One way to write each, as two outputs with the same share have the same settings.
+    match = re.fullmatch(r"gpu(?::(0\.(?:[0-9]?[1-9])))?", decode)
+    return 0.0 if match is None else float(match[1] or 1)
 
 
 def parse_pair(field: str, text: str, separator: str, form: str) -> tuple[int, int]:
@@ -281,6 +294,8 @@ def _coerce(name: str, kind: str, value: Any) -> Any:
         return parse_pair(name, str(value), ":", "N or MIN:MAX")
     if name == "image_size":
         return parse_pair(name, str(value), "x", "N or HEIGHTxWIDTH")
+    if name == "decode":
+        return re.sub(r"(\.\d*[1-9])0+$", r"\1", _text(name, value))
     if name == "batch_size" and value == AUTO:
         return value
     if kind.startswith("bool"):

@@ -8,6 +8,7 @@ and is seen by no such look.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow as pa
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.schema import (
     ENCODED,
+    SAMPLE_INDEX,
     encoded_field,
     part_row,
     part_rows,
@@ -94,10 +96,15 @@ def _is_known_frame(body: bytes) -> bool:
 
 
 class JpegForwarder:
-    """Checks each image by its header, as `decoder` does; what is no plain JPEG it lets `decoder` decode."""
+    """Checks each image by its header, as `decoder` does; what is no plain JPEG it lets `decoder` decode.
 
-    def __init__(self, decoder: Decoder) -> None:
+    Of a `share` below 1 it forwards that share of the samples, chosen by their index in the shard alone: the same in
+    every run, and spread over every part.
+    """
+
+    def __init__(self, decoder: Decoder, share: float = 1.0) -> None:
         self._decoder = decoder
+        self._share = share
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Parts with encoded images in, the same parts with what a device is to decode (`encoded_field`) out."""
@@ -109,9 +116,12 @@ class JpegForwarder:
     def _part(self, values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
         start = self._decoder.clock()
         encoded: list[dict[str, Any] | None] = [None] * len(samples)
+        indices = samples.field(SAMPLE_INDEX).to_pylist()
 
         def forward(row: int, image: pa.Buffer) -> None:
-            encoded[row] = self.forward(bytes(memoryview(image)))
+            data = bytes(memoryview(image))
+            is_of_share = math.floor((indices[row] + 1) * self._share) > math.floor(indices[row] * self._share)
+            encoded[row] = self.forward(data) if is_of_share else self._decoded(data)
 
         faults = decode_rows(samples, forward)
         payload = encoded_field()

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from shard_embedder.pipeline.core.config import DECODES, DTYPES, FEATURES, KEYS, PRECISIONS, Config, Field
+from shard_embedder.pipeline.core.config import DECODES, DTYPES, FEATURES, KEYS, PRECISIONS, Config, Field, is_decode
 from shard_embedder.pipeline.core.errors import SettingsError, StoredDataError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
@@ -126,6 +126,8 @@ class OutputSettings:
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not is_decode(self.decode):
+            raise ValueError(f"decode must be one of {', '.join(DECODES)}, got {self.decode!r}")
         sizes = [*self.embedding_shape, *self.preprocess.crop, self.part_rows, self.max_pixels, self.max_image_bytes]
         if not all(isinstance(size, int) and 0 < size < 2**63 for size in sizes) or len(self.embedding_shape) not in (
             1,
@@ -149,9 +151,9 @@ _OF_CONFIG = (
 )  # fmt: skip
 _TYPES: dict[str, Any] = {
     "backbone": str, "weights_sha256": str, "normalize": bool, "image_member": str | None, "ignore_orientation": bool,
-    "accept_damaged": bool, "max_pixels": int, "max_image_bytes": int, "part_rows": int,
+    "accept_damaged": bool, "decode": str, "max_pixels": int, "max_image_bytes": int, "part_rows": int,
 }  # fmt: skip
-_KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "decode": DECODES, "key": KEYS}
+_KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "key": KEYS}
 
 
 def canonical_json(value: Any) -> str:

@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from shard_embedder.pipeline.backbones import library_of
 from shard_embedder.pipeline.backbones.weights_spec import Weights
-from shard_embedder.pipeline.core.config import Config, Field
+from shard_embedder.pipeline.core.config import Config, Field, device_share
 from shard_embedder.pipeline.core.errors import InputError, NoShardError, StoredDataError
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.progress import Progress, no_progress
@@ -135,7 +135,7 @@ def prepare_job(config: Config) -> Job:
     preprocess = library.preprocess_for(backbone, config.weights, config.preprocess)
     if config.image_size is not None:
         preprocess = preprocess.with_size(config.image_size)
-    if config.decode == "gpu":
+    if device_share(config.decode):
         require_device_decoding(preprocess)
     # What a part holds decoded has a bound. The rows that it may have are a setting of the output.
     config = replace(config, part_rows=bound_part_rows(config.part_rows, preprocess.crop))
@@ -146,7 +146,7 @@ def prepare_job(config: Config) -> Job:
         config, backbone=backbone, weights_sha256=weights.sha256, preprocess=preprocess, embedding_shape=shape
     )
     versions = library.versions()
-    if config.decode == "gpu":
+    if device_share(config.decode):
         versions = {**versions, "torchcodec": torchcodec_version() or ""}
     asked = make_fingerprint(settings, weights_name=weights.name, input_prefix=found.prefix, versions=versions)
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)

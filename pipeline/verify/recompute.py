@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from shard_embedder.pipeline.backbones import build_backbone
-from shard_embedder.pipeline.core.config import DECODES
+from shard_embedder.pipeline.core.config import device_share
 from shard_embedder.pipeline.core.errors import SampleError, SettingsError, ShardError
 from shard_embedder.pipeline.core.progress import Progress
 from shard_embedder.pipeline.core.redact import describe
@@ -71,7 +71,7 @@ class Reference:
         recipe = recipe_of(made, spec)
         settings, network = recipe.settings, recipe.network
         preprocess = network.preprocess
-        on_device = settings.decode != DECODES[0]
+        on_device = device_share(settings.decode) > 0
         # A device embeds a JPEG that is damaged inside its data: no look at its markers finds that.
         self._decoder = Decoder(replace(settings.rules, accept_damaged=settings.accept_damaged or on_device))
         self._backbone = build_backbone(network.backbone, recipe.weights, network.features, preprocess.crop).eval()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_embedder.pipeline.core.config import Config, Field, parse, parse_pair
+from shard_embedder.pipeline.core.config import Config, Field, device_share, parse, parse_pair
 from shard_embedder.pipeline.core.errors import SettingsError
 
 GIVEN = {"input": ["s3://bkt/in"], "output": "s3://bkt/out"}
@@ -42,7 +42,11 @@ def test_what_is_not_given_has_its_default() -> None:
         ("precision", "int8", "precision must be one of auto, fp32, bf16, fp16, got 'int8'"),
         ("batch_size", 0, "batch_size must be at least 1, got 0"),
         ("key", "dot", "key must be one of first-dot, last-dot, got 'dot'"),
-        ("decode", "tpu", "decode must be one of cpu, gpu, got 'tpu'"),
+        ("decode", "tpu", "decode must be one of cpu, gpu, gpu:SHARE (hundredths, 0.01 to 0.99), got 'tpu'"),
+        *(
+            ("decode", text, f"decode must be one of cpu, gpu, gpu:SHARE (hundredths, 0.01 to 0.99), got {text!r}")
+            for text in ("gpu:", "gpu:0", "gpu:0.0", "gpu:1", "gpu:1.5", "gpu:-0.5", "gpu:.5", "gpu:0.125", "gpu:nan")
+        ),
         ("batch_size", "many", "batch_size must be a number, got 'many'"),
         ("batch_size", 1.5, "batch_size must be a whole number, got 1.5"),
         ("batch_size", float("inf"), "batch_size must be a whole number, got inf"),
@@ -203,6 +207,17 @@ def test_compiling_for_a_gpu_needs_one() -> None:
     assert [parse({**GIVEN, "compile": value}).compile for value in (True, "true", "0")] == [True, True, False]
     with pytest.raises(SettingsError, match="compile needs device cuda: device must be auto or cuda with it"):
         parse({**GIVEN, "compile": True, "device": "cpu"})
+
+
+def test_a_share_of_the_samples_for_the_gpu_is_written_in_one_way() -> None:
+    given = ("gpu:0.5", "gpu:0.50", "gpu:0.07", "gpu:0.99", "gpu", "cpu")
+    configs = [parse({**GIVEN, "decode": text}).decode for text in given]
+    assert configs == ["gpu:0.5", "gpu:0.5", "gpu:0.07", "gpu:0.99", "gpu", "cpu"]
+    assert [device_share(text) for text in configs] == [0.5, 0.5, 0.07, 0.99, 1.0, 0.0]
+    with pytest.raises(
+        SettingsError, match=r"decode gpu:0\.5 needs device cuda: device must be auto or cuda with it"
+    ):
+        parse({**GIVEN, "decode": "gpu:0.50", "device": "cpu"})
 
 
 def test_decoding_on_a_gpu_needs_one() -> None:

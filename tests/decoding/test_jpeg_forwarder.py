@@ -177,6 +177,30 @@ def test_a_part_keeps_its_rows_and_the_reasons_that_it_has() -> None:
     )
 
 
+def test_a_share_of_the_samples_goes_to_the_device_by_their_index_alone() -> None:
+    image, kind = jpegs()["baseline"], sample_type(image_field(), ())
+
+    def forwarded(share: float, first: int, count: int) -> list[bool]:
+        rows = [{"sample_index": first + i, "image_id": str(i), IMAGE: image} for i in range(count)]
+        (table,) = JpegForwarder(decoder(), share)(part_row(VALUES, pa.array(rows, kind)))
+        ((_, samples),) = part_rows(table)
+        assert samples.field(REASON).null_count == count
+        return [value["orientation"] != PIXELS_ALREADY for value in samples.field(ENCODED).to_pylist()]
+
+    assert forwarded(1.0, 0, 20) == [True] * 20
+    for share in (0.5, 0.25, 0.07, 0.99):
+        whole = forwarded(share, 0, 100)
+        assert sum(whole) == round(100 * share)
+        # Whatever parts they come in, and spread over them.
+        assert forwarded(share, 0, 37) + forwarded(share, 37, 63) == whole
+        assert all(abs(sum(whole[at : at + 20]) - 20 * share) <= 1 for at in range(80))
+    # What the CPU decodes is what it decodes without a device.
+    rows = [{"sample_index": 0, "image_id": "0", IMAGE: image}]
+    (table,) = JpegForwarder(decoder(), 0.01)(part_row(VALUES, pa.array(rows, kind)))
+    ((_, samples),) = part_rows(table)
+    assert samples.field(ENCODED)[0].as_py()["data"] == decoder().decode(image).tobytes()
+
+
 def test_weights_that_resize_in_another_way_are_refused() -> None:
     lanczos = Preprocess(40, (32, 32), "lanczos", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with pytest.raises(SettingsError, match=r"decode gpu resizes by bilinear or bicubic, .* ask for lanczos"):

@@ -22,11 +22,12 @@ from shard_embedder.pipeline.backbones import build_backbone, load_weights
 from shard_embedder.pipeline.backbones.torchvision_models import output_shape, preprocess_for
 from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.errors import SampleError
-from shard_embedder.pipeline.core.schema import encoded_field
+from shard_embedder.pipeline.core.schema import encoded_field, part_rows
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY, JpegForwarder
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.versions import torchcodec_version
 from shard_embedder.pipeline.embedding import device_decode
 from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
 from shard_embedder.pipeline.embedding.embedder import Embedder, Pixels
@@ -34,7 +35,7 @@ from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.queries import QueryEmbedder
 from shard_embedder.pipeline.embedding.recipe import recipe_of
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
-from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.flow import Stages, make_flow
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint, write_fingerprint
 from shard_embedder.pipeline.output.parts import vectors
 from shard_embedder.pipeline.planning.job import prepare_job
@@ -44,7 +45,7 @@ from shard_embedder.pipeline.planning.stored_source import StoredSource
 from shard_embedder.pipeline.verify.proof import verify
 from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import encode, photo, write_tar
-from tests.decoding.test_decode import every_format, with_orientation
+from tests.decoding.test_decode import every_format, part, with_orientation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 SMALL = Preprocess(40, (32, 28), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -311,6 +312,18 @@ def test_the_flow_stores_what_it_stores_without_a_device_but_for_the_last_bits(o
     found = np.stack(list(stored.values()))
     cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosines.min() >= 0.9999
+
+
+def test_the_flow_sends_the_device_the_share_that_is_set(output: tuple[Path, Path], tmp_path: Path) -> None:
+    given = {"input": [str(output[0])], "output": str(tmp_path), "backbone": "squeezenet1_1", "weights": "random:3"}
+    job = prepare_job(parse({**given, "decode": "gpu:0.5"}))
+    stages = Stages.of(job, SharedWeights.of(job.weights), plan_resources(parse({**given, "device": "cpu"})))
+    (table,) = stages.decoder(part([encode(photo(seed)) for seed in range(8)]))
+    ((_, samples),) = part_rows(table)
+    forwarded = [value["orientation"] != PIXELS_ALREADY for value in samples.field("encoded").to_pylist()]
+    assert forwarded == [False, True] * 4
+    assert stages.embedder.keywords["decoder"] is not None
+    assert job.fingerprint.versions["torchcodec"] == torchcodec_version()
 
 
 def test_such_an_output_verifies_by_decoding_on_the_cpu(output: tuple[Path, Path]) -> None:
