@@ -140,8 +140,9 @@ def pixels_field(height: int, width: int) -> pa.Field:
 def encoded_field() -> pa.Field:
     """What an actor that decodes on its device gets, null where the sample has a reason.
 
-    A plain JPEG in `data`, with its height and width as stored and the `orientation` (1 to 8) that it has to be
-    turned by; or uint8 RGB [height, width, 3], decoded, turned and cropped already, where `orientation` is 0.
+    A plain JPEG without its metadata in `data`, with its height and width as stored and the `orientation` (1 to 8)
+    that it has to be turned by; or uint8 RGB [height, width, 3], decoded, turned and cropped already, where
+    `orientation` is 0.
     """
     return pa.field(
         ENCODED,

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_tries_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that were killed leave tries behind (`pipeline.embedding.tries`): each test has its own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,7 @@ def test_a_group_that_the_memory_does_not_hold_is_tried_again_and_then_halved(
         assert np.array_equal(found.values.numpy(), expected)
 
 
-def test_a_device_that_fails_altogether_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_device_that_fails_altogether_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     device = DeviceDecoder(decoder(), "cpu")
 
     def poisoned(*args: Any, **options: Any) -> None:

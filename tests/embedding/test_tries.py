@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from shard_embedder.pipeline.embedding.tries import counted_try
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
 
 
 def fail(name: str) -> int:
@@ -37,8 +30,8 @@ def test_a_try_that_another_process_is_still_at_is_not_counted() -> None:
         assert third == 0
 
 
-def test_a_folder_that_is_anothers_is_not_used(folder: Path) -> None:
-    (folder / "another").mkdir()
-    (folder / f"shard-embedder-{os.getuid()}").symlink_to(folder / "another")
+def test_a_folder_that_is_anothers_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "another").mkdir()
+    (tmp_path / f"shard-embedder-{os.getuid()}").symlink_to(tmp_path / "another")
     assert [fail("a"), fail("a")] == [0, 0]
-    assert list((folder / "another").iterdir()) == []
+    assert list((tmp_path / "another").iterdir()) == []
