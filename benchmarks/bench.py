@@ -26,7 +26,7 @@ from benchmarks import runs
 from benchmarks.runs import Metrics, Settings
 from benchmarks.shards import photo_shards, tiny_shards
 from shard_embedder.jobs.support.command import Parser, at_least, local_path, run_command
-from shard_embedder.jobs.support.exit_codes import EXIT_OK
+from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK
 from shard_embedder.pipeline.core.config import Config
 
 FORMAT = 1
@@ -238,27 +238,42 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measure(names: list[str], settings: Settings, repeats: int) -> list[Metrics]:
-    """Each measurement once, and all again, `repeats` times: what changes on the machine meets all of them."""
-    results: list[Metrics] = []
+class Results(NamedTuple):
+    """Figures by repeat, and the measurements that failed, each with its message."""
+
+    repeats: list[Metrics]
+    failed: dict[str, str]
+
+
+def measure(
+    names: list[str], settings: Settings, repeats: int, on_result: Callable[[Results], object] = lambda results: None
+) -> Results:
+    """Each measurement once, and all again, `repeats` times: what changes on the machine meets all of them.
+
+    One that fails is not repeated, and the others go on. `on_result` gets all results so far after each.
+    """
+    results = Results([], {})
     for number in range(repeats):
         metrics: Metrics = {}
-        for name in names:
-            found = MEASUREMENTS[name](settings, metrics)
-            shown = ", ".join(f"{key} {_show(value)}" for key, value in found.items())
-            _OUT.print(f"{number + 1}/{repeats} {name}: {shown}", markup=False)
-            metrics |= found
-        results.append(metrics)
+        results.repeats.append(metrics)
+        for name in [name for name in names if name not in results.failed]:
+            try:
+                found = MEASUREMENTS[name](settings, metrics)
+            except Exception as error:
+                results.failed[name] = f"{type(error).__name__}: {error}"
+                _OUT.print(f"{number + 1}/{repeats} {name} FAILED: {results.failed[name]}", markup=False)
+            else:
+                shown = ", ".join(f"{key} {_show(value)}" for key, value in found.items())
+                _OUT.print(f"{number + 1}/{repeats} {name}: {shown}", markup=False)
+                metrics |= found
+            on_result(results)
     return results
 
 
 def summarise(results: list[Metrics]) -> dict[str, dict[str, float]]:
-    """Median and spread of each number over the repeats."""
-    return {
-        name: _spread([float(one[name]) for one in results])
-        for name in results[0]
-        if not isinstance(results[0][name], str)
-    }
+    """Median and spread of each number over the repeats that have it."""
+    names = {name: None for one in results for name, value in one.items() if not isinstance(value, str)}
+    return {name: _spread([float(one[name]) for one in results if name in one]) for name in names}
 
 
 def judge(results: list[Metrics], backbone: str, sized_down: set[str]) -> list[dict[str, Any]]:
@@ -268,9 +283,10 @@ def judge(results: list[Metrics], backbone: str, sized_down: set[str]) -> list[d
     """
     judged = []
     for goal in GOALS:
-        if goal.over not in results[0] or (goal.under is not None and goal.under not in results[0]):
+        whole = [one for one in results if {goal.over, goal.under or goal.over} <= one.keys()]
+        if not whole:
             continue
-        values = [float(one[goal.over]) / (float(one[goal.under]) if goal.under else 1.0) for one in results]
+        values = [float(one[goal.over]) / (float(one[goal.under]) if goal.under else 1.0) for one in whole]
         spread = _spread(values)
         limit = goal.limits.get(backbone, goal.limits.get("*"))
         if goal.case in sized_down:
@@ -306,7 +322,7 @@ def show(summary: dict[str, dict[str, float]], goals: list[dict[str, Any]]) -> N
 
 
 def run(flags: argparse.Namespace) -> dict[str, Any]:
-    """Make the shards, measure, and return what goes to the JSON file."""
+    """Make the shards, measure, and return what goes to the JSON file, where it is after each measurement, too."""
     wanted = {name for case in flags.cases for name in CASES[case][0]}
     if "stages" in wanted:
         wanted -= {"decode", "decode_all"}
@@ -345,46 +361,61 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             for case, option in (("tiny", "tiny_shards"), ("plan", "plan_shards"))
             if getattr(flags, option) < full.get_default(option)
         }
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        repeats = measure(names, settings, flags.repeats)
-    described = {
-        "backbone": flags.backbone,
-        "weights": "random:0",
-        "image_size": flags.image_size,
-        "device": flags.device,
-        "precision": flags.precision,
-        "baseline_precision": "fp32",
-        "stage_images": settings.stage_images,
-        "plan_shards": flags.plan_shards,
-        "part_rows": settings.part_rows,
-    }
-    return {
-        "format": FORMAT,
-        "date": date,
-        "command": shlex.join(["benchmarks/bench.py", *sys.argv[1:]]),
-        "cases": list(dict.fromkeys(flags.cases)),
-        "hardware": hardware(),
-        "versions": versions(),
-        "settings": described,
-        "shards": shards,
-        "repeats": repeats,
-        "figures": summarise(repeats),
-        "goals": judge(repeats, flags.backbone, sized_down),
-    }
+        described = {
+            "backbone": flags.backbone,
+            "weights": "random:0",
+            "image_size": flags.image_size,
+            "device": flags.device,
+            "precision": flags.precision,
+            "baseline_precision": "fp32",
+            "stage_images": settings.stage_images,
+            "plan_shards": flags.plan_shards,
+            "part_rows": settings.part_rows,
+        }
+        about = {
+            "format": FORMAT,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(["benchmarks/bench.py", *sys.argv[1:]]),
+            "cases": list(dict.fromkeys(flags.cases)),
+            "hardware": hardware(),
+            "versions": versions(),
+            "settings": described,
+            "shards": shards,
+        }
+
+        def told(results: Results) -> dict[str, Any]:
+            return {
+                **about,
+                "failed": results.failed,
+                "repeats": results.repeats,
+                "figures": summarise(results.repeats),
+                "goals": judge(results.repeats, flags.backbone, sized_down),
+            }
+
+        def write(results: Results) -> None:
+            if flags.output is not None:
+                begun = flags.output.with_name(f"{flags.output.name}.tmp")
+                begun.write_text(json.dumps(told(results), indent=2) + "\n")
+                begun.replace(flags.output)
+
+        if flags.output is not None:
+            flags.output.parent.mkdir(parents=True, exist_ok=True)
+        return told(measure(names, settings, flags.repeats, write))
 
 
 def _run(flags: argparse.Namespace) -> int:
     result = run(flags)
     show(result["figures"], result["goals"])
     if flags.output is not None:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(json.dumps(result, indent=2) + "\n")
         _OUT.print(f"written to {flags.output}", markup=False)
+    if result["failed"]:
+        _OUT.print(f"FAILED: {', '.join(result['failed'])}", markup=False)
+        return EXIT_FAILED
     return EXIT_OK
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark, and return its exit code: 0 whether or not the goals hold."""
+    """Run the benchmark, and return its exit code: 0 whether or not the goals hold, 4 where a measurement failed."""
     return run_command(parser(), arguments, _run)
 
 

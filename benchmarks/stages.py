@@ -213,9 +213,9 @@ def device_decode(settings: Settings) -> dict[str, float | str]:
     forwarder = JpegForwarder(stages.decoder)
     decoder = DeviceDecoder(stages.decoder, settings.device)
     tables = stages.samples(settings.stage_images)
-    forwarder(tables[0])
+    list(forwarder(tables[0]))
     forwarded: list[pa.Table] = []
-    forward_s = _timed(lambda: forwarded.extend(forwarder(table) for table in tables))
+    forward_s = _timed(lambda: forwarded.extend(itertools.chain.from_iterable(map(forwarder, tables))))
 
     def on_device(tables: list[pa.Table]) -> None:
         for _, samples in itertools.chain.from_iterable(map(part_rows, tables)):

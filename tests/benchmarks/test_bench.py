@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from benchmarks import bench
+from benchmarks import bench, stages
 from benchmarks import runs as bench_runs
 from benchmarks.runs import BenchError, Settings, Window, steady
 from benchmarks.shards import PHOTO_BYTES, PHOTO_SIZE, photo_shards, tiny_shards
@@ -134,6 +134,40 @@ def test_an_unknown_case_is_refused_with_the_known_ones(capsys: pytest.CaptureFi
     assert "unknown backbone 'resnet5'" in capsys.readouterr().err
 
 
+def test_what_fails_is_named_and_loses_nothing_of_the_rest(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out" / "bench.json"
+    so_far: list[dict[str, Any]] = []
+
+    def look(settings: Settings, before: Any) -> dict[str, float]:
+        so_far.append(json.loads(output.read_text()))
+        return {"looks": 1.0}
+
+    monkeypatch.setitem(bench.MEASUREMENTS, "scaling", look)
+    # The backbone is none of torchvision's: the decoder has nothing to be compared with.
+    code = bench.main([
+        "decode", "plan", "scaling", "--backbone", "resnet50_stride1", "--images", "8", "--plan-shards", "500",
+        "--repeats", "1", "--output", str(output),
+    ])  # fmt: skip
+    assert code == 4
+    assert "FAILED: decode" in capsys.readouterr().out.splitlines()
+    result = json.loads(output.read_text())
+    assert list(result["failed"]) == ["decode"]
+    assert "backbone must be one of torchvision's, got 'resnet50_stride1'" in result["failed"]["decode"]
+    assert [one["text"] for one in result["goals"]] == ["plan, s", "plan, peak MiB"]
+    # What was measured is there before the next measurement ends, or does not.
+    assert so_far[0]["figures"]["plan_s"]["median"] > 0
+    assert result["figures"] == {**so_far[0]["figures"], "looks": {"median": 1.0, "min": 1.0, "max": 1.0}}
+
+
+def test_decoding_on_the_device_is_measured(tmp_path: Path) -> None:
+    photo_shards(tmp_path / "in", 8, 4)
+    found = stages.device_decode(settings(shards=str(tmp_path / "in"), scratch=str(tmp_path / "out"), stage_images=8))
+    assert found["device_decode_images_per_s"] > 0
+    assert found["device_decode_forward_images_per_s"] > 0
+
+
 @pytest.mark.slow
 def test_a_small_run_measures_every_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = bench.main([
@@ -145,7 +179,7 @@ def test_a_small_run_measures_every_case(capsys: pytest.CaptureFixture[str], tmp
     printed = capsys.readouterr()
     assert code == 0, printed.out + printed.err
     result = json.loads((tmp_path / "bench.json").read_text())
-    fields = "format date command cases hardware versions settings shards repeats figures goals"
+    fields = "format date command cases hardware versions settings shards failed repeats figures goals"
     assert set(result) == set(fields.split())
     assert result["hardware"]["cores"] >= 1
     assert set(result["versions"]) >= {"python", "torch", "torchvision", "ray", "pillow", "pyarrow"}
