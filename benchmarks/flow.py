@@ -36,18 +36,22 @@ _PAGE_MIB = resource.getpagesize() / 2**20
 
 @contextmanager
 def _ray_session() -> Iterator[None]:
+    """Ray, ended after the block where it was not there before."""
+    was_there = ray.is_initialized()
     connect()
     try:
         yield
     finally:
-        ray.shutdown()
+        if not was_there:
+            ray.shutdown()
 
 
 def job(settings: Settings) -> dict[str, Any]:
     """The whole job on the photos."""
     with _ray_session():
+        since = time.time()
         result = _run(settings.config(settings.shards, str(settings.fresh("job"))))
-        return {**result, "decode_tasks": _decode_tasks()}
+        return {**result, "decode_tasks": _decode_tasks(since)}
 
 
 def tiny(settings: Settings) -> dict[str, Any]:
@@ -82,13 +86,13 @@ def _resident_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _decode_tasks() -> list[tuple[float, float]]:
-    """When each task that decoded began and ended, from Ray's timeline."""
+def _decode_tasks(since: float) -> list[tuple[float, float]]:
+    """When each task that decoded after `since` (`time.time`) began and ended, from Ray's timeline."""
     time.sleep(_EVENTS_S)
     tasks = [
         (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
         for event in ray.timeline()
-        if event["cat"].startswith("task::") and "MapBatches(decode)" in event["cat"]
+        if event["cat"].startswith("task::") and "MapBatches(decode)" in event["cat"] and event["ts"] / 1e6 > since
     ]
     if not tasks:
         raise RuntimeError("Ray's timeline has no task of the name MapBatches(decode)")
@@ -108,12 +112,13 @@ def no_model(settings: Settings) -> dict[str, Any]:
     pending = make_plan(prepared.shards, prepared.config.output).pending
     decoder = Decoder(prepared.rules)
     with _ray_session():
+        since = time.time()
         resources = plan_resources(config)
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
         decoded = read_and_decode(pending, SampleReader(config), decoder, resources)
         counted = decoded.map_batches(_count, num_cpus=resources.write_cpus, **whole)
         rows = [row for batch in counted.iter_batches(prefetch_batches=0, **whole) for row in batch.to_pylist()]
-        return {"parts": [(row["time"], row["images"]) for row in rows], "decode_tasks": _decode_tasks()}
+        return {"parts": [(row["time"], row["images"]) for row in rows], "decode_tasks": _decode_tasks(since)}
 
 
 _MEASUREMENTS = {"job": job, "tiny": tiny, "no_model": no_model}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +170,26 @@ def test_decoding_on_the_device_is_measured(tmp_path: Path) -> None:
     assert found["device_decode_forward_images_per_s"] > 0
 
 
+def run_here(module: str, name: str, settings: Settings) -> tuple[dict[str, Any], float]:
+    """A measurement in this process, which has imported all that it needs; what it gives survives JSON."""
+    start = time.time()
+    found = getattr(import_module(module), name)(settings)
+    return json.loads(json.dumps(found)), time.time() - start
+
+
 @pytest.mark.slow
-def test_a_small_run_measures_every_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_session", "one_thread")
+def test_a_small_run_measures_every_case(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_runs, "run_module", run_here)
+    # Where it is, the run that fills the caches has been.
+    (tmp_path / "scratch" / "startup").mkdir(parents=True)
     code = bench.main([
         "stages", "decode", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
         "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "704",
         "--images-a-shard", "64", "--stage-images", "32", "--tiny-shards", "60", "--plan-shards", "2000",
-        "--repeats", "1", "--output", str(tmp_path / "bench.json"),
+        "--repeats", "1", "--output", str(tmp_path / "bench.json"), "--scratch", str(tmp_path / "scratch"),
     ])  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0, printed.out + printed.err
@@ -193,3 +208,12 @@ def test_a_small_run_measures_every_case(capsys: pytest.CaptureFixture[str], tmp
     for name in ("dataloader", "ray_data"):
         assert result["figures"][f"{name}_min_cosine"]["min"] >= 0.999
     assert "Goals" in printed.out
+
+
+@pytest.mark.slow
+def test_a_measurement_is_made_in_a_process_of_its_own(tmp_path: Path) -> None:
+    changes = {"scratch": str(tmp_path / "scratch"), "plan_shards": 2000}
+    found, seconds = bench_runs.run_module("benchmarks.plan", "plan", settings(**changes))
+    assert found["plan_s"] < seconds
+    with pytest.raises(BenchError, match="KeyError: 'nothing'"):
+        bench_runs.run_module("benchmarks.stages", "nothing", settings(**changes))
