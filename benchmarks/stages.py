@@ -32,10 +32,10 @@ from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
 from shard_embedder.pipeline.embedding.embedder import Embedder
 from shard_embedder.pipeline.embedding.network import Placement
 from shard_embedder.pipeline.output.parts import PartWriter
-from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
 from shard_embedder.pipeline.planning.engine import choose_engine
 from shard_embedder.pipeline.planning.job import Job, prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.probe import precisions_here
 from shard_embedder.pipeline.shards.find import Pending
 from shard_embedder.pipeline.shards.samples import SampleReader
 
@@ -53,8 +53,7 @@ class Stages:
         config = self.job.config
         self.reader = SampleReader(config)
         self.decoder = _decoder(self.job)
-        reduced = ("bf16", "fp16") if settings.device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
-        self.engine = choose_engine(self.job, self.pending, settings.device, reduced)
+        self.engine = choose_engine(self.job, self.pending, settings.device, precisions_here(settings.device))
         self.precision = self.engine.precision
         self.writer = PartWriter(
             config, self.job.with_engine(self.engine.name, self.precision).fingerprint, self.job.shape

@@ -133,8 +133,8 @@ def parser() -> Parser:
     add(
         compute,
         "batch_size",
-        "images a batch, or auto: measured at the start of a new output, at most 20 s, and kept in its run.json "
-        "(default: by device)",
+        "images a batch, or auto: measured at the start of a new output, at most 20 s (2 minutes with --compile), "
+        "and kept in its run.json (default: by device)",
         metavar="N",
     )
     add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +72,13 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
     """
     inputs = [input] if isinstance(input, str) else [os.fspath(one) for one in input]
     config = parse({"input": inputs, "output": output, **settings})
-    executor = OnRay() if on_ray else _in_process(config.device)
+    executor = closing(OnRay()) if on_ray else nullcontext(_in_process(config.device))
     job = prepare_job(config)
-    with hold(job.config.output, lambda why: None, job.run) as lease:
+    with hold(job.config.output, lambda why: None, job.run) as lease, executor as chosen:
         job = pack_input(follow_output(job), lambda *_: lease.check())
         plan = make_plan(job.shards, job.config.output)
         check_names(job, plan)
-        report = run(job, plan, _watcher(lease), executor)
+        report = run(job, plan, _watcher(lease), chosen)
     return Run(
         output=job.config.output,
         num_samples=report["samples"],

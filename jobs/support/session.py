@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -167,7 +167,7 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
             stack.enter_context(_connected(console, sigterm))
             stack.enter_context(metrics.repeated())
             console.phase("trying the backbone")
-        report = run(job, plan, watcher, OnRay(choose))
+        report = run(job, plan, watcher, stack.enter_context(closing(OnRay(choose))))
     if plan.pending or not report["balanced"]:
         console.summary(report)
     else:

@@ -2,8 +2,8 @@
 
 How far bf16 moves an embedding depends on the architecture and the weights: random ResNets keep a cosine
 of 0.99999 with fp32, a trained MobileNetV2 falls to 0.98. So `auto` tries the fast precisions of the device,
-on the driver's CPU, and takes the first that is close enough to fp32. On a CPU the network is converted for
-OpenVINO, and taken only where it then gives what eager torch gives in fp32.
+and takes the first that is close enough to fp32. On a CPU the network is converted for OpenVINO, and taken only where
+it then gives what eager torch gives in fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from shard_embedder.pipeline.core.errors import PrecisionError
 from shard_embedder.pipeline.core.schema import PIXELS, REASON, part_rows
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.embedding.embedder import Runner, Source
-from shard_embedder.pipeline.embedding.network import Placement
+from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.shards.find import Pending
@@ -68,25 +68,26 @@ class Engine:
         return [] if self.note is None else [f"slower than it could be: {self.note}"]
 
 
-Choose = Callable[[Job, Sequence[Pending], str, tuple[str, ...], str | None], Engine]
+Choose = Callable[[Job, Sequence[Pending], str, tuple[str, ...] | None, str | None], Engine]
 
 
 def choose_engine(
     job: Job,
     pending: Sequence[Pending],
     device: str,
-    candidates: tuple[str, ...],
+    candidates: tuple[str, ...] | None,
     without_openvino: str | None = None,
 ) -> Engine:
     """The engine for `device` with its precision: the job's own, else the first of `candidates` close to fp32.
 
     Close is a cosine of at least `MIN_COSINE` on each of `NUM_IMAGES` images of the `pending` shards. Where none of
     these can be decoded the precision is fp32, which needs no trial. A reduced precision is compared with the
-    network's own fp32 output. `without_openvino` is why nodes of the cluster cannot have it, where they cannot.
+    network's own fp32 output, on this process's `device`. Without `candidates` the precision may still be `auto`,
+    for who tries it elsewhere. `without_openvino` is why nodes of the cluster cannot have it, where they cannot.
     """
-    trial = _Trial(job, pending)
+    trial = Trial(job, pending)
     note = without_openvino if device != "cuda" else None
-    if device != "cuda" and without_openvino is None:
+    if device != "cuda" and without_openvino is None and candidates is not None:
         graph, fp32, note = _converted(job, trial, candidates)
         if graph is not None:
             precision = trial.precision(graph, candidates, fp32)
@@ -96,7 +97,10 @@ def choose_engine(
 
     weights = SharedWeights.of(job.weights)
     name = f"torch {job.fingerprint.versions['torch']}{', compiled' if job.config.compile else ''}"
-    return Engine(name, trial.precision(weights, candidates), weights, note or trial.doubt(candidates))
+    if candidates is None:
+        return Engine(name, job.precision, weights, note)
+    precision = trial.precision(weights, candidates, device=device)
+    return Engine(name, precision, weights, note or trial.doubt(candidates))
 
 
 @contextmanager
@@ -115,7 +119,7 @@ def choose_meanwhile(job: Job, pending: list[Pending]) -> Iterator[Choose]:
 
 
 def _converted(
-    job: Job, trial: _Trial, candidates: tuple[str, ...]
+    job: Job, trial: Trial, candidates: tuple[str, ...]
 ) -> tuple[Source | None, Vectors | None, str | None]:
     """The network for OpenVINO and, where `candidates` are tried, what it gives in fp32; or None and why not."""
     if openvino_runner is None:
@@ -126,13 +130,13 @@ def _converted(
 
     backbone, crop = job.network.backbone, job.network.preprocess.crop
     network = torch_runner.build_network(job.network, job.weights)
-    expected = trial.run(torch_runner.TorchRunner(network, crop, Placement()), _EAGER_EVERY)
+    expected = run(torch_runner.TorchRunner(network, crop, Placement()), trial.images_or_noise, _EAGER_EVERY)
     try:
         from shard_embedder.pipeline.embedding.openvino_graph import convert  # noqa: PLC0415  as above
 
         graph = convert(network, crop)
         every = 1 if candidates and job.precision == "auto" else _EAGER_EVERY
-        found = trial.embed(graph, "fp32", every)
+        found = run(graph.runner(job.network, Placement()), trial.images_or_noise, every)
     except Exception as error:
         return None, None, f"OpenVINO cannot take {backbone}: {type(error).__name__}: {str(error).strip()[:200]}"
     distance = _distance(expected, found[:: _EAGER_EVERY // every])
@@ -141,15 +145,16 @@ def _converted(
     return graph, found, None
 
 
-class _Trial:
-    """The first images of some shards, decoded; noise where none can be."""
+class Trial:
+    """The first images of some shards, decoded when they are asked for."""
 
     def __init__(self, job: Job, shards: Sequence[Pending]) -> None:
         self._job = job
         self._shards = _spread(shards, NUM_SHARDS)
 
     @cached_property
-    def _images(self) -> Pixels:
+    def images(self) -> Pixels:
+        """uint8 of shape [N, H, W, 3], of those that can be decoded."""
         config = self._job.config
         reader = SampleReader(replace(config, part_rows=-(-NUM_IMAGES // len(self._shards))))
         decoder = Decoder(self._job.rules)
@@ -158,48 +163,62 @@ class _Trial:
             return _pixels(pa.concat_tables(decoder(pa.concat_tables(fronts))), self._job.network.preprocess.crop)
 
     @property
-    def is_real(self) -> bool:
-        """Whether there is an image."""
-        return len(self._images) > 0
+    def images_or_noise(self) -> Pixels:
+        """Noise where there is no image."""
+        if len(self.images):
+            return self.images
+        return np.random.default_rng(0).integers(
+            0, 256, (NUM_IMAGES, *self._job.network.preprocess.crop, 3), np.uint8
+        )
 
     def doubt(self, candidates: tuple[str, ...]) -> str | None:
         """Why fp32 was taken though it may be slower than need be; None where it was tried, or asked for."""
-        if self._job.precision != "auto" or not candidates or self.is_real:
+        if self._job.precision != "auto" or not candidates or len(self.images):
             return None
         return (
             f"no image could be decoded at the front of {len(self._shards)} of the shards, so that the precision is "
             f"fp32, as none was tried; --precision {candidates[0]} takes that"
         )
 
-    def precision(self, source: Source, candidates: tuple[str, ...], fp32: Vectors | None = None) -> str:
-        """The job's precision; for `auto` the first of `candidates` that is close to what `source` gives in fp32."""
+    def precision(
+        self, source: Source, candidates: tuple[str, ...], fp32: Vectors | None = None, device: str = "cpu"
+    ) -> str:
+        """The job's precision; for `auto` that of `first_close`, in this process."""
         if self._job.precision != "auto":
             return self._job.precision
-        if not candidates or not self.is_real:
+        if not candidates or not len(self.images):
             return "fp32"
-        expected = self.embed(source, "fp32") if fp32 is None else fp32
-        return next((name for name in candidates if self._is_close(expected, source, name)), "fp32")
+        return first_close(source, self._job.network, Placement(device=device), self.images, candidates, fp32)
 
-    def _is_close(self, expected: Vectors, source: Source, precision: str) -> bool:
+
+def first_close(
+    source: Source,
+    network: Network,
+    placement: Placement,
+    images: Pixels,
+    candidates: tuple[str, ...],
+    fp32: Vectors | None = None,
+) -> str:
+    """The first of `candidates` that is close to fp32 on `images`, else fp32; `fp32` is what that gives, if known."""
+
+    def embedded(precision: str) -> Vectors:
+        return run(source.runner(network, replace(placement, precision=precision)), images)
+
+    expected = embedded("fp32") if fp32 is None else fp32
+    for precision in candidates:
         try:
-            return _is_close(expected, self.embed(source, precision))
+            if _is_close(expected, embedded(precision)):
+                return precision
         except PrecisionError:
-            return False
+            continue
+    return "fp32"
 
-    def embed(self, source: Source, precision: str, every: int = 1) -> Vectors:
-        """Embeddings [N, C] of each image, or each `every`th, on this process's CPU (feature maps flattened)."""
-        return self.run(source.runner(self._job.network, Placement(precision=precision)), every)
 
-    def run(self, runner: Runner, every: int = 1) -> Vectors:
-        """The same by a runner that is loaded."""
-        pixels = self._images
-        if not len(pixels):
-            pixels = np.random.default_rng(0).integers(
-                0, 256, (NUM_IMAGES, *self._job.network.preprocess.crop, 3), np.uint8
-            )
-        rows = np.arange(0, len(pixels), every)
-        embedded: Vectors = runner.embed(pixels, rows).reshape(len(rows), -1)
-        return embedded
+def run(runner: Runner, images: Pixels, every: int = 1) -> Vectors:
+    """Embeddings [N, C] of each image, or each `every`th; feature maps are flattened."""
+    rows = np.arange(0, len(images), every)
+    embedded: Vectors = runner.embed(images, rows).reshape(len(rows), -1)
+    return embedded
 
 
 def _spread(shards: Sequence[Pending], most: int) -> list[Pending]:

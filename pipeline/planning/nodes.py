@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -56,9 +57,13 @@ class Request:
         return f"{self.stage}, {times}{' and '.join(amounts)}{place}"
 
 
-def alive_nodes() -> list[Node]:
-    """What each node of the cluster has in all, in use or not."""
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+def alive_nodes(left_out: Counter[str] | None = None) -> list[Node]:
+    """What each node of the cluster has in all, in use or not, without the GPUs that are `left_out`, by node."""
+    nodes = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    for name, count in (left_out or {}).items():
+        if name in nodes:
+            nodes[name]["GPU"] -= count
+    return list(nodes.values())
 
 
 def missing(requests: Iterable[Request], nodes: list[Node]) -> str | None:
@@ -134,11 +139,17 @@ class DeviceTime:
 class NodeWatch:
     """Ends a flow of which a stage has had no node for `wait_s` seconds: Ray itself would wait for ever.
 
-    `say` is told, at once and every minute, what is waited for, and `devices` which nodes there are.
+    `say` is told, at once and every minute, what is waited for, and `devices` which nodes there are. `left_out`
+    counts GPUs that no actor gets, by node.
     """
 
     def __init__(
-        self, requests: Iterable[Request], wait_s: float, say: Callable[[str], object], devices: DeviceTime
+        self,
+        requests: Iterable[Request],
+        wait_s: float,
+        say: Callable[[str], object],
+        devices: DeviceTime,
+        left_out: Counter[str] | None = None,
     ) -> None:
         # One worker of each stage is enough to go on.
         self._requests = [
@@ -147,6 +158,7 @@ class NodeWatch:
         self._wait_s = wait_s
         self._say = say
         self._devices = devices
+        self._left_out = left_out
         self._looked = self._said = -math.inf
         self._since: float | None = None
 
@@ -160,7 +172,7 @@ class NodeWatch:
         if now - self._looked < min(_LOOK_EVERY_S, self._wait_s / 4):
             return
         self._looked = now
-        nodes = alive_nodes()
+        nodes = alive_nodes(self._left_out)
         self._devices.look(nodes, now)
         lacking = missing(self._requests, nodes)
         if lacking is None:

@@ -27,8 +27,6 @@ _ACTOR_CPUS = 0.3
 _READ_MEMORY = 5 * 2**29
 # What a decode task takes beside the image: a worker and the process that decodes for it.
 _DECODER_MEMORY = 2**28
-# GPUs older than these compute fp16 fast and bf16 slowly or not at all.
-_FP16_GPUS = ("P4", "P100", "V100", "T4", "K80")
 _LOOK_EVERY_S = 2.0
 _SETTLE_S = 10.0
 
@@ -38,7 +36,6 @@ class Resources:
     """Requests of the stages. No two are equal, or Ray Data would fuse their stages into one."""
 
     device: str
-    accelerators: tuple[str, ...]
     num_actors: tuple[int, int]
     actor_cpus: float
     actor_gpus: float
@@ -84,10 +81,6 @@ class Resources:
             num_threads=self.num_threads,
             compiled=compiled,
         )
-
-    def fast_gpu_precisions(self) -> tuple[str, ...]:
-        """The reduced precisions that its GPUs compute faster than fp32, the fastest first."""
-        return ("fp16",) if any(name in _FP16_GPUS for name in self.accelerators) else ("bf16", "fp16")
 
 
 def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why: None) -> Resources:
@@ -202,10 +195,8 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     place_cpus = [node["CPU"] for node in places if node.get("CPU")]
     default = gpus if device == "cuda" else sum(max(1, round(cpu / _CORES_PER_ACTOR)) for cpu in place_cpus)
     num_actors = config.actors or (max(1, default), max(1, default))
-    accelerators = {key for node in places for key in node if key.startswith("accelerator_type:")}
     resources = Resources(
         device=device,
-        accelerators=tuple(sorted(key.removeprefix("accelerator_type:") for key in accelerators)),
         num_actors=num_actors,
         actor_cpus=_ACTOR_CPUS,
         actor_gpus=1.0 if device == "cuda" else 0.0,

@@ -11,10 +11,10 @@ import pyarrow as pa
 from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.core.schema import STAGE_EMBED
 from shard_embedder.pipeline.flow import Stages
-from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
 from shard_embedder.pipeline.planning.engine import Choose, choose_engine
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.nodes import DeviceTime, Request
+from shard_embedder.pipeline.planning.probe import precisions_here
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.executor import PassError, Prepared, Say
 from shard_embedder.pipeline.shards.find import Pending
@@ -33,7 +33,6 @@ class InProcess:
         asked = job.config.batch_size
         resources = Resources(
             device=self._device,
-            accelerators=(),
             num_actors=(1, 1),
             actor_cpus=1.0,
             actor_gpus=1.0 if self._device == "cuda" else 0.0,
@@ -47,7 +46,7 @@ class InProcess:
             decode_memory=None,
             num_readers=1.0,
         )
-        candidates = ("bf16", "fp16") if self._device == "cuda" else ("bf16",) if cpu_has_bf16() else ()
+        candidates = precisions_here(self._device)
         engine = self._choose(job, pending, self._device, candidates, None)
         job = job.with_engine(engine.name, engine.precision).with_batch_size(self._device, resources.batch_size)
         devices = DeviceTime(Request(STAGE_EMBED, 1.0), 1, since, [{"CPU": 1.0}])

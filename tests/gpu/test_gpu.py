@@ -27,6 +27,7 @@ from shard_embedder.pipeline.embedding.embedder import Embedder
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
 from shard_embedder.pipeline.planning.batch_size import best, ladder, measure
+from shard_embedder.pipeline.planning.probe import precisions_here, try_out
 
 pytestmark = [
     pytest.mark.gpu,
@@ -250,3 +251,21 @@ def test_a_batch_size_is_measured_and_fits() -> None:
     rates = measure(runner, sizes, 1024, preprocess.crop)
     assert best(rates) in sizes
     assert 0.0 < runner.memory_share() <= 1.0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_precision_and_batch_size_are_found_on_the_device(compiled: bool) -> None:
+    preprocess = preprocess_for("resnet50", "random")
+    sizes = ladder(1024, preprocess.crop, "cuda", compiled=compiled)
+    precision, rates = try_out(
+        SharedWeights("random:0", "", 0, None),
+        Network(backbone="resnet50", preprocess=preprocess),
+        Placement(device="cuda", compiled=compiled),
+        pictures(8),
+        precisions_here("cuda"),
+        sizes,
+        1024,
+    )
+    # That of random weights moves little.
+    assert precision == [*precisions_here("cuda"), "fp32"][0]
+    assert best(rates) in sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from shard_embedder.pipeline.backbones import load_weights
 from shard_embedder.pipeline.backbones.torchvision_models import preprocess_for
 from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.errors import StoredDataError
+from shard_embedder.pipeline.embedding.embedder import Source
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
@@ -25,14 +27,15 @@ from shard_embedder.pipeline.planning.batch_size import (
     LARGEST,
     SMALLEST,
     best,
-    choose_batch_size,
     is_flat,
     ladder,
     measure,
     of_part,
 )
+from shard_embedder.pipeline.planning.engine import Trial
 from shard_embedder.pipeline.planning.job import Job, prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.planning.probe import choose_by_trial
 from shard_embedder.pipeline.planning.resources import Resources, plan_resources
 from shard_embedder.pipeline.planning.stored_source import StoredSource
 from shard_embedder.pipeline.run.on_ray import OnRay
@@ -76,6 +79,11 @@ def test_sizes_end_with_the_part_or_the_memory(
 ) -> None:
     sizes = ladder(part_rows, crop, device)
     assert sizes == [2**power for power in range(4, largest.bit_length())]
+
+
+def test_few_sizes_are_tried_where_each_is_compiled() -> None:
+    assert ladder(1024, (224, 224), "cuda", compiled=True) == [64, 256, 1024]
+    assert ladder(3, (224, 224), "cuda", compiled=True) == [SMALLEST]
 
 
 def runner(room: int = 10_000) -> tuple[TorchRunner, list[int]]:
@@ -123,12 +131,13 @@ def job_for(folder: Path, **settings: Any) -> Job:
     return prepare_job(parse({**given, **SETTINGS, "batch_size": "auto", **settings}))
 
 
-def settled(job: Job, **options: Any) -> tuple[Job, Resources, str | None]:
-    waits: list[str] = []
+def chosen(
+    job: Job, source: Source | None = None, wait_s: float = 300.0, **changes: Any
+) -> tuple[Job, Resources, list[str]]:
     job = job.with_engine("torch", "fp32")
-    return choose_batch_size(
-        job, StoredSource.put(SharedWeights.of(job.weights)), plan_resources(job.config), waits.append, **options
-    )
+    source = StoredSource.put(SharedWeights.of(job.weights)) if source is None else source
+    resources = replace(plan_resources(job.config), **changes)
+    return choose_by_trial(job, Trial(job, []), source, resources, None, lambda why: None, wait_s)
 
 
 def embed(job: Job) -> tuple[dict[str, Any], list[Resources]]:
@@ -174,47 +183,42 @@ def test_an_output_goes_on_with_the_size_that_was_measured_for_it(
     # Another size than this machine would find, whatever it finds.
     changed = run_file.replace(f'"cpu": {resources.batch_size}'.encode(), b'"cpu": 24')
     (tmp_path / "out" / RUN_FILE).write_bytes(changed)
-    job, resources, note = settled(job_for(tmp_path))
-    assert (resources.batch_size, resources.batch_rates, note) == (24, (), None)
+    job, resources, notes = chosen(job_for(tmp_path))
+    assert (resources.batch_size, resources.batch_rates, notes) == (24, (), [])
     assert job.fingerprint.batch_size == {"cpu": 24}
     assert shown(job, resources, capsys) == "batches   of 24 images, as the output was begun"
 
     # Who names a size has it, and the output's fingerprint is the same.
-    job, resources, _ = settled(job_for(tmp_path, batch_size=7))
+    job, resources, _ = chosen(job_for(tmp_path, batch_size=7))
     assert (resources.batch_size, job.fingerprint.batch_size) == (7, {"cpu": 7})
     made = read_fingerprint(str(tmp_path / "out"))
     assert made is not None
     assert job.fingerprint.digest == made.digest
     # And who asks for none has the device's own.
-    job, resources, _ = settled(job_for(tmp_path, batch_size=None))
+    job, resources, _ = chosen(job_for(tmp_path, batch_size=None))
     assert (resources.batch_size, job.fingerprint.batch_size) == (None, {})
 
     (tmp_path / "out" / RUN_FILE).write_bytes(changed.replace(b'"cpu": 24', b'"cpu": "many"'))
     with pytest.raises(
         StoredDataError, match=r"run\.json cannot be used: .*batch_size must be whole numbers of at least 1"
     ):
-        settled(job_for(tmp_path))
+        chosen(job_for(tmp_path))
     (tmp_path / "out" / RUN_FILE).write_bytes(changed.replace(b'"cpu": 24', b'"other": 24'))
     # Begun without one, by an older version or without `auto`: nothing is measured for half of an output.
-    _, resources, note = settled(job_for(tmp_path))
-    assert (resources.batch_size, resources.batch_rates, note) == (None, (), None)
+    _, resources, notes = chosen(job_for(tmp_path))
+    assert (resources.batch_size, resources.batch_rates, notes) == (None, (), [])
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_size_that_cannot_be_measured_holds_nobody_up(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
-    job = job_for(tmp_path).with_engine("torch", "fp32")
-    source = SharedWeights.of(job.weights)
-    resources = plan_resources(job.config)
-    nowhere = Resources(**{**vars(resources), "actor_resource": "no-such-node"})
-    after, without, note = choose_batch_size(job, source, nowhere, lambda why: None, wait_s=1.0)
-    assert note == "the batch size was not measured: no device was free for that in 1 s"
+    after, without, notes = chosen(job_for(tmp_path), wait_s=1.0, actor_resource="no-such-node")
+    assert notes == ["the batch size was not measured: no answer within 1 s"]
     assert (without.batch_size, without.batch_rates) == (None, ())
     assert after.fingerprint.batch_size == {}
     # A backbone that does not load will not in an actor either, which then tells more.
     broken = SharedWeights("lost.pth", "0" * 64, None, {"weight": np.zeros(3)})
-    _, _, note = choose_batch_size(job, broken, resources, lambda why: None)
-    assert note is not None
+    _, _, (note,) = chosen(job_for(tmp_path), broken)
     assert note.startswith("the batch size was not measured: ")
 
 
@@ -224,7 +228,6 @@ def test_an_engine_with_a_size_of_its_own_is_not_measured(tmp_path: Path) -> Non
         "shard_embedder.pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
     )
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
-    job = job_for(tmp_path).with_engine("openvino", "fp32")
     graph = openvino.SharedGraph(b"", np.zeros(0, np.uint8))
-    _, resources, note = choose_batch_size(job, graph, plan_resources(job.config), lambda why: None)
-    assert (resources.batch_size, resources.batch_rates, note) == (None, (), None)
+    _, resources, notes = chosen(job_for(tmp_path), graph)
+    assert (resources.batch_size, resources.batch_rates, notes) == (None, (), [])

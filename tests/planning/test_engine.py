@@ -24,9 +24,9 @@ def job_for(input: Path, **settings: Any) -> Job:
     return prepare_job(parse({"input": [str(input)], "output": str(input / "out"), **settings}))
 
 
-def chosen(job: Job, candidates: tuple[str, ...], device: str = "cpu", **changes: Any) -> Engine:
+def chosen(job: Job, candidates: tuple[str, ...], by_torch: bool = False, **changes: Any) -> Engine:
     pending = [Pending(*shard)._replace(**changes) for shard in job.shards]
-    return choose_engine(job, pending, device, candidates)
+    return choose_engine(job, pending, "cpu", candidates, "asked for torch" if by_torch else None)
 
 
 def test_a_backbone_that_bf16_hardly_moves_takes_it(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_trained_weights_that_bf16_moves_too_far_take_the_next_precision(test_da
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "s.tar").symlink_to(test_data / "data" / "grocery" / "grocery-val-000000.tar")
     job = job_for(tmp_path / "in", backbone="mobilenet_v2", weights=str(weights))
-    assert chosen(job, ("bf16", "fp16"), device="cuda").precision == "fp16"
-    assert chosen(job, ("bf16",), device="cuda").precision == "fp32"
+    assert chosen(job, ("bf16", "fp16"), by_torch=True).precision == "fp16"
+    assert chosen(job, ("bf16",), by_torch=True).precision == "fp32"
     assert chosen(job, ("bf16",)).precision == "fp32"
 
 
@@ -87,7 +87,7 @@ def test_values_that_overflow_the_precision_do_not_pass(tmp_path: Path, precisio
     factor = 1e6 if precision == "fp16" else 1e38
     job = scaled_job(tmp_path, {"features.0.weight": factor})
     assert chosen(job, (precision,)).precision == "fp32"
-    assert chosen(job, (precision,), device="cuda").precision == "fp32"
+    assert chosen(job, (precision,), by_torch=True).precision == "fp32"
 
 
 def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_by_torch(tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_an_engine_that_was_begun_meanwhile_is_the_one_that_is_chosen_when_asked
         made = choose_engine(job, pending, "cpu", candidates)
         assert (foreseen.name, foreseen.precision) == (made.name, made.precision)
         assert np.array_equal(foreseen.source.constants, made.source.constants)
-        on_gpu = choose(job, pending, "cuda", (), None)
-        assert on_gpu.name == f"torch {torch.__version__}"
+        on_gpu = choose(job, pending, "cuda", None, None)
+        assert (on_gpu.name, on_gpu.precision) == (f"torch {torch.__version__}", "auto")
 
 
 def scaled_job(folder: Path, factors: dict[str, float]) -> Job:

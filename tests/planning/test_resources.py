@@ -29,7 +29,6 @@ def test_a_cluster_with_gpus_gets_an_actor_for_each_and_decodes_on_every_cpu() -
     assert lacking is None
     assert (resources.device, resources.num_actors, resources.actor_gpus) == ("cuda", (9, 9), 1.0)
     assert resources.slots["decode"] == 16 + 16 + 8 + 32
-    assert set(resources.accelerators) == {"L4", "H100"}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def test_decoding_reserves_what_an_image_may_take_and_leaves_no_core_idle(
 def test_a_resource_keeps_the_actors_to_the_nodes_that_have_it() -> None:
     resources, lacking = divided([DECODE, L4, L4, H100], actor_resource="accelerator_type:L4")
     assert lacking is None
-    assert (resources.num_actors, resources.accelerators) == ((2, 2), ("L4",))
+    assert resources.num_actors == (2, 2)
     embed, *others = resources.requests
     assert [embed.room(node) for node in (DECODE, L4, H100)] == [0, 1, 0]
     assert all(other.room(DECODE) and other.room(H100) for other in others)

@@ -1,0 +1,167 @@
+"""GPUs that cannot embed: they are named and left out, and the others do the work.
+
+Ray's nodes have declared GPUs, not real ones. A CPU computes in their place, and breaks as GPUs do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from benchmarks.scaling import IMAGES_A_SHARD, light_shards
+from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.embedding.embedder import Runner, Source
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.planning.engine import Engine, choose_engine
+from shard_embedder.pipeline.planning.job import prepare_job
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.on_ray import OnRay
+from shard_embedder.pipeline.run.passes import Watcher, run
+
+pytestmark = pytest.mark.alone
+
+_WAIT_S = 300.0
+_BREAK_S = 60.0
+_STORE = {"object_store_memory": 250_000_000}
+_LAUNCH = "CUDA error: unspecified launch failure\nSearch for it in the manual."
+_NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
+RAISES, DIES, BREAKS_LATER = "raises", "dies", "breaks later"
+
+
+@dataclass(frozen=True)
+class DeclaredGpu:
+    """A runner on the CPU. What breaks later does so in its first part, and until then the others wait in theirs."""
+
+    runner: Runner
+    breaks: bool
+    broken: Path
+    gpu: ClassVar[None] = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.runner.batch_size
+
+    def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        is_part = len(rows) == IMAGES_A_SHARD
+        if is_part and self.breaks:
+            self.broken.touch()
+            raise RuntimeError(_LAUNCH)
+        deadline = time.monotonic() + _BREAK_S
+        while is_part and not self.broken.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.runner.embed(pixels, rows)
+
+
+@dataclass(frozen=True)
+class DeclaredGpus:
+    """Runners for a cluster whose GPUs, as `a1` of the node started as `a`, have these `faults`."""
+
+    has_own_batch_size: ClassVar[bool] = True
+
+    source: Source
+    faults: Mapping[str, str]
+    broken: Path
+
+    def runner(self, network: Network, placement: Placement) -> Runner:
+        assert placement.device == "cuda"
+        fault = self.faults.get(os.environ["EMBED_TEST_NODE"] + os.environ["CUDA_VISIBLE_DEVICES"])
+        if fault == DIES:
+            os._exit(1)
+        if fault == RAISES or (fault == BREAKS_LATER and self.broken.exists()):
+            raise RuntimeError(f"{_NO_KERNEL}\nSearch for it in the manual.")
+        runner = self.source.runner(network, replace(placement, device="cpu", num_threads=1))
+        if BREAKS_LATER not in self.faults.values():
+            return runner
+        return DeclaredGpu(runner, fault == BREAKS_LATER, self.broken)
+
+
+def run_on(faults: dict[str, str], folder: Path) -> dict[str, Any] | str:
+    """In the driver: the report of a job on GPUs with these faults, or why there is none."""
+    job = prepare_job(parse({
+        "input": [str(folder / "in")], "output": str(folder / "out"), "part_rows": IMAGES_A_SHARD,
+        "backbone": "squeezenet1_1", "weights": "random:3", "image_size": "32", "device": "cuda", "node_wait_s": 60,
+    }))  # fmt: skip
+
+    def choose(*asked: Any) -> Engine:
+        engine = choose_engine(*asked)
+        return replace(engine, source=DeclaredGpus(engine.source, faults, folder / "broken"))
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    plan = make_plan(job.shards, job.config.output)
+    try:
+        with closing(OnRay(choose)) as executor:
+            return run(job, plan, Watcher(nothing, nothing, nothing), executor)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+_cluster: list[Cluster] = []
+
+
+def start_cluster() -> None:
+    """In the driver: a head without GPUs, and two nodes, `a` with three and `b` with one."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **_STORE})
+    cluster.add_node(num_cpus=2, num_gpus=3, env_vars={"EMBED_TEST_NODE": "a"}, **_STORE)
+    cluster.add_node(num_cpus=1, num_gpus=1, env_vars={"EMBED_TEST_NODE": "b"}, **_STORE)
+    ray.init(cluster.address, log_to_driver=False)
+    _cluster.append(cluster)
+
+
+def stop_cluster() -> None:
+    """In the driver."""
+    ray.shutdown()
+    _cluster[0].shutdown()
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Callable[..., Any]]:
+    """Runs functions of this file in a process that has joined a cluster, as a process can join only one."""
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ, environment):
+            pool.submit(start_cluster).result(_WAIT_S)
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(_WAIT_S)
+        pool.submit(stop_cluster).result(_WAIT_S)
+
+
+def test_gpus_that_cannot_embed_are_named_and_left_out_and_the_others_embed_all(
+    driver: Callable[..., Any], tmp_path: Path
+) -> None:
+    light_shards(tmp_path / "in", 4)
+    report = driver(run_on, {"a1": RAISES, "b0": DIES, "a2": BREAKS_LATER}, tmp_path)
+    assert isinstance(report, dict), report
+    first, second, later = sorted(report["problems"])
+    host = os.uname().nodename
+    assert first == f"GPU 0 of {host} is left out: the process that tried it died"
+    assert second == f"GPU 1 of {host} is left out: RuntimeError: {_NO_KERNEL}"
+    assert "RuntimeError: CUDA error: unspecified launch failure; GPU 2" in later
+    assert later.startswith("pass 1: ")
+    assert later.endswith(f"; GPU 2 of {host} is left out: RuntimeError: {_NO_KERNEL}")
+    assert report["balanced"]
+    assert report["embedded"] == 4 * IMAGES_A_SHARD
+
+
+def test_a_job_without_a_gpu_that_can_embed_ends_with_what_torch_says(
+    driver: Callable[..., Any], tmp_path: Path
+) -> None:
+    light_shards(tmp_path / "in", 1)
+    told = driver(run_on, dict.fromkeys(("a0", "a1", "a2", "b0"), RAISES), tmp_path)
+    assert isinstance(told, str), told
+    assert told.startswith("ClusterError: device cuda needs a GPU that can embed a batch: GPU ")
+    assert told.count(f"is left out: RuntimeError: {_NO_KERNEL}") == 4
+    assert not (tmp_path / "out" / "embeddings").exists()
