@@ -34,6 +34,7 @@ FORMAT = 1
 MEASUREMENTS: dict[str, Callable[[Settings, Mapping[str, Any]], Metrics]] = {
     "stages": runs.stages,
     "decode": runs.decode,
+    "large": runs.large,
     "decode_all": runs.decode_all,
     "device_decode": runs.device_decode,
     "gpu": runs.gpu,
@@ -53,6 +54,7 @@ MEASUREMENTS: dict[str, Callable[[Settings, Mapping[str, Any]], Metrics]] = {
 CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "stages": (("stages",), "each stage alone, and the ceiling that they allow together"),
     "decode": (("decode",), "the decoder and PIL + weights.transforms(), on one core"),
+    "large": (("large",), "photos of 12 megapixels decoded exactly and by --decode scaled, on one core"),
     "no-model": (("decode_all", "no_model"), "the flow up to decode, and decode alone, on all cores"),
     "job": (("stages", "job"), "the whole job, at steady state and with start-up, and its ceiling"),
     "baselines": (("stages", "job", "dataloader", "ray_data"), "the whole job and plain alternatives"),
@@ -94,6 +96,17 @@ GOALS = (
         "decode_pil_images_per_s",
         True,
         {"*": 2.0},
+    ),
+    *(
+        Goal(
+            "large",
+            f"--decode scaled / exact, 12 megapixels of {kb} kB, one core",
+            f"large_{kb}_kb_scaled_images_per_s",
+            f"large_{kb}_kb_exact_images_per_s",
+            True,
+            {"*": 2.5},
+        )
+        for kb in runs.LARGE_KB
     ),
     Goal(
         "no-model",

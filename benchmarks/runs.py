@@ -39,6 +39,8 @@ from shard_embedder.pipeline.core.errors import PipelineError
 ROOT = Path(__file__).resolve().parent.parent
 Metrics = dict[str, float | str]
 SIZED = ("resnet18", "resnet34", "resnet50", "resnet50_stride1", "resnet101", "resnet152", "resnext101_32x8d")
+# The photos of `large`.
+LARGE_KB = (500, 1500, 3000)
 _RESULT = "bench-result "
 _WARM_UP = 0.2  # of the images
 _STARTUP_IMAGES = 16
@@ -218,6 +220,11 @@ def stages(settings: Settings, before: Mapping[str, Any]) -> Metrics:
 def decode(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     """One core: our decoder, and PIL with `weights.transforms()`."""
     return run_module("benchmarks.stages", "decode", settings)[0]
+
+
+def large(settings: Settings, before: Mapping[str, Any]) -> Metrics:
+    """One core: photos of 12 megapixels by our decoder, exactly and scaled."""
+    return run_module("benchmarks.stages", "large", settings)[0]
 
 
 def decode_all(settings: Settings, before: Mapping[str, Any]) -> Metrics:

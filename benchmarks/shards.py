@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import random
@@ -23,6 +24,8 @@ from shard_embedder.pipeline.core.errors import InputError
 PHOTO_SIZE = (500, 375)
 PHOTO_BYTES = 107_000
 IMAGES_A_SHARD = 128
+# A phone's photo of 12 megapixels, and the quality that it is written with.
+_LARGE_SIZE, _LARGE_QUALITY, _LARGE_COUNT = (4032, 3024), 85, 3
 # So many photos differ; a larger set repeats them under other keys.
 _MAX_DISTINCT = 256
 _MAX_SOURCES = 64
@@ -48,7 +51,11 @@ def photo_shards(folder: Path, num_images: int, images_a_shard: int = IMAGES_A_S
 
     def make() -> dict[str, Any]:
         photos = list(load())
-        grain = _choose_grain(photos, min(_TRIED, num_images))
+        tried = range(min(_TRIED, num_images))
+        grain = _choose_grain(
+            lambda grain: sum(len(_jpeg(_view(photos, seed, grain), _QUALITY)) for seed in tried) / len(tried),
+            PHOTO_BYTES,
+        )
         images = [_jpeg(_view(photos, seed, grain), _QUALITY) for seed in range(min(num_images, _MAX_DISTINCT))]
         for number, start in enumerate(range(0, num_images, images_a_shard)):
             rows = range(start, min(start + images_a_shard, num_images))
@@ -57,6 +64,17 @@ def photo_shards(folder: Path, num_images: int, images_a_shard: int = IMAGES_A_S
         return {"size": list(PHOTO_SIZE), "grain": grain, "mean_bytes": sum(map(len, images)) // len(images)}
 
     return _made(folder, {**wanted, "source": source}, make)
+
+
+def large_photos(num_bytes: int) -> list[bytes]:
+    """Photos of 12 megapixels: real ones scaled up, with as much grain as gives them so many bytes in the mean."""
+    photos = list(itertools.islice(_sources()[1](), _LARGE_COUNT))
+
+    def encoded(grain: float) -> list[bytes]:
+        views = (_view(photos, seed, grain, _LARGE_SIZE) for seed in range(_LARGE_COUNT))
+        return [_jpeg(view, _LARGE_QUALITY) for view in views]
+
+    return encoded(_choose_grain(lambda grain: sum(map(len, encoded(grain))) / _LARGE_COUNT, num_bytes))
 
 
 def tiny_shards(folder: Path, num_shards: int, images_a_shard: int = 10) -> dict[str, Any]:
@@ -123,29 +141,28 @@ def _from_shards(shards: list[Path]) -> Iterator[Image.Image]:
                     return
 
 
-def _view(photos: list[Image.Image], seed: int, grain: float) -> Image.Image:
-    """Photo number `seed`: a crop of one of `photos` at `PHOTO_SIZE`, perhaps mirrored; `grain` in levels of 256."""
+def _view(photos: list[Image.Image], seed: int, grain: float, size: tuple[int, int] = PHOTO_SIZE) -> Image.Image:
+    """Photo number `seed`: a crop of one of `photos` at `size`, perhaps mirrored; `grain` in levels of 256."""
     photo = photos[seed % len(photos)]
     rng = random.Random(seed)
-    width, height = PHOTO_SIZE
+    width, height = size
     scale = min(photo.width / width, photo.height / height) * rng.uniform(0.8, 1.0)
     left = rng.uniform(0, photo.width - width * scale)
     top = rng.uniform(0, photo.height - height * scale)
     box = (left, top, left + width * scale, top + height * scale)
-    view = photo.resize(PHOTO_SIZE, Image.Resampling.LANCZOS, box=box)
+    view = photo.resize(size, Image.Resampling.LANCZOS, box=box)
     if rng.random() < 0.5:
         view = ImageOps.mirror(view)
     noise = np.random.default_rng(seed).normal(0.0, grain, (height, width, 1))
     return Image.fromarray(np.clip(np.asarray(view) + noise, 0, 255).astype(np.uint8))
 
 
-def _choose_grain(photos: list[Image.Image], tried: int) -> float:
-    """The grain with which the first `tried` photos have `PHOTO_BYTES` in the mean, as far as any has."""
+def _choose_grain(mean_bytes: Callable[[float], float], wanted: int) -> float:
+    """The grain with which photos have the wanted bytes in the mean, as far as any has."""
     low, high = 0.0, 20.0
     for _ in range(7):
         middle = (low + high) / 2
-        size = sum(len(_jpeg(_view(photos, seed, middle), _QUALITY)) for seed in range(tried))
-        low, high = (middle, high) if size < PHOTO_BYTES * tried else (low, middle)
+        low, high = (middle, high) if mean_bytes(middle) < wanted else (low, middle)
     return low
 
 

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from torchvision.models import get_model_weights
 
-from benchmarks.runs import Settings, print_result
+from benchmarks.runs import LARGE_KB, Settings, print_result
+from benchmarks.shards import large_photos
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.schema import IMAGE, REASON, part_rows
 from shard_embedder.pipeline.decoding.decoder import Decoder
@@ -42,6 +43,7 @@ from shard_embedder.pipeline.shards.samples import SampleReader
 # Parts of this size go to the processes that decode at once, so that none waits long for the last one.
 _PART_ROWS = 32
 _GPU_BATCHES = (32, 128, 512)
+_LARGE_ROUNDS = 5
 
 
 class Stages:
@@ -152,6 +154,24 @@ def decode(settings: Settings) -> dict[str, float | str]:
         ours_s += _timed(lambda table=table: stages.decode(table))  # type: ignore[misc]
         plain_s += _timed(lambda data=data: [plain(image) for image in data])  # type: ignore[misc]
     return {"decode_images_per_s": len(images) / ours_s, "decode_pil_images_per_s": len(images) / plain_s}
+
+
+def large(settings: Settings) -> dict[str, float | str]:
+    """One core, photos of 12 megapixels by their size in kB: the decoder, and the same with `--decode scaled`."""
+    rules = _look_up(settings, settings.shards)[0].rules
+    decoders = {"exact": Decoder(rules), "scaled": Decoder(replace(rules, scaled=True))}
+    results: dict[str, float | str] = {}
+    for kb in LARGE_KB:
+        photos = large_photos(1000 * kb)
+        seconds = dict.fromkeys(decoders, 0.0)
+        # Photo by photo in turn, so that what else happens on the machine meets both; the first round is not counted.
+        for number, photo in enumerate(photos * (1 + _LARGE_ROUNDS)):
+            for name, decoder in decoders.items():
+                elapsed = _timed(lambda decoder=decoder, photo=photo: decoder.decode(photo))  # type: ignore[misc]
+                seconds[name] += elapsed if number >= len(photos) else 0.0
+        num_images = len(photos) * _LARGE_ROUNDS
+        results |= {f"large_{kb}_kb_{name}_images_per_s": num_images / seconds[name] for name in decoders}
+    return results
 
 
 def plain_transform(job: Job) -> Callable[[Image.Image], torch.Tensor]:
@@ -317,7 +337,7 @@ def _model_rates(stages: Stages, precision: str, *, compiled: bool = False) -> d
 
 _MEASUREMENTS = {
     function.__name__: function
-    for function in (stages, decode, decode_all, device_decode, embed_and_write, tiny_work, gpu, compiled)
+    for function in (stages, decode, large, decode_all, device_decode, embed_and_write, tiny_work, gpu, compiled)
 }
 
 

@@ -16,7 +16,7 @@ from shard_embedder.pipeline.core.schema import KEEP_TYPES, RESERVED_COLUMNS
 FEATURES = ("pooled", "map")
 DTYPES = ("float32", "float16")
 DEVICES = ("auto", "cuda", "cpu")
-DECODES = ("cpu", "gpu", "gpu:SHARE")
+DECODES = ("cpu", "scaled", "gpu", "gpu:SHARE")
 # Where the key of a member ends in its basename; the first is WebDataset's rule.
 KEYS = ("first-dot", "last-dot")
 AUTO = "auto"
@@ -97,7 +97,9 @@ class Config:
     precision: str = "auto"
     device: str = "auto"
     batch_size: int | str | None = None  # images; auto: by measuring; None: by device
-    decode: str = "cpu"  # gpu: plain JPEGs on the backbone's device; gpu:SHARE: so many of the samples
+    # scaled: large JPEGs at a fraction of their size; gpu: plain JPEGs on the backbone's device; gpu:SHARE: so many of
+    # the samples
+    decode: str = "cpu"
     compile: bool = False  # the backbone, for the GPU
     actors: tuple[int, int] | None = None  # (min, max); None: all the devices there are
     actor_resource: str | None = None  # Ray resource of the nodes that backbones may run on; None: any node

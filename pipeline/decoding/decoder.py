@@ -29,8 +29,8 @@ from shard_embedder.pipeline.core.schema import (
     with_payload,
 )
 from shard_embedder.pipeline.decoding import child, jpeg
-from shard_embedder.pipeline.decoding.resize import resize_crop, upright
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.scaled import eighths_for, fit
 from shard_embedder.pipeline.decoding.versions import require_decoders
 
 # What a JPEG costs at most that is decoded in the worker's own process: pixels in all its scans, pixels, and bytes of
@@ -105,13 +105,14 @@ class Decoder:
         """
         data = _not_empty(bytes(memoryview(data)))
         header = self.plain_jpeg(data)
-        pixels = None if header is None else jpeg.decode(data, header)
-        if header is None or pixels is None:
-            pixels, seconds = child.decode(data, self.rules)
-            self._child_s += seconds
-            return pixels
-        orientation = 1 if self.rules.ignore_orientation else header.orientation
-        return resize_crop(upright(pixels, orientation) if orientation != 1 else pixels, self.rules.preprocess)
+        if header is not None:
+            eighths = eighths_for(header, self.rules)
+            pixels = jpeg.decode(data, header, eighths)
+            if pixels is not None:
+                return fit(pixels, header, eighths, self.rules)
+        pixels, seconds = child.decode(data, self.rules)
+        self._child_s += seconds
+        return pixels
 
     def upright_size(self, data: bytes) -> tuple[int, int]:
         """Width and height of one encoded image as it is to be seen. Raises `SampleError` as `decode` does."""

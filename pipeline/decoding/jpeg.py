@@ -36,6 +36,8 @@ _LEFT_OVER, _FILLER_BYTES = "extraneous bytes before marker", 64
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 # Markers without a length: restarts, and one that is reserved.
 _BARE = frozenset({0x01, *range(0xD0, 0xD8)})
+# The size of a JPEG in the unit of DCT scaling.
+WHOLE = 8
 # The largest block of pixels that a JPEG is coded in. Images are coded up to its edge.
 _BLOCK = 32
 # What decoding needs of the segments: frames and scans, their tables, and what says which colours they are of.
@@ -157,14 +159,20 @@ def scans_cost(header: JpegHeader, data: bytes, limit: int) -> int:
     return data.count(_START_OF_SCAN) * header.coded_pixels
 
 
-def decode(data: bytes, header: JpegHeader) -> Pixels | None:
-    """RGB [H, W, 3] of a JPEG that is RGB or grey; None where libjpeg-turbo finds a fault in it."""
+def decode(data: bytes, header: JpegHeader, eighths: int = WHOLE) -> Pixels | None:
+    """RGB [H, W, 3] of a JPEG that is RGB or grey; None where libjpeg-turbo finds a fault in it.
+
+    At `eighths` of its size, a side that is not a multiple rounded up.
+    """
+    height, width = (-(-side * eighths // WHOLE) for side in (header.height, header.width))
+    # The smallest scale that gives this; for a tiny image that would be a smaller one than all of it.
+    least = {} if eighths == WHOLE else {"min_height": height, "min_width": width}
     try:
         # Strict: what libjpeg only warns of, such as data that ends too early, is refused.
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
     except ValueError:
         return None
-    return pixels if pixels.shape[:2] == (header.height, header.width) else None
+    return pixels if pixels.shape[:2] == (height, width) else None
 
 
 def damage(data: bytes, *, is_faultless: bool) -> str | None:

@@ -17,6 +17,7 @@ from shard_embedder.pipeline.decoding import formats, heif, jpeg, png
 from shard_embedder.pipeline.decoding.orientation import PILLOW_ERRORS, orientation_of
 from shard_embedder.pipeline.decoding.resize import resize_crop, upright
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.scaled import eighths_for, fit
 from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -48,10 +49,11 @@ def decode(data: bytes, rules: DecodingRules) -> Pixels:
     """
     with _judged(data, rules):
         header = jpeg.read_header(data)
-        pixels, orientation = _load_image(data, rules) if header is None else _load_jpeg(data, header, rules)
-        if orientation != 1:
-            pixels = upright(pixels, orientation)
-        return resize_crop(pixels, rules.preprocess)
+        if header is not None:
+            pixels, eighths = _load_jpeg(data, header, rules)
+            return fit(pixels, header, eighths, rules)
+        pixels, orientation = _load_image(data, rules)
+        return resize_crop(upright(pixels, orientation) if orientation != 1 else pixels, rules.preprocess)
 
 
 def upright_size(data: bytes, rules: DecodingRules) -> tuple[int, int]:
@@ -109,7 +111,7 @@ def _bounded(data: bytes, rules: DecodingRules) -> Iterator[None]:
 
 
 def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tuple[Pixels, int]:
-    orientation = 1 if rules.ignore_orientation else header.orientation
+    """Its pixels, and at how many eighths of its size: all of what libjpeg-turbo finds a fault in."""
     # Faults of metadata cost no image: Pillow sees none of it.
     bare = jpeg.without_metadata(data)
     image = _open(bare, rules)
@@ -117,12 +119,13 @@ def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tu
     cost = jpeg.scans_cost(header, bare, limit)
     if cost > limit:
         raise SampleError(f"too many scans: {cost // header.coded_pixels} of {header.width}x{header.height} pixels")
-    pixels = jpeg.decode(bare, header) if image.mode in ("RGB", "L") else None
+    eighths = eighths_for(header, rules)
+    pixels = jpeg.decode(bare, header, eighths) if image.mode in ("RGB", "L") else None
     if pixels is None:
         image.load()
     if not rules.accept_damaged and (damage := jpeg.damage(bare, is_faultless=pixels is not None)) is not None:
         raise _damaged(damage)
-    return to_rgb(image) if pixels is None else pixels, orientation
+    return (to_rgb(image), jpeg.WHOLE) if pixels is None else (pixels, eighths)
 
 
 def _load_image(data: bytes, rules: DecodingRules) -> tuple[Pixels, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
@@ -26,6 +26,16 @@ _BAND_PIXELS = 2**22
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+class Shrunk(NamedTuple):
+    """The image that pixels are of which were decoded smaller, and where in them it begins; upright, as they are."""
+
+    height: int
+    width: int
+    scale: float
+    top: float
+    left: float
+
+
 def upright(pixels: np.ndarray[Any, np.dtype[np.uint8]], orientation: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """RGB [H, W, 3] as its EXIF orientation, 2 to 8, says it is to be seen."""
     turned, mirrored = TURNS[orientation]
@@ -37,20 +47,26 @@ TURNS = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False),
 
 
 def resize_crop(
-    pixels: np.ndarray[Any, np.dtype[np.uint8]], preprocess: Preprocess
+    pixels: np.ndarray[Any, np.dtype[np.uint8]], preprocess: Preprocess, shrunk: Shrunk | None = None
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """RGB [H, W, 3]: resized, then the centre `crop`, as torchvision does, rounding included.
 
     Source: `torchvision.transforms.functional.resize` and `center_crop` on PIL images.
     """
-    height, width = pixels.shape[:2]
+    whole = shrunk or Shrunk(pixels.shape[0], pixels.shape[1], 1.0, 0.0, 0.0)
+    height, width, scale = whole.height, whole.width, whole.scale
     crop_height, crop_width = preprocess.crop
     new_height, new_width = resized_size(height, width, preprocess)
     # Where the crop is larger than the resized image, all of that is seen, on black.
     seen_height, seen_width = min(crop_height, new_height), min(crop_width, new_width)
     top, left = round((new_height - seen_height) / 2.0), round((new_width - seen_width) / 2.0)
     x, y = width / new_width, height / new_height
-    box = (left * x, top * y, min((left + seen_width) * x, width), min((top + seen_height) * y, height))
+    box = (
+        whole.left + scale * left * x,
+        whole.top + scale * top * y,
+        whole.left + scale * min((left + seen_width) * x, width),
+        whole.top + scale * min((top + seen_height) * y, height),
+    )
     height_first = is_height_first(height, width, new_height, new_width)
     resized = _resize(pixels, (seen_width, seen_height), box, INTERPOLATIONS[preprocess.interpolation], height_first)
     if (seen_height, seen_width) == preprocess.crop:

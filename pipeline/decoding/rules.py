@@ -27,6 +27,8 @@ class DecodingRules:
     ignore_orientation: bool = False
     # Whether a picture of which a part is missing, or garbled, is as good as a whole one.
     accept_damaged: bool = False
+    # Whether JPEGs are decoded at a fraction of their size, where that is still much larger than the resize makes it.
+    scaled: bool = False
     # Processor time: how busy a machine is decides nothing.
     image_timeout_s: float = 30.0
     # Whether HEIC images are decoded. The process that makes the rules decides it by what is installed there: for a

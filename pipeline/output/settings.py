@@ -74,6 +74,7 @@ class OutputSettings:
             max_pixels=self.max_pixels,
             ignore_orientation=self.ignore_orientation,
             accept_damaged=self.accept_damaged,
+            scaled=self.decode == "scaled",
         )
 
     @property

@@ -78,7 +78,7 @@ class Reference:
         self._mean = torch.tensor(preprocess.mean)[:, None, None]
         self._std = torch.tensor(preprocess.std)[:, None, None]
         self._normalize = network.normalize
-        is_full = (settings.precision, settings.dtype, settings.decode) == ("fp32", "float32", "cpu")
+        is_full = (settings.precision, settings.dtype, on_device) == ("fp32", "float32", False)
         self.least_cosine = _COSINE if is_full else _COSINE_REDUCED
         # A device's decoder and the CPU's give embeddings of one image that are this far apart at most.
         self.apart = math.sqrt(2 * (1 - self.least_cosine)) if on_device else 0.0

@@ -186,7 +186,7 @@ def test_a_small_run_measures_every_case(
     # Where it is, the run that fills the caches has been.
     (tmp_path / "scratch" / "startup").mkdir(parents=True)
     code = bench.main([
-        "stages", "decode", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
+        "stages", "decode", "large", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
         "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "704",
         "--images-a-shard", "64", "--stage-images", "32", "--tiny-shards", "60", "--plan-shards", "2000",
         "--repeats", "1", "--output", str(tmp_path / "bench.json"), "--scratch", str(tmp_path / "scratch"),

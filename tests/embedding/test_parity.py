@@ -35,7 +35,9 @@ from shard_embedder.pipeline.core.schema import (
     sample_type,
 )
 from shard_embedder.pipeline.decoding.decoder import Decoder
+from shard_embedder.pipeline.decoding.jpeg import WHOLE, read_header
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.decoding.scaled import eighths_for
 from shard_embedder.pipeline.embedding.embedder import Embedder, Source
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
@@ -126,10 +128,10 @@ def source(engine: str, backbone: str, weights: Weights) -> Source:
     return convert(build_network(Network(backbone=backbone, preprocess=preprocess), weights), preprocess.crop)
 
 
-def ours(backbone: str, images: list[bytes], source: Source, precision: str) -> Any:
+def ours(backbone: str, images: list[bytes], source: Source, precision: str, *, scaled: bool = False) -> Any:
     """The same by the stages of the flow."""
     preprocess = library_of(backbone).preprocess_for(backbone, "random")
-    decoder = Decoder(DecodingRules(preprocess=preprocess, max_pixels=10**8))
+    decoder = Decoder(DecodingRules(preprocess=preprocess, max_pixels=10**8, scaled=scaled))
     network = Network(backbone=backbone, preprocess=preprocess)
     shape = library_of(backbone).output_shape(backbone, "pooled", preprocess.crop)
     placement = Placement(precision=precision, batch_size=8)
@@ -223,6 +225,25 @@ def test_every_shape_gives_torchvisions_vectors(test_data: Path) -> None:
     wanted = reference("mobilenet_v2", shapes(), torch.load(path, weights_only=True))
     got = ours("mobilenet_v2", shapes(), made, "fp32")
     assert cosine(got, wanted).min() >= COSINE["fp32"]
+
+
+@pytest.mark.parametrize(
+    "folder", [None, Path(os.environ.get("EMBED_TEST_PHOTOS", "/usr/share/backgrounds"))], ids=str
+)
+def test_scaled_decoding_of_large_photos_keeps_its_promise(folder: Path | None, test_data: Path) -> None:
+    """scikit-image has one photo that is large enough, Debian's lomiri-wallpapers-16.04 and mate-backgrounds 27."""
+    preprocess = library_of("mobilenet_v2").preprocess_for("mobilenet_v2", "random")
+    rules = DecodingRules(preprocess=preprocess, max_pixels=10**8, scaled=True)
+    skimage = Path(pytest.importorskip("skimage", reason="needs scikit-image's photos").__file__).parent / "data"
+    files = [path.read_bytes() for path in sorted((folder or skimage).rglob("*.jpg")) if not path.is_symlink()]
+    images = [data for data in files if (header := read_header(data)) and eighths_for(header, rules) < WHOLE]
+    if not images:
+        pytest.skip(f"no large photo in {folder}: set EMBED_TEST_PHOTOS to a folder of JPEGs of 2 megapixels or more")
+    (path,) = (test_data / "weights").glob("mobilenet_v2-*.pth")
+    made = source("torch", "mobilenet_v2", load_weights("mobilenet_v2", str(path)))
+    wanted = reference("mobilenet_v2", images, torch.load(path, weights_only=True))
+    cosines = cosine(ours("mobilenet_v2", images, made, "fp32", scaled=True), wanted)
+    assert 0.999 <= cosines.min() < 0.99999, "scaling shows, and keeps the promise"
 
 
 def test_the_measure_can_fail() -> None:

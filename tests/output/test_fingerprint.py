@@ -80,6 +80,7 @@ def test_the_digest_is_the_same_in_every_process_and_of_the_settings_alone() -> 
         ("precision", {"precision": "bf16"}, 'precision: output "fp32", this run "bf16"'),
         ("decode", {"decode": "gpu"}, 'decode: output "cpu", this run "gpu"'),
         ("decode", {"decode": "gpu:0.5"}, 'decode: output "cpu", this run "gpu:0.5"'),
+        ("decode", {"decode": "scaled"}, 'decode: output "cpu", this run "scaled"'),
         ("max_pixels", {"max_pixels": 1000}, "max_pixels: output 67108864, this run 1000"),
         ("key", {"key": "last-dot"}, 'key: output "first-dot", this run "last-dot"'),
         ("image_member", {"image_member": "png"}, 'image_member: output null, this run "png"'),
