@@ -25,7 +25,8 @@ _JFIF, _APP1 = 0xE0, 0xE1
 # A JPEG, progressive or not, can repeat its scans, each as much work as a decode and ten bytes long or more: what all
 # of them go over is at most this many times `max_pixels`. Encoders write ten or so.
 MAX_SCANS = 100
-_START_OF_SCAN, _SCAN_BYTES = b"\xff\xda", 10
+# A search for the two bytes by `re` takes a fifth of the time of `bytes.count`, which was a tenth of a decode.
+_START_OF_SCAN, _SCAN_BYTES = re.compile(b"\xff\xda"), 10
 # Within compressed data 0xFF stands before 0 and the numbers of restarts only.
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
 _COLOURS = {1: "GRAY", 3: "RGB", 4: "CMYK"}
@@ -152,11 +153,15 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def scans_cost(header: JpegHeader, data: bytes, limit: int) -> int:
-    """How many pixels its scans go over at most, each of them all; 0 where it cannot be more than `limit`."""
+    """How many pixels its scans go over at most, each of them all; 0 where it cannot be more than `limit`.
+
+    Those beyond the limit are not counted.
+    """
     # Most images are too small for it, whatever they hold.
     if len(data) // _SCAN_BYTES * header.coded_pixels <= limit:
         return 0
-    return data.count(_START_OF_SCAN) * header.coded_pixels
+    most = limit // max(1, header.coded_pixels) + 1
+    return sum(1 for _ in itertools.islice(_START_OF_SCAN.finditer(data), most)) * header.coded_pixels
 
 
 def decode(data: bytes, header: JpegHeader, eighths: int = WHOLE) -> Pixels | None:

@@ -118,7 +118,9 @@ def _load_jpeg(data: bytes, header: jpeg.JpegHeader, rules: DecodingRules) -> tu
     limit = jpeg.MAX_SCANS * rules.max_pixels
     cost = jpeg.scans_cost(header, bare, limit)
     if cost > limit:
-        raise SampleError(f"too many scans: {cost // header.coded_pixels} of {header.width}x{header.height} pixels")
+        raise SampleError(
+            f"too many scans: at least {cost // header.coded_pixels} of {header.width}x{header.height} pixels"
+        )
     eighths = eighths_for(header, rules)
     pixels = jpeg.decode(bare, header, eighths) if image.mode in ("RGB", "L") else None
     if pixels is None:

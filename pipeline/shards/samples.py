@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from shard_embedder.pipeline.core.config import Config, Field
@@ -291,10 +292,23 @@ def _samples_array(rows: list[dict[str, Any]], first: int, kind: pa.StructType) 
         [None if reason is None else STAGE_READ for reason in reasons],
         reasons,
         *kept,
-        [row["image"] for row in rows],
     ]
-    arrays = [pa.array(column, item.type) for column, item in zip(columns, fields, strict=True)]
+    arrays = [pa.array(column, item.type) for column, item in zip(columns, fields[:-1], strict=True)]
+    arrays.append(_large_binary([row["image"] for row in rows]))
     return pa.StructArray.from_arrays(arrays, fields=fields)
+
+
+def _large_binary(values: list[bytes | None]) -> pa.LargeBinaryArray:
+    """`pa.array(values, pa.large_binary())`, which copies what it has each time that it needs more room."""
+    data = b"".join(value for value in values if value is not None)
+    offsets = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)
+    valid = pa.array([value is not None for value in values], pa.bool_())
+    return pa.Array.from_buffers(
+        pa.large_binary(),
+        len(values),
+        [valid.buffers()[1], pa.py_buffer(offsets), pa.py_buffer(data)],
+        null_count=values.count(None),
+    )
 
 
 def _confirmed(error: ShardError, stream: ShardStream) -> ShardError:
