@@ -141,8 +141,8 @@ def parser() -> Parser:
         compute,
         "decode",
         "scaled decodes large JPEGs at a fraction of their size, with a cosine of 0.999 or more; gpu decodes plain "
-        "JPEGs on the backbone's GPU, for machines with few CPU cores a GPU, and gpu:0.7 those of 7 in 10 samples; all "
-        "else stays on CPU",
+        "JPEGs on the backbone's GPU, for machines with few CPU cores a GPU, and gpu:0.7 those of 7 in 10 samples; "
+        "all else stays on CPU",
         metavar="|".join(settings.DECODES),
     )
     add(

@@ -97,8 +97,8 @@ class Config:
     precision: str = "auto"
     device: str = "auto"
     batch_size: int | str | None = None  # images; auto: by measuring; None: by device
-    # scaled: large JPEGs at a fraction of their size; gpu: plain JPEGs on the backbone's device; gpu:SHARE: so many of
-    # the samples
+    # scaled: large JPEGs at a fraction of their size; gpu: plain JPEGs on the backbone's device, gpu:SHARE those of
+    # so many of the samples
     decode: str = "cpu"
     compile: bool = False  # the backbone, for the GPU
     actors: tuple[int, int] | None = None  # (min, max); None: all the devices there are
@@ -231,11 +231,11 @@ def _check(holds: bool, field: str, rule: str, value: Any) -> None:
 
 def is_decode(decode: str) -> bool:
     """Whether it is a value of `decode`."""
-    return decode == "cpu" or device_share(decode) > 0
+    return decode in ("cpu", "scaled") or device_share(decode) > 0
 
 
 def device_share(decode: str) -> float:
-    """The share of the samples whose JPEGs the backbone's device decodes: 0 with cpu, 1 with gpu."""
+    """The share of the samples whose JPEGs the backbone's device decodes: 0 with cpu and scaled, 1 with gpu."""
     # One way to write each, as two outputs with the same share have the same settings.
     match = re.fullmatch(r"gpu(?::(0\.(?:[0-9]?[1-9])))?", decode)
     return 0.0 if match is None else float(match[1] or 1)

@@ -44,7 +44,11 @@ def test_what_is_not_given_has_its_default() -> None:
         ("key", "dot", "key must be one of first-dot, last-dot, got 'dot'"),
         ("decode", "tpu", "decode must be one of cpu, scaled, gpu, gpu:SHARE (hundredths, 0.01 to 0.99), got 'tpu'"),
         *(
-            ("decode", text, f"decode must be one of cpu, scaled, gpu, gpu:SHARE (hundredths, 0.01 to 0.99), got {text!r}")
+            (
+                "decode",
+                text,
+                f"decode must be one of cpu, scaled, gpu, gpu:SHARE (hundredths, 0.01 to 0.99), got {text!r}",
+            )
             for text in ("gpu:", "gpu:0", "gpu:0.0", "gpu:1", "gpu:1.5", "gpu:-0.5", "gpu:.5", "gpu:0.125", "gpu:nan")
         ),
         ("batch_size", "many", "batch_size must be a number, got 'many'"),

@@ -143,7 +143,7 @@ def test_an_automatic_precision_follows_the_output() -> None:
         ({"colour": "blue"}, "unknown or missing: colour"),
         ({"format": 1}, "format must be 2, got 1"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'"),
-        ({"decode": "gpu:0.50"}, "decode must be one of cpu, gpu, gpu:SHARE, got 'gpu:0.50'"),
+        ({"decode": "gpu:0.50"}, "decode must be one of cpu, scaled, gpu, gpu:SHARE, got 'gpu:0.50'"),
         ({"embedding_shape": [2**70]}, "a size is none"),
         ({"embedding_shape": "ab"}, "a size is none"),
         ({"keep": ["cls=int3"]}, "the type of field 'cls=int3' must be one of"),
