@@ -77,7 +77,7 @@ def test_metadata_without_end_costs_no_image(file: bytes) -> None:
 
 
 def test_an_image_that_takes_too_much_memory_is_an_error_and_the_next_is_decoded() -> None:
-    decoder = Decoder(replace(RULES, max_pixels=100_000))
+    decoder = Decoder(replace(RULES, max_pixels=100_000, image_timeout_s=30.0))
     limit = decoder.rules.memory_bytes // MIB
     with pytest.raises(
         SampleError, match=f"^too much memory: it takes over {limit} MiB, the limit for 100000 pixels$"

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import ROOT, S3Server, free_ports, write_shards
+from tests.conftest import ROOT, S3Server, free_ports, hearing_sigint, write_shards
 
 pytestmark = pytest.mark.alone
 
@@ -95,14 +95,15 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def popen(*arguments: str, patience_s: float | None = None, **environment: str) -> subprocess.Popen[str]:
         (tmp_path / "work").mkdir(exist_ok=True)
         command = [str(SUBMIT)] if patience_s is None else ["-c", LESS_PATIENT, str(ROOT), str(patience_s)]
-        process = subprocess.Popen(
-            [sys.executable, *command, *arguments],
-            cwd=tmp_path / "work",
-            env={**ENVIRONMENT, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with hearing_sigint():
+            process = subprocess.Popen(
+                [sys.executable, *command, *arguments],
+                cwd=tmp_path / "work",
+                env={**ENVIRONMENT, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         processes.append(process)
         return process
 

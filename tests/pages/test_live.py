@@ -35,7 +35,7 @@ from shard_embedder.pipeline.pages.server import serving
 from shard_embedder.pipeline.retrieval.build import Options, build
 from shard_embedder.pipeline.retrieval.index import open_index
 from shard_embedder.pipeline.retrieval.search import search_images
-from tests.conftest import ROOT, encode, photo, sample_members, write_shards, write_tar
+from tests.conftest import ROOT, encode, hearing_sigint, photo, sample_members, write_shards, write_tar
 from tests.decoding.test_bombs import SLOW
 from tests.outputs import embed
 from tests.pages.looking import _Reader
@@ -316,10 +316,15 @@ def test_wrong_usage_ends_with_2_and_says_why(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_slow_image_neither_stops_the_server_nor_its_end(number: int, code: int, folder: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "serve.py"), str(folder / "index"), "--port", "0", "--device", "cpu"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_PROXY": "*"},
-    )  # fmt: skip
+    options = (str(folder / "index"), "--port", "0", "--device", "cpu")
+    with hearing_sigint():
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / "serve.py"), *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "NO_PROXY": "*"},
+        )
     clients: list[socket.socket] = []
     try:
         assert process.stdout is not None

@@ -27,7 +27,7 @@ from shard_embedder.pipeline.shards.find import Pending, find_shards
 from shard_embedder.pipeline.shards.keys import split_key
 from shard_embedder.pipeline.shards.pack import PackConfig, find_images, make_key, pack
 from shard_embedder.pipeline.shards.samples import SampleReader
-from tests.conftest import ROOT, encode, photo
+from tests.conftest import ROOT, encode, hearing_sigint, photo
 
 PHOTO = encode(photo(1))
 
@@ -290,10 +290,8 @@ def test_a_pack_that_is_stopped_leaves_nothing_that_looks_like_a_shard(tmp_path:
     for i in range(20_000):
         (folder / f"{i}.jpg").hardlink_to(folder / "a.jpg")
     command = [sys.executable, ROOT / "jobs/pack.py", folder, shards, "--max-samples", "50"]
-    # What a shell without job control runs in the background ignores SIGINT, as does all that it starts.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    signal.signal(signal.SIGINT, before)
+    with hearing_sigint():
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(shards.glob(".packing-*/*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
