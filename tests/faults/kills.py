@@ -39,10 +39,11 @@ NODE, DRIVER, STORE, TWO = "node", "driver", "S3 server", "two at once"
 SINGLE = (READ, DECODE, WRITE, EMBED, NODE, DRIVER, STORE)
 KINDS = (*SINGLE, TWO)
 # What Ray calls the processes of a stage while they work for it.
+# How Ray names a worker at a stage.
 _TITLES = {
-    READ: re.compile(r"ray::.*SampleReader"),
-    DECODE: re.compile(r"ray::.*Decoder"),
-    WRITE: re.compile(r"ray::.*PartWriter"),
+    READ: re.compile(r"ray::.*MapBatches\(read\)"),
+    DECODE: re.compile(r"ray::.*MapBatches\(decode\)"),
+    WRITE: re.compile(r"ray::.*MapBatches\(write\)"),
     EMBED: re.compile(r"ray::.*MapWorker"),
 }
 # A job in which no part is decoded or embedded for so long hangs.
