@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -150,8 +151,14 @@ def test_a_dead_endpoint_is_given_up_in_bounded_time(
 
 @pytest.mark.parametrize("quiet_s", [0.0, 60.0])
 def test_what_fails_for_some_seconds_is_said_once_to_be_tried_again(
-    quiet_s: float, caplog: pytest.LogCaptureFixture
+    quiet_s: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Libraries that other tests have used may have turned loggers off, or kept their messages from the root's.
+    logger = logging.getLogger(retries.__name__)
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.WARNING, logger.name)
     errors = [OSError("nobody answers")] * 3
 
     def call() -> str:
