@@ -140,9 +140,9 @@ def parser() -> Parser:
     add(
         compute,
         "decode",
-        "scaled decodes large JPEGs at a fraction of their size, with a cosine of 0.999 or more; gpu decodes plain "
-        "JPEGs on the backbone's GPU, for machines with few CPU cores a GPU, and gpu:0.7 those of 7 in 10 samples; "
-        "all else stays on CPU",
+        "scaled decodes large JPEGs at a fraction of their size (cosine at least 0.999 at the weights' own input "
+        "size); gpu decodes plain JPEGs on the backbone's GPU, for machines with few CPU cores a GPU, and gpu:0.7 "
+        "those of 7 in 10 samples; all else stays on CPU",
         metavar="|".join(settings.DECODES),
     )
     add(
