@@ -16,9 +16,11 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from benchmarks.memory import WORKERS
 from benchmarks.runs import Settings, print_result
 from shard_embedder.jobs.support.connection import connect
 from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.schema import STAGE_DECODE
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.flow import read_and_decode
 from shard_embedder.pipeline.planning.job import prepare_job
@@ -92,10 +94,10 @@ def _decode_tasks(since: float) -> list[tuple[float, float]]:
     tasks = [
         (event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6)
         for event in ray.timeline()
-        if event["cat"].startswith("task::") and "MapBatches(decode)" in event["cat"] and event["ts"] / 1e6 > since
+        if event["cat"].startswith("task::") and WORKERS[STAGE_DECODE] in event["cat"] and event["ts"] / 1e6 > since
     ]
     if not tasks:
-        raise RuntimeError("Ray's timeline has no task of the name MapBatches(decode)")
+        raise RuntimeError(f"Ray's timeline has no task of the name {WORKERS[STAGE_DECODE]}")
     return tasks
 
 

@@ -20,12 +20,13 @@ from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE
 
 _LOOK_EVERY_S = 0.25
 _MIB = 2**20
-# How Ray names a worker at a stage.
-_STAGES = {
-    "MapBatches(read)": STAGE_READ,
-    "MapBatches(decode)": STAGE_DECODE,
-    "MapBatches(Embedder)": STAGE_EMBED,
-    "MapBatches(write)": STAGE_WRITE,
+# How Ray names what works for a stage, after the functions and the class of `pipeline.flow`: in the title of its
+# process, and in the timeline of its tasks.
+WORKERS = {
+    STAGE_READ: "MapBatches(read)",
+    STAGE_DECODE: "MapBatches(decode)",
+    STAGE_EMBED: "MapBatches(Embedder)",
+    STAGE_WRITE: "MapBatches(write)",
 }
 _DRIVER = "driver"
 _STORE = "store"
@@ -75,8 +76,8 @@ def _look(driver: int) -> Iterator[tuple[str, int]]:
             own = int(status["RssAnon"].split()[0]) * 1024
             if pid == driver:
                 yield _DRIVER, own
-            for part, stage in _STAGES.items():
-                if name.startswith("ray::") and part in name:
+            for stage, worker in WORKERS.items():
+                if name.startswith("ray::") and worker in name:
                     yield stage, own
 
 

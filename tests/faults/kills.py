@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
+from benchmarks.memory import WORKERS
+from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
 from tests.conftest import ROOT, S3Server, encode, free_ports, photo, write_tar
 
 READ, DECODE, WRITE, EMBED = "read worker", "decode worker", "write worker", "embed actor"
@@ -39,12 +41,9 @@ NODE, DRIVER, STORE, TWO = "node", "driver", "S3 server", "two at once"
 SINGLE = (READ, DECODE, WRITE, EMBED, NODE, DRIVER, STORE)
 KINDS = (*SINGLE, TWO)
 # What Ray calls the processes of a stage while they work for it.
-# How Ray names a worker at a stage.
 _TITLES = {
-    READ: re.compile(r"ray::.*MapBatches\(read\)"),
-    DECODE: re.compile(r"ray::.*MapBatches\(decode\)"),
-    WRITE: re.compile(r"ray::.*MapBatches\(write\)"),
-    EMBED: re.compile(r"ray::.*MapWorker"),
+    kind: re.compile(f"ray::.*{re.escape(WORKERS[stage])}")
+    for kind, stage in ((READ, STAGE_READ), (DECODE, STAGE_DECODE), (WRITE, STAGE_WRITE), (EMBED, STAGE_EMBED))
 }
 # A job in which no part is decoded or embedded for so long hangs.
 STUCK_S = 240.0

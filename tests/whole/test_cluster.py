@@ -26,10 +26,12 @@ from unittest import mock
 import pytest
 import ray
 
+from benchmarks.memory import WORKERS
 from benchmarks.scaling import IMAGES_A_SHARD, light_shards
 from benchmarks.sleep import SleepSource
 from shard_embedder.jobs.support.connection import connect
 from shard_embedder.pipeline.core.config import parse
+from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED
 from shard_embedder.pipeline.flow import make_flow
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
@@ -265,9 +267,9 @@ def _where(ran: Ran, begin: float) -> Ran:
     for event in ray.timeline():
         if event["cat"].startswith("task::") and event["ts"] / 1e6 >= begin:
             node = event["pid"].removeprefix("node:")
-            if "MapBatches(decode)" in event["cat"]:
+            if WORKERS[STAGE_DECODE] in event["cat"]:
                 ran.decoded_on.add(node)
-            elif "MapWorker" in event["cat"]:
+            elif WORKERS[STAGE_EMBED] in event["cat"]:
                 ran.embedded_on.add(node)
     return ran
 
