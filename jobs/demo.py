@@ -61,8 +61,7 @@ def run_job(name: str, *arguments: str) -> None:
     _OUT.print(f"$ python jobs/{name} {shlex.join(arguments)}", style="cyan", markup=False)
     command = import_module(f"shard_embedder.jobs.{Path(name).stem}")
     # The demo has its own settings, and its files are on this machine only.
-    not_ours = {key for key in os.environ if key.startswith("EMBED_") or key == "RAY_ADDRESS"}
-    kept = {key: os.environ.pop(key) for key in not_ours}
+    kept = {key: os.environ.pop(key) for key in [*os.environ] if key.startswith("EMBED_") or key == "RAY_ADDRESS"}
     try:
         code = command.main(list(arguments))
     finally:

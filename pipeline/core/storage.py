@@ -319,18 +319,18 @@ def _list_s3(fs: fsspec.AbstractFileSystem, folder: str, recursive: bool, limits
         seen.add(answer["NextContinuationToken"])
 
 
-def lacks_bucket(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS) -> bool:
-    """Whether it is certain that the S3 bucket of a path is not there: a listing has nothing then."""
+def missing_bucket(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits = LIMITS) -> str | None:
+    """The S3 bucket of a path, where it is certain that it is not there: a listing has nothing then."""
     if not is_s3(fs):
-        return False
-    bucket = fs.split_path(path)[0]
+        return None
+    bucket: str = fs.split_path(path)[0]
     try:
         with_retries(f"looking at bucket {bucket}", lambda: fs.call_s3("head_bucket", Bucket=bucket), limits)
     except FileNotFoundError:
-        return True
-    except (OSError, StoreError):  # it may be listed and not looked at
+        return bucket
+    except OSError:  # it may be listed and not looked at
         pass
-    return False
+    return None
 
 
 def _list_other(

@@ -28,7 +28,7 @@ from shard_embedder.pipeline.decoding import child
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
 from shard_embedder.pipeline.embedding.device_resize import Group, Plan, plan_resizes, resize_group
-from shard_embedder.pipeline.embedding.embedder import Pixels
+from shard_embedder.pipeline.embedding.embedder import PartPixels
 from shard_embedder.pipeline.embedding.gpu import lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.tries import counted_try
 
@@ -77,7 +77,7 @@ class DeviceDecoder:
         # Else each image would be refused, and decoded on the CPU one after the other.
         self._decoded([from_dlpack(np.frombuffer(bytearray(_TINY), np.uint8))])
 
-    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> Pixels:
+    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> PartPixels:
         """As `pipeline.embedding.embedder.Intake` does; the pixels are a tensor on the device."""
         with self._turn, counted_try(part) as num_tries, _in_stream(self._resizes):
             made = self._made(samples, rows, num_tries)
@@ -87,7 +87,7 @@ class DeviceDecoder:
                 self._in_flight.clear()
             return made
 
-    def _made(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], num_tries: int) -> Pixels:
+    def _made(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], num_tries: int) -> PartPixels:
         crop = self._preprocess.crop
         encoded = samples.field(ENCODED)
         orientations = _column(encoded, "orientation", rows)
@@ -127,7 +127,7 @@ class DeviceDecoder:
             pixels[place] = torch.from_numpy(np.array(found)).to(self._device)
             num_refused += 1
         good = np.array([place for place, row in enumerate(rows) if int(row) not in faults], np.int64)
-        return Pixels(pixels, good, faults, num_refused, part.refusal if num_refused else None)
+        return PartPixels(pixels, good, faults, num_refused, part.refusal if num_refused else None)
 
     def _uploaded(self, values: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)

@@ -58,7 +58,7 @@ class Runner(Protocol):
         ...
 
 
-class Pixels(NamedTuple):
+class PartPixels(NamedTuple):
     """What a runner embeds of a part.
 
     `values` are pixels for `Runner.embed`, `places` which of them are the part's rows without a reason, in order, and
@@ -76,7 +76,7 @@ class Pixels(NamedTuple):
 class Intake(Protocol):
     """Where a runner's pixels come from."""
 
-    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> Pixels:
+    def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> PartPixels:
         """Pixels of the rows of `samples` that have no reason yet. `part` names them, and no others."""
         ...
 
@@ -184,7 +184,7 @@ class Embedder:
         told = {"device_refused": pixels.num_refused, "device_refusal": pixels.refusal}
         return part_row({**values, "embed_s": embed_s, "batch_size": self._runner.batch_size, **told}, embedded)
 
-    def _embedded(self, samples: pa.StructArray, part: str) -> tuple[Pixels, pa.StructArray]:
+    def _embedded(self, samples: pa.StructArray, part: str) -> tuple[PartPixels, pa.StructArray]:
         stages, reasons = samples.field(STAGE).to_pylist(), samples.field(REASON).to_pylist()
         rows = np.flatnonzero([reason is None for reason in reasons])
         shape = self._storage_shape()
@@ -215,10 +215,10 @@ class Embedder:
             },
         )
 
-    def _pixels(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> Pixels:
+    def _pixels(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> PartPixels:
         """What the decode stage has made, where it is."""
         column = samples.field(PIXELS)
-        return Pixels(column.values.to_numpy().reshape(-1, *self._crop, 3), rows + column.offset, {})
+        return PartPixels(column.values.to_numpy().reshape(-1, *self._crop, 3), rows + column.offset, {})
 
     def _storage_shape(self) -> tuple[int]:
         kind = self._field.type

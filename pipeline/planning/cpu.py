@@ -13,3 +13,8 @@ def cpu_has_bf16() -> bool:
     except OSError:  # no Linux
         return False
     return bool(re.search(r"^flags\s*:.*\b(avx512_bf16|amx_bf16)\b", text, re.MULTILINE))
+
+
+def cpu_precisions() -> tuple[str, ...]:
+    """The reduced precisions that this machine's processor computes faster than fp32."""
+    return ("bf16",) if cpu_has_bf16() else ()

@@ -26,7 +26,7 @@ from shard_embedder.pipeline.core.schema import PIXELS, REASON, part_rows
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.embedding.embedder import Runner, Source
 from shard_embedder.pipeline.embedding.network import Network, Placement
-from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.planning.cpu import cpu_precisions
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.shards.find import Pending
 from shard_embedder.pipeline.shards.samples import SampleReader
@@ -112,7 +112,7 @@ def choose_meanwhile(job: Job, pending: list[Pending]) -> Iterator[Choose]:
     if not pending or job.config.device == "cuda" or Path("/dev/nvidiactl").exists():
         yield choose_engine
         return
-    foreseen = (job, pending, "cpu", ("bf16",) if cpu_has_bf16() else (), None)
+    foreseen = (job, pending, "cpu", cpu_precisions(), None)
     with ThreadPoolExecutor(1) as pool:
         engine = pool.submit(choose_engine, *foreseen)
         yield lambda *asked: engine.result() if asked == foreseen else choose_engine(*asked)

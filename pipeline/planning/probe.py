@@ -23,7 +23,7 @@ from shard_embedder.pipeline.core.redact import redact
 from shard_embedder.pipeline.embedding.embedder import Source
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.planning.batch_size import SMALLEST, best, ladder, measure
-from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
+from shard_embedder.pipeline.planning.cpu import cpu_precisions
 from shard_embedder.pipeline.planning.engine import Pixels, Trial, first_close
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.nodes import SAY_EVERY_S
@@ -39,7 +39,7 @@ _WAIT_S = 300.0
 _FAULTS_SHOWN = 8
 
 
-def fast_precisions(capabilities: Sequence[Capability]) -> tuple[str, ...]:
+def gpu_precisions(capabilities: Sequence[Capability]) -> tuple[str, ...]:
     """The reduced precisions that GPUs of all these compute capabilities compute faster than fp32, the best first.
 
     Volta and Turing have tensor cores for fp16, Ampere and newer ones for bf16, too.
@@ -55,8 +55,8 @@ def fast_precisions(capabilities: Sequence[Capability]) -> tuple[str, ...]:
 def precisions_here(device: str) -> tuple[str, ...]:
     """The same of this process's GPU or processor."""
     if device == "cuda":
-        return fast_precisions([_capability_here()])
-    return ("bf16",) if cpu_has_bf16() else ()
+        return gpu_precisions([_capability_here()])
+    return cpu_precisions()
 
 
 def _capability_here() -> Capability:
@@ -132,7 +132,7 @@ class Gpus:
     @property
     def precisions(self) -> tuple[str, ...]:
         """The reduced precisions that all good ones compute faster than fp32."""
-        return fast_precisions([gpu.capability for gpu in self._good])
+        return gpu_precisions([gpu.capability for gpu in self._good])
 
     def limit(self, resources: Resources) -> Resources:
         """The resources with no more actors than GPUs are good, once one is left out; a pool may still grow."""

@@ -25,9 +25,9 @@ from shard_embedder.pipeline.core.storage import (
     UNKNOWN_SIZE,
     FileInfo,
     is_http,
-    lacks_bucket,
     list_files,
     locate,
+    missing_bucket,
     read_bytes,
     stat,
     to_url,
@@ -309,7 +309,8 @@ def _why_none(spec: str, left_out: Mapping[str, int], limits: StoreLimits) -> st
 
 
 def _no_bucket(fs: fsspec.AbstractFileSystem, path: str, limits: StoreLimits) -> str:
-    return f": there is no bucket {path.partition('/')[0]}" if lacks_bucket(fs, path, limits) else ""
+    bucket = missing_bucket(fs, path, limits)
+    return "" if bucket is None else f": there is no bucket {bucket}"
 
 
 def _below(

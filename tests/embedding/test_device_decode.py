@@ -30,7 +30,7 @@ from shard_embedder.pipeline.decoding.rules import DecodingRules
 from shard_embedder.pipeline.decoding.versions import torchcodec_version
 from shard_embedder.pipeline.embedding import device_decode
 from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
-from shard_embedder.pipeline.embedding.embedder import Embedder, Pixels
+from shard_embedder.pipeline.embedding.embedder import Embedder, PartPixels
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.queries import QueryEmbedder
 from shard_embedder.pipeline.embedding.recipe import recipe_of
@@ -62,7 +62,7 @@ def samples_of(images: list[bytes], cpu: Decoder) -> pa.StructArray:
     return pa.StructArray.from_arrays([encoded], fields=[field])
 
 
-def made(images: list[bytes], cpu: Decoder | None = None) -> Pixels:
+def made(images: list[bytes], cpu: Decoder | None = None) -> PartPixels:
     """Images that the CPU's part lets pass, by the device's part."""
     cpu = cpu or decoder()
     found = DeviceDecoder(cpu, "cpu")(samples_of(images, cpu), np.arange(len(images)), "a part")

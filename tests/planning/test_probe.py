@@ -15,7 +15,7 @@ from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
 from shard_embedder.pipeline.planning.batch_size import ladder
 from shard_embedder.pipeline.planning.engine import Trial
 from shard_embedder.pipeline.planning.job import prepare_job
-from shard_embedder.pipeline.planning.probe import fast_precisions, try_out
+from shard_embedder.pipeline.planning.probe import gpu_precisions, try_out
 from shard_embedder.pipeline.shards.find import Pending
 from tests.conftest import write_shards
 
@@ -37,7 +37,7 @@ K80, P100, V100, T4, A100, L4, H100 = (3, 7), (6, 0), (7, 0), (7, 5), (8, 0), (8
 def test_reduced_precisions_are_those_that_every_gpu_has(
     capabilities: list[tuple[int, int]], precisions: tuple[str, ...]
 ) -> None:
-    assert fast_precisions(capabilities) == precisions
+    assert gpu_precisions(capabilities) == precisions
 
 
 @dataclass(frozen=True)
