@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -134,6 +134,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+# Libraries set these when they are imported, pytest for each test, the job for its Ray.
+_OF_LIBRARIES = ("PYTEST_", "RAY_")
 _RAY, _SLOW, _OTHER = range(3)
 _KIND: dict[Path, int] = {}
 # What starts Ray, by itself or in a job.
@@ -156,6 +158,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     ray = sys.modules.get("ray")
     if ray is not None and _KIND[item.path] != _RAY and ray.is_initialized():
         ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A file leaves the environment as it was: what it sets by its way would be every later file's."""
+    before = dict(os.environ)
+    yield
+    kept = before | S3Server.in_environment
+    changed = {name for name in {*kept, *os.environ} if kept.get(name) != os.environ.get(name)}
+    changed = {name for name in changed if not name.startswith(_OF_LIBRARIES)}
+    assert not changed, f"{request.path.name} leaves a changed environment: {sorted(changed)}"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -275,6 +288,8 @@ class S3Server:
     """A SeaweedFS with one bucket, on loopback."""
 
     bucket = "bkt"
+    # The variables of the session's server, once it runs.
+    in_environment: ClassVar[dict[str, str]] = {}
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -338,6 +353,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server; its variables are in the environment of this process and of what it starts."""
     server = S3Server(tmp_path_factory.mktemp("s3"))
     server.start()
+    S3Server.in_environment = server.environment
     os.environ.update(server.environment)
     yield server
     server.stop()
