@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
 from shard_embedder.pipeline.backbones import library_of, load_weights
+from shard_embedder.pipeline.backbones.transform import ImageLike, decode_image
 from shard_embedder.pipeline.core.config import Config
 from shard_embedder.pipeline.core.errors import InputError
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
-from shard_embedder.pipeline.decoding.resize import resize_crop
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from shard_embedder.pipeline.embedding.embedder import Runner
 from shard_embedder.pipeline.embedding.network import Network, Placement
@@ -23,7 +22,7 @@ from shard_embedder.pipeline.embedding.recipe import recipe_of
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, device_here
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 
-Image = str | Path | bytes | PIL.Image.Image | np.ndarray[Any, Any]
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
 # At once in memory.
 _BATCH = 64
 
@@ -33,7 +32,6 @@ class Images:
 
     def __init__(self, runner: Runner, rules: DecodingRules) -> None:
         self._runner = runner
-        self._rules = rules
         self._decoder = Decoder(rules)
 
     @classmethod
@@ -47,43 +45,26 @@ class Images:
         placement = Placement(device=device_here("auto"), precision=recipe.settings.precision)
         return cls(SharedWeights.of(recipe.weights).runner(recipe.network, placement), recipe.settings.rules)
 
-    def __call__(self, images: Image | Sequence[Image]) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
+    def __call__(
+        self, images: ImageLike | Sequence[ImageLike]
+    ) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
         """Ids, and embeddings float32 [N, C]; of one image, [1, C]."""
-        several = [images] if isinstance(images, (str, Path, bytes, PIL.Image.Image)) else list(images)
+        several = [images] if isinstance(images, (str, os.PathLike, bytes, PIL.Image.Image)) else list(images)
         if isinstance(images, np.ndarray) and images.ndim == 3:
             several = [images]
-        ids = [str(one) if isinstance(one, (str, Path)) else str(i) for i, one in enumerate(several)]
+        ids = [str(one) if isinstance(one, (str, os.PathLike)) else str(i) for i, one in enumerate(several)]
         vectors = [self._embedded(several[start : start + _BATCH]) for start in range(0, len(several), _BATCH)]
         if not vectors:
             raise InputError("images must be at least one, got none")
         return ids, np.concatenate(vectors)
 
-    def _embedded(self, images: Iterable[Image]) -> np.ndarray[Any, Any]:
-        pixels = np.stack([self._pixels(image) for image in images])
+    def _embedded(self, images: Iterable[ImageLike]) -> Vectors:
+        pixels = np.stack([decode_image(image, self._decoder) for image in images])
         return self._runner.embed(pixels, np.arange(len(pixels)))
-
-    def _pixels(self, image: Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """uint8 RGB of the size that the backbone takes."""
-        if isinstance(image, (str, Path)):
-            path = Path(image)
-            try:
-                image = path.read_bytes()
-            except FileNotFoundError as error:
-                raise InputError(f"image {path} not found") from error
-        if isinstance(image, PIL.Image.Image):
-            # Whatever its mode: as the job decodes a file of it.
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF")
-            image = buffer.getvalue()
-        if isinstance(image, bytes):
-            return self._decoder.decode(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"an array must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-        return resize_crop(np.ascontiguousarray(image), self._rules.preprocess)
 
 
 def embed_images(
-    images: Image | Sequence[Image],
+    images: ImageLike | Sequence[ImageLike],
     backbone: str = "resnet50",
     *,
     weights: str = "DEFAULT",
@@ -93,7 +74,7 @@ def embed_images(
     normalize: bool = False,
     device: str = "auto",
     precision: str = "fp32",
-) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
+) -> tuple[list[str], Vectors]:
     """Embed images in this process, as the job would.
 
     Args:

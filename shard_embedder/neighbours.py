@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from shard_embedder.images import Image, Images
+from shard_embedder.images import Images
+from shard_embedder.pipeline.backbones.transform import ImageLike
 from shard_embedder.pipeline.retrieval.build import Options, build
 from shard_embedder.pipeline.retrieval.index import Index, Neighbour
 from shard_embedder.pipeline.retrieval.index import open_index as open_stored
@@ -26,7 +27,7 @@ class ImageIndex:
     def _images(self) -> Images:
         return Images.as_made(self.index.facts.made, self._weights)
 
-    def search(self, images: Image | Sequence[Image], k: int = 5) -> list[list[Neighbour]]:
+    def search(self, images: ImageLike | Sequence[ImageLike], k: int = 5) -> list[list[Neighbour]]:
         """The `k` nearest rows of each image, nearest first.
 
         Args:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from shard_embedder.pipeline.core.config import Config
-from shard_embedder.pipeline.core.errors import InputError, SampleError
+from shard_embedder.pipeline.core.errors import InputError
 from shard_embedder.pipeline.core.storage import read_bytes
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.pillow import to_rgb
@@ -53,36 +53,38 @@ class Transform:
         self._normalize = Normalize(preprocess)
 
     def __call__(self, images: ImageLike | list[ImageLike] | tuple[ImageLike, ...]) -> Tensor:
-        """float32 [3, H, W] of one image; of a list or tuple [N, 3, H, W].
-
-        An image of Pillow is turned as its EXIF orientation says. An array is taken to be upright.
-
-        Raises:
-            InputError: a path that is not there.
-            SampleError: not an image, broken, or larger than a job takes.
-        """
+        """float32 [3, H, W] of one image; of a list or tuple [N, 3, H, W]. Raises as `decode_image` does."""
         several = images if isinstance(images, list | tuple) else [images]
         pixels = np.empty((len(several), *self.preprocess.crop, 3), np.uint8)
         for row, image in enumerate(several):
-            pixels[row] = self._pixels(image)
+            pixels[row] = decode_image(image, self._decoder)
         normalized: Tensor = self._normalize(torch.from_numpy(pixels))
         return normalized if several is images else normalized[0]
 
-    def _pixels(self, image: ImageLike) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """uint8 RGB of shape [H, W, 3]."""
-        if isinstance(image, bytes):
-            return self._decoder.decode(image)
-        if isinstance(image, str | os.PathLike):
-            try:
-                return self._decoder.decode(read_bytes(os.fspath(image)))
-            except FileNotFoundError as error:
-                raise InputError(f"image {os.fspath(image)} not found") from error
-        if isinstance(image, Image.Image):
-            return resize_crop(to_rgb(ImageOps.exif_transpose(image)), self.preprocess)
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise SampleError(f"an image array must be uint8 of shape [H, W, 3], got {_told(image)}")
-        return resize_crop(image, self.preprocess)
 
+def decode_image(image: ImageLike, decoder: Decoder) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An image in any form as the decoder gives it: uint8 RGB [H, W, 3], resized and cropped.
 
-def _told(image: Any) -> str:
-    return f"{image.dtype} of shape {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+    The EXIF orientation of a Pillow image counts as that of a file does. An array is upright.
+
+    Raises:
+        InputError: a path that is not there, or an array of another type or shape.
+        SampleError: not an image, broken, or larger than a job takes.
+    """
+    rules = decoder.rules
+    if isinstance(image, str | os.PathLike):
+        path = os.fspath(image)
+        try:
+            image = read_bytes(path)
+        except FileNotFoundError as error:
+            raise InputError(f"image {path} not found") from error
+    if isinstance(image, bytes):
+        return decoder.decode(image)
+    if isinstance(image, Image.Image):
+        upright = image if rules.ignore_orientation else ImageOps.exif_transpose(image)
+        return resize_crop(to_rgb(upright), rules.preprocess)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        is_array = isinstance(image, np.ndarray)
+        got = f"{image.dtype} of shape {list(image.shape)}" if is_array else type(image).__name__
+        raise InputError(f"an image array must be uint8 of shape [H, W, 3], got {got}")
+    return resize_crop(np.ascontiguousarray(image), rules.preprocess)

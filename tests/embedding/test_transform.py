@@ -89,9 +89,9 @@ def test_what_is_no_image_has_the_jobs_own_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"image .*nowhere.jpg not found"):
         transform(tmp_path / "nowhere.jpg")
     for array in (np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((3, 8, 8), np.uint8)):
-        with pytest.raises(SampleError, match=r"must be uint8 of shape \[H, W, 3\], got (uint8|float32) of shape \["):
+        with pytest.raises(InputError, match=r"must be uint8 of shape \[H, W, 3\], got (uint8|float32) of shape \["):
             transform(array)
-    with pytest.raises(SampleError, match="got int"):
+    with pytest.raises(InputError, match="got int"):
         transform(3)  # type: ignore[arg-type]
 
 

@@ -87,7 +87,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"image .*nowhere\.jpg not found"):
         embed_images([tmp_path / "nowhere.jpg"], **SETTINGS)
-    with pytest.raises(InputError, match=r"an array must be uint8 \[H, W, 3\], got float64 \[4, 4\]"):
+    with pytest.raises(InputError, match=r"array must be uint8 of shape \[H, W, 3\], got float64 of shape \[4, 4\]"):
         embed_images([np.zeros((4, 4))], **SETTINGS)
     with pytest.raises(InputError, match="images must be at least one, got none"):
         embed_images([], **SETTINGS)
@@ -103,6 +103,14 @@ def test_an_image_of_another_mode_is_decoded_as_a_file_of_it_would_be() -> None:
     _, by_file = embed_images(buffer.getvalue(), **SETTINGS)
     assert np.array_equal(by_image, by_file)
     assert isinstance(image, Image.Image)
+
+
+def test_an_image_of_pillow_is_turned_as_its_file_would_be() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(photo(1), exif=exif)
+    _, (by_image, by_file) = embed_images([Image.open(io.BytesIO(data)), data], **SETTINGS)
+    assert np.array_equal(by_image, by_file)
 
 
 def test_an_index_is_built_and_searched_by_images(tmp_path: Path) -> None:
