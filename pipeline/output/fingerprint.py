@@ -22,6 +22,7 @@ from shard_embedder.pipeline.core.writing import create
 from shard_embedder.pipeline.decoding.versions import heif_version
 from shard_embedder.pipeline.output.names import RUN_FILE
 from shard_embedder.pipeline.output.settings import OutputSettings, canonical_json
+from shard_embedder.pipeline.output.typed import check_types
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,20 @@ class Fingerprint:
         try:
             if not isinstance(values, dict):
                 raise TypeError(f"a JSON object is needed, not {type(values).__name__}")
-            stated, versions = values["fingerprint"], values["versions"]
+            stated = values["fingerprint"]
             prefix, sizes = values.get("input_prefix", ""), values.get("batch_size", {})
-            if not isinstance(prefix, str) or not isinstance(stated, str):
-                raise TypeError("fingerprint and input_prefix must be text")
-            if not all(isinstance(told, str) for told in versions.values()):
-                raise TypeError("versions must be texts")
+            made = cls(OutputSettings.from_json(values["settings"]), values["versions"], prefix, sizes)
+            check_types(made)
+            if not all(isinstance(told, str) for told in made.versions.values()):
+                raise ValueError("versions must be texts")
             if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
-                raise TypeError("batch_size must be whole numbers of at least 1")
-            made = cls(OutputSettings.from_json(values["settings"]), dict(versions), prefix, dict(sizes))
+                raise ValueError("batch_size must be whole numbers of at least 1")
         except KeyError as error:
             raise StoredDataError(f"it does not say what made the output: {error} is missing") from error
-        except (TypeError, AttributeError) as error:
+        except (TypeError, ValueError) as error:
             raise StoredDataError(f"it does not say what made the output: {error}") from error
         if made.digest != stated:
-            raise StoredDataError(f"it was changed by hand: its settings do not have the fingerprint {stated}")
+            raise StoredDataError(f"it was changed by hand: its settings do not have the fingerprint {stated!r}")
         return made
 
 

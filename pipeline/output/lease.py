@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_type_hints
 
 from shard_embedder.pipeline.core.errors import OutputBusyError, OutputError, StoredDataError, StoreError
 from shard_embedder.pipeline.core.redact import describe
@@ -38,6 +39,7 @@ from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
 from shard_embedder.pipeline.core.storage import join, list_files, locate, read_bytes
 from shard_embedder.pipeline.core.writing import clear_temporary, create, delete, remove_folder, write_bytes
 from shard_embedder.pipeline.output.names import LEASE_FOLDER
+from shard_embedder.pipeline.output.typed import check_types
 
 _CLAIM = re.compile(r"(\d{8})\.json", re.ASCII)
 _TOKEN = re.compile(r"[0-9a-f]{32}", re.ASCII)
@@ -299,30 +301,20 @@ def _read(output: str, generation: int, limits: StoreLimits) -> _Claim | None:
         return _parse(data) if data else None
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise StoredDataError(f"{url} is no lease: {error}; delete it if no run is going on") from error
+    except (ValueError, KeyError, RecursionError) as error:
+        raise StoredDataError(f"{url} is no lease: {error!r}; delete it if no run is going on") from error
 
 
 def _parse(data: bytes) -> _Claim:
     content = json.loads(data)
     if not isinstance(content, dict):
         raise ValueError(f"it must be an object, got {type(content).__name__}")
-    kinds = {
-        "token": str,
-        "holder": str,
-        "host": str,
-        "machine": str,
-        "pid": int,
-        "started": str | None,
-        "since": str,
-    }
-    for name, kind in kinds.items():
-        if name not in content or not isinstance(content[name], kind):
-            raise ValueError(f"it has no {name}")
+    claim = _Claim(**{name: content[name] for name in get_type_hints(_Claim)})
+    check_types(claim)
     # It stands in the name of a file.
-    if not _TOKEN.fullmatch(content["token"]):
+    if not _TOKEN.fullmatch(claim.token):
         raise ValueError("its token is none")
-    return _Claim(**{name: content[name] for name in kinds})
+    return claim
 
 
 def _machine() -> str:

@@ -11,6 +11,7 @@ from shard_embedder.pipeline.core.config import DECODES, DTYPES, FEATURES, KEYS,
 from shard_embedder.pipeline.core.errors import SettingsError, StoredDataError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
+from shard_embedder.pipeline.output.typed import check_types
 from shard_embedder.pipeline.shards.keys import Naming
 
 FORMAT = 2
@@ -114,26 +115,21 @@ class OutputSettings:
             given["keep"] = tuple(Field.parse(spec) for spec in given["keep"])
             settings = cls(**given)
             settings._check()
-        except (KeyError, TypeError, ValueError, SettingsError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, SettingsError) as error:
             raise StoredDataError(f"the settings are not of this version: {error}") from error
         return settings
 
     def _check(self) -> None:
         """Raise `ValueError` where a value is of another type, or none that a run could have written."""
-        for name, kind in _TYPES.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-                raise ValueError(f"{name} is {value!r}")
+        check_types(self)
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not is_decode(self.decode):
             raise ValueError(f"decode must be one of {', '.join(DECODES)}, got {self.decode!r}")
         sizes = [*self.embedding_shape, *self.preprocess.crop, self.part_rows, self.max_pixels, self.max_image_bytes]
-        if not all(isinstance(size, int) and 0 < size < 2**63 for size in sizes) or len(self.embedding_shape) not in (
-            1,
-            3,
-        ):
+        has_sizes = all(isinstance(size, int) and 0 < size < 2**63 for size in sizes)
+        if not has_sizes or len(self.embedding_shape) not in (1, 3):
             raise ValueError("a size is none")
 
     def differences(self, other: OutputSettings) -> list[Difference]:
@@ -150,10 +146,6 @@ _OF_CONFIG = (
     "features", "normalize", "dtype", "precision", "decode", "key", "id", "keep", "image_member",
     "ignore_orientation", "accept_damaged", "max_pixels", "max_image_bytes", "part_rows",
 )  # fmt: skip
-_TYPES: dict[str, Any] = {
-    "backbone": str, "weights_sha256": str, "normalize": bool, "image_member": str | None, "ignore_orientation": bool,
-    "accept_damaged": bool, "decode": str, "max_pixels": int, "max_image_bytes": int, "part_rows": int,
-}  # fmt: skip
 _KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "key": KEYS}
 
 

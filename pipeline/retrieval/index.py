@@ -31,6 +31,7 @@ from shard_embedder.pipeline.core.errors import OutputError, SettingsError, Stor
 from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 from shard_embedder.pipeline.output.stored import StoredPart
+from shard_embedder.pipeline.output.typed import check_types
 from shard_embedder.pipeline.retrieval.kinds import (
     BUILD_AGAIN,
     KINDS,
@@ -98,12 +99,6 @@ class IndexFacts:
         return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-_TYPES_OF_FACTS: dict[str, type] = {
-    "output": str, "metric": str, "kind": str, "data": str, "kind_given": bool, "num_rows": int, "num_features": int,
-    "lists": int, "laid_out_rows": int, "width": int, "recall": float, "recall_queries": int, "made_with": dict,
-}  # fmt: skip
-
-
 def data_number(name: str) -> int | None:
     """The number of a data folder, or None if the name is not exactly as `DATA_NAME` makes it."""
     digits = re.fullmatch(r"data-([0-9]{5,18})", name)
@@ -140,9 +135,10 @@ def read_index_facts(folder: Path) -> IndexFacts | None:
         values["files"] = {name: (int(size), str(sha256)) for name, (size, sha256) in values["files"].items()}
         values["made"] = Fingerprint.from_json(values["made"])
         facts = IndexFacts(**values)
-        for name, kind in _TYPES_OF_FACTS.items():
-            if type(values[name]) is not kind or (kind in (int, float) and not 0 <= values[name] < math.inf):
-                raise ValueError(f"{name} is {values[name]!r}")
+        check_types(facts)
+        for name, value in vars(facts).items():
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}")
         if facts.kind not in KINDS or facts.metric not in METRICS or data_number(facts.data) is None:
             raise ValueError("unknown kind, metric or data folder")
         lists = {LISTS_FILE} if facts.kind == "ivf" else set()
