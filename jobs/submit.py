@@ -10,10 +10,8 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +24,7 @@ from shard_embedder.jobs.support.exit_codes import EXIT_OK, EXIT_TERMINATED, EXI
 from shard_embedder.jobs.support.upload import check_size
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.redact import REFUSAL, has_secret, show
+from shard_embedder.pipeline.core.threads import begin
 
 _PROG = "submit.py"
 EXIT_FAILED = 1
@@ -38,6 +37,8 @@ EXCLUDES = (
     "/tour", "/shards", "/embeddings", "/index", "/build", "/dist",
 )  # fmt: skip
 _RETRY_EVERY_S = 1.0
+# Requests of Ray may wait for ever: each has a thread that no exit waits for.
+_THREAD = "ask-cluster"
 # Ray writes a job's variables into its own logs, which must not hold credentials.
 _SECRET = re.compile(
     r"SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|PRIVATE|(?:ACCESS|API|ACCOUNT|SHARED|SIGNING)_?KEY|_PWD$|"
@@ -139,21 +140,6 @@ def check_entrypoint(entrypoint: list[str]) -> None:
             raise SettingsError(f"the command {REFUSAL}; Ray shows the command of a job")
 
 
-def _begin(call: Callable[[], Any]) -> Future[Any]:
-    """Make a call in a thread, and return its future. No exit waits for it: Ray's requests may wait for ever."""
-    answer: Future[Any] = Future()
-    answer.set_running_or_notify_cancel()
-
-    def make() -> None:
-        try:
-            answer.set_result(call())
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=make, daemon=True).start()
-    return answer
-
-
 def connect(address: str | None, patience: Patience) -> JobSubmissionClient:
     """A client of the cluster at `address`.
 
@@ -162,7 +148,7 @@ def connect(address: str | None, patience: Patience) -> JobSubmissionClient:
         SettingsError: the cluster wants another token.
     """
     try:
-        client: JobSubmissionClient = _begin(lambda: JobSubmissionClient(address)).result(patience.lost_s)
+        client: JobSubmissionClient = begin(lambda: JobSubmissionClient(address), _THREAD).result(patience.lost_s)
         return client
     except TimeoutError as error:
         raise CommandError(f"the cluster did not answer for {patience.lost_s:g} s", EXIT_UNREACHABLE) from error
@@ -201,10 +187,11 @@ def submit(
         "env_vars": {"PYTHONUNBUFFERED": "1", **variables},
     }
     try:
-        started: str = _begin(
+        started: str = begin(
             lambda: client.submit_job(
                 entrypoint=shlex.join(entrypoint), submission_id=submission_id, runtime_env=runtime_env
-            )
+            ),
+            _THREAD,
         ).result(patience.submitted_s)
     except RuntimeError as error:
         if submission_id is not None and "already exists" in str(error):
@@ -221,7 +208,7 @@ def submit(
 
 def _taken(client: JobSubmissionClient, submission_id: str, patience: Patience) -> str:
     try:
-        status = _begin(lambda: client.get_job_info(submission_id)).result(patience.answer_s).status
+        status = begin(lambda: client.get_job_info(submission_id), _THREAD).result(patience.answer_s).status
     except (OSError, RuntimeError):
         return f"job {submission_id} is on this cluster already: nothing was started"
     if status.is_terminal():
@@ -233,7 +220,7 @@ def _taken(client: JobSubmissionClient, submission_id: str, patience: Patience) 
 
 
 async def _details(client: JobSubmissionClient, submission_id: str, patience: Patience) -> Any:
-    asked = asyncio.wrap_future(_begin(lambda: client.get_job_info(submission_id)))
+    asked = asyncio.wrap_future(begin(lambda: client.get_job_info(submission_id), _THREAD))
     try:
         return await asyncio.wait_for(asked, patience.answer_s)
     except TimeoutError as error:
@@ -320,7 +307,7 @@ async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interr
         # A second signal always ends this program, even if the job does not stop.
         if stop_on_interrupt and not received:
             _say(f"stopping job {submission_id}")
-            _begin(lambda: client.stop_job(submission_id))
+            begin(lambda: client.stop_job(submission_id), _THREAD)
         else:
             following.cancel()
         received.append(number)
