@@ -6,6 +6,8 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+from shard_embedder.jobs.support.exit_codes import EXIT_USAGE
+
 _COMMANDS = {
     "embed": "embed every image of WebDataset shards into Parquet: the job",
     "verify": "prove an output, or name its faults",
@@ -18,7 +20,6 @@ _COMMANDS = {
     "demo": "show it all on sample photos",
     "version": "print the version",
 }
-EXIT_USAGE = 2
 
 
 def _usage() -> str:

@@ -7,11 +7,9 @@ import signal
 from shard_embedder.pipeline.core.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
 from shard_embedder.pipeline.run import verdict
 
-# Those of a run that came to its end.
+# Two of those of a run that came to its end; `verdict` has the others.
 EXIT_OK = verdict.EXIT_OK
-EXIT_BROKEN_SHARDS = verdict.EXIT_BROKEN_SHARDS
 EXIT_FAILED = verdict.EXIT_FAILED
-EXIT_TOO_MANY_ERRORS = verdict.EXIT_TOO_MANY_ERRORS
 EXIT_USAGE = 2
 # As in sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
 EXIT_BUSY = 75
