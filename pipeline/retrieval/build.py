@@ -81,23 +81,23 @@ def build(
     """
     options = options or Options()
     load_faiss()
-    source = open_output(output)
+    stored = open_output(output)
     folder = local_folder(index)
     with lock_folder(folder):
         old = read_index_facts(folder)
         remove_old_data(folder, old)
         if old is not None:
-            _check_settings(folder, old, source, options)
-        stored = list_stored(source)
-        notes = _describe_unfinished(stored)
+            _check_settings(folder, old, stored, options)
+        parts = list_stored(stored)
+        notes = _describe_unfinished(parts)
         # Without its list of parts, there is nothing to compare the output with.
         damage = "" if old is None else find_damage(folder / old.data, old, [PARTS_FILE])
-        kept, new, reason = _compare_parts(source, folder, None if damage else old, stored)
+        kept, new, reason = _compare_parts(stored, folder, None if damage else old, parts)
         reason = damage or reason
         num_rows = sum(part.num_rows for part in (*kept, *new))
         if not num_rows:
             raise OutputError(f"{output} has no embeddings: there is nothing to index")
-        facts = _plan(source, old, num_rows, options)
+        facts = _plan(stored, old, num_rows, options)
         reason = reason or _why_other_layout(old, facts)
         if old is not None and not reason and not new:
             return Built(old, 0, notes=notes)
@@ -110,7 +110,7 @@ def build(
             facts = replace(facts, laid_out_rows=num_rows, lists=lists)
         before = folder / old.data if old is not None and not reason else None
         try:
-            facts = write_data(source, folder, facts, before, kept, new, options.memory_bytes, on_progress)
+            facts = write_data(stored, folder, facts, before, kept, new, options.memory_bytes, on_progress)
         except OSError as error:
             raise OSError(f"the index {folder} cannot be written: {error}") from error
         finally:
@@ -119,9 +119,9 @@ def build(
         return Built(facts, sum(part.num_rows for part in new), reason if old is not None else "", notes)
 
 
-def _check_settings(folder: Path, old: IndexFacts, source: Output, options: Options) -> None:
+def _check_settings(folder: Path, old: IndexFacts, stored: Output, options: Options) -> None:
     """Raise if the index has other settings than the output, or another metric than asked for."""
-    differences = old.made.settings.differences(source.made.settings)
+    differences = old.made.settings.differences(stored.made.settings)
     if differences:
         raise OtherSettingsError(
             f"the index {folder} was made from embeddings of other settings; name another folder:\n  "
@@ -133,8 +133,8 @@ def _check_settings(folder: Path, old: IndexFacts, source: Output, options: Opti
         )
 
 
-def _describe_unfinished(stored: list[StoredPart]) -> list[str]:
-    shards = unfinished(stored)
+def _describe_unfinished(parts: list[StoredPart]) -> list[str]:
+    shards = unfinished(parts)
     if not shards:
         return []
     return [
@@ -143,13 +143,13 @@ def _describe_unfinished(stored: list[StoredPart]) -> list[str]:
 
 
 def _compare_parts(
-    source: Output, folder: Path, old: IndexFacts | None, stored: list[StoredPart]
+    stored: Output, folder: Path, old: IndexFacts | None, parts: list[StoredPart]
 ) -> tuple[list[StoredPart], list[StoredPart], str]:
     """The parts in the index, in its order; those to add; and why all must be built again, or an empty text."""
     if old is None:
-        return [], with_facts(source, stored), "new"
+        return [], with_facts(stored, parts), "new"
     before = read_parts(folder / old.data)
-    now = {part.name: part for part in stored}
+    now = {part.name: part for part in parts}
     gone = [part.name for part in before if part.name not in now]
     # A copied or touched file has another time and the same content: its footer tells.
     suspects = [
@@ -157,10 +157,10 @@ def _compare_parts(
         for part in before
         if part.name in now and (part.num_bytes, part.version) != (now[part.name].num_bytes, now[part.name].version)
     ]
-    checked = {part.name: part for part in with_facts(source, [now[part.name] for part in suspects])}
+    checked = {part.name: part for part in with_facts(stored, [now[part.name] for part in suspects])}
     changed = [part.name for part in suspects if checked[part.name].sha256 != part.sha256]
     known = {part.name for part in before}
-    new = with_facts(source, [part for part in stored if part.name not in known])
+    new = with_facts(stored, [part for part in parts if part.name not in known])
     if gone or changed:
         kinds = [f"{len(names)} have {what}" for names, what in ((gone, "gone"), (changed, "changed")) if names]
         reason = f"of the parts in the index, {' and '.join(kinds)}, such as {(gone + changed)[0]}"
@@ -169,19 +169,19 @@ def _compare_parts(
     return [checked.get(part.name, part) for part in before], new, ""
 
 
-def _plan(source: Output, old: IndexFacts | None, num_rows: int, options: Options) -> IndexFacts:
+def _plan(stored: Output, old: IndexFacts | None, num_rows: int, options: Options) -> IndexFacts:
     """The facts of the index to write, as far as they are known before it is written."""
     given = options.kind or (old.kind if old is not None and old.kind_given else None)
-    kind = given or choose_kind(num_rows, source.num_features, options.memory_bytes)
+    kind = given or choose_kind(num_rows, stored.num_features, options.memory_bytes)
     before = data_number(old.data) if old is not None else None
     return IndexFacts(
-        output=source.url,
-        made=source.made,
+        output=stored.url,
+        made=stored.made,
         metric=options.metric or (old.metric if old is not None else METRICS[0]),
         kind=kind,
         kind_given=given is not None,
         num_rows=num_rows,
-        num_features=source.num_features,
+        num_features=stored.num_features,
         lists=old.lists if old is not None else 0,
         laid_out_rows=old.laid_out_rows if old is not None else 0,
         width=0,

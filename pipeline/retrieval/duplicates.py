@@ -26,7 +26,15 @@ from shard_embedder.pipeline.core.errors import OutputError, SettingsError
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from shard_embedder.pipeline.output.names import Place
-from shard_embedder.pipeline.output.stored import Output, list_stored, open_output, stream, unit, with_facts
+from shard_embedder.pipeline.output.stored import (
+    Output,
+    StoredPart,
+    list_stored,
+    open_output,
+    stream,
+    unit,
+    with_facts,
+)
 from shard_embedder.pipeline.retrieval.compare import (
     BLOCK_ROWS,
     MAX_PAIRS,
@@ -119,10 +127,10 @@ def find_duplicates(
     if max_pairs < 1:
         raise SettingsError(f"max_pairs must be at least 1, got {max_pairs}")
     group_of = _grouping(group_pattern)
-    source = open_output(output)
-    shards = [] if group_files is None else shards_to_measure(source, group_files)
+    stored = open_output(output)
+    shards = [] if group_files is None else shards_to_measure(stored, group_files)
     with tempfile.TemporaryDirectory(prefix="duplicates-", dir=scratch) as folder:
-        rows, ids = _collect(source, index, Path(folder), on_progress)
+        rows, ids = _collect(stored, index, Path(folder), on_progress)
         counts: dict[str, Any] = {}
         if pairs_path is not None:
             is_cut = np.zeros(len(ids), bool)
@@ -140,7 +148,7 @@ def find_duplicates(
                 if index is None
                 else connect_nearest(rows, index, threshold, max_pairs, on_progress)
             )
-            counts["groups"] = write_groups(source, group_files, shards, ids, components, on_progress)
+            counts["groups"] = write_groups(stored, group_files, shards, ids, components, on_progress)
         return DuplicateCounts(len(ids), **counts)
 
 
@@ -187,17 +195,17 @@ def _grouping(pattern: str | None) -> Callable[[list[str]], list[int]] | None:
 
 
 def _collect(
-    source: Output, index: Index | None, folder: Path, on_progress: Progress
+    stored: Output, index: Index | None, folder: Path, on_progress: Progress
 ) -> tuple[np.ndarray[Any, Any], pa.Table]:
     """Every embedding scaled to length 1, in a file [N, C], and the ids: in the order of the index, if any."""
-    parts = with_facts(source, list_stored(source)) if index is None else _indexed(source, index)
+    parts = with_facts(stored, list_stored(stored)) if index is None else _indexed(stored, index)
     total = sum(part.num_rows for part in parts)
     if not total:
-        raise OutputError(f"{source.url} has no embeddings: there is nothing to compare")
-    rows = _reserve(folder / "unit.npy", (total, source.num_features))
+        raise OutputError(f"{stored.url} has no embeddings: there is nothing to compare")
+    rows = _reserve(folder / "unit.npy", (total, stored.num_features))
     ids: list[pa.Table] = []
     done = 0
-    for piece in stream(source, parts):
+    for piece in stream(stored, parts):
         rows[done : done + len(piece.vectors)] = unit(piece.vectors)
         ids.append(piece.ids)
         done += len(piece.vectors)
@@ -214,12 +222,12 @@ def _reserve(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
     return rows
 
 
-def _indexed(source: Output, index: Index) -> list[Any]:
-    if index.facts.made.digest != source.made.digest or index.facts.metric != "cosine":
-        raise OutputError(f"the index must be of {source.url} with metric cosine; make one with jobs/index.py")
+def _indexed(stored: Output, index: Index) -> list[StoredPart]:
+    if index.facts.made.digest != stored.made.digest or index.facts.metric != "cosine":
+        raise OutputError(f"the index must be of {stored.url} with metric cosine; make one with jobs/index.py")
     parts = read_parts(index.folder)
-    if {part.name for part in parts} != {part.name for part in list_stored(source)}:
-        raise OutputError(f"the index does not hold the parts of {source.url} as they are: run jobs/index.py again")
+    if {part.name for part in parts} != {part.name for part in list_stored(stored)}:
+        raise OutputError(f"the index does not hold the parts of {stored.url} as they are: run jobs/index.py again")
     return parts
 
 

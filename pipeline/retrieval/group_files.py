@@ -67,15 +67,15 @@ class GroupCounts:
     num_unsized: int
 
 
-def shards_to_measure(source: Output, files: GroupFiles) -> list[Shard]:
+def shards_to_measure(stored: Output, files: GroupFiles) -> list[Shard]:
     """The shards that say how large images are. Raises `InputError` if there are none."""
     if files.keep_one == "first":
         return []
-    return list(find_shards(files.inputs).shards) if files.inputs else shards_below(source.made.input_prefix)
+    return list(find_shards(files.inputs).shards) if files.inputs else shards_below(stored.made.input_prefix)
 
 
 def write_groups(
-    source: Output,
+    stored: Output,
     files: GroupFiles,
     shards: Sequence[Shard],
     ids: pa.Table,
@@ -85,7 +85,7 @@ def write_groups(
     """Write the files. `ids` are those of the connected rows, `shards` come from `shards_to_measure`."""
     numbers = components.numbers()
     in_group = np.bincount(numbers)[numbers] > 1
-    sizes = _read_sizes(source, shards, ids, in_group, on_progress) if files.keep_one == "largest" else None
+    sizes = _read_sizes(stored, shards, ids, in_group, on_progress) if files.keep_one == "largest" else None
     groups = choose_kept(numbers, sizes)
     if files.groups is not None:
         _write_table(Path(files.groups), ids, groups)
@@ -98,7 +98,7 @@ def write_groups(
 
 
 def _read_sizes(
-    source: Output,
+    stored: Output,
     shards: Sequence[Shard],
     ids: pa.Table,
     in_group: np.ndarray[tuple[int], np.dtype[np.bool_]],
@@ -107,7 +107,7 @@ def _read_sizes(
     """Encoded bytes of the image of each row in a group; -1 if its shard changed or cannot be read."""
     sizes = np.full(len(ids), -1, np.int64)
     found = {shard.name: shard for shard in shards}
-    tags = {part.shard: part.tag for part in list_stored(source)}
+    tags = {part.shard: part.tag for part in list_stored(stored)}
     rows = np.flatnonzero(in_group)
     some = ids.take(pa.array(rows))
     places: dict[str, dict[int, int]] = defaultdict(dict)
@@ -119,7 +119,7 @@ def _read_sizes(
         shard = found.get(name)
         if shard is not None and version_tag(shard.num_bytes, shard.version) == tags.get(name):
             try:
-                for index, size in image_sizes(shard, source.made.settings.naming, set(by_index)).items():
+                for index, size in image_sizes(shard, stored.made.settings.naming, set(by_index)).items():
                     sizes[by_index[index]] = size
             except (OSError, ShardError):
                 pass  # the caller counts images of unknown size

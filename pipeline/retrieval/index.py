@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shard_embedder.pipeline.core.errors import OutputError, SettingsError, StoredDataError
@@ -188,6 +189,8 @@ class Index:
             raise StoredDataError(f"{fault}; {BUILD_AGAIN}")
         self._index = read_index(self.folder / VECTORS_FILE)
         self._rows = pq.ParquetFile(self.folder / ROWS_FILE)
+        groups = (self._rows.metadata.row_group(number) for number in range(self._rows.num_row_groups))
+        self._group_ends = np.cumsum([group.num_rows for group in groups])
         self._tags: dict[str, str] | None = None
         sizes = {self._index.ntotal, self._rows.metadata.num_rows, facts.num_rows}
         if len(sizes) > 1 or self._index.d != facts.num_features:
@@ -224,20 +227,13 @@ class Index:
 
     def names(self, rows: Iterable[int]) -> dict[int, tuple[str, str, int]]:
         """image_id, shard and sample_index of some rows."""
-        wanted = sorted(rows)
+        wanted = np.array(sorted(rows), np.int64)
         found: dict[int, tuple[str, str, int]] = {}
-        first, position = 0, 0
-        for group in range(self._rows.num_row_groups):
-            end = first + self._rows.metadata.row_group(group).num_rows
-            inside = []
-            while position < len(wanted) and wanted[position] < end:
-                inside.append(wanted[position])
-                position += 1
-            if inside:
-                table = self._rows.read_row_group(group).take([row - first for row in inside])
-                columns = (table.column(name).to_pylist() for name in (IMAGE_ID, SHARD, SAMPLE_INDEX))
-                found |= dict(zip(inside, zip(*columns, strict=True), strict=True))
-            first = end
+        for group in np.unique(np.searchsorted(self._group_ends, wanted, side="right")).tolist():
+            table = self._rows.read_row_group(group)
+            table = table.filter(pc.is_in(table.column(ROW), pa.array(wanted)))
+            names, numbers = table.select([IMAGE_ID, SHARD, SAMPLE_INDEX]), table.column(ROW).to_pylist()
+            found |= dict(zip(numbers, zip(*names.to_pydict().values(), strict=True), strict=True))
         return found
 
     def tag(self, shard: str) -> str | None:

@@ -48,7 +48,7 @@ _ROW_GROUP_ROWS = 8192
 
 
 def write_data(
-    source: Output,
+    stored: Output,
     folder: Path,
     facts: IndexFacts,
     before: Path | None,
@@ -65,14 +65,14 @@ def write_data(
     data.mkdir()
     with _RowsWriter(data / ROWS_FILE, None if before is None else before / ROWS_FILE) as rows:
         if facts.kind == "ivf":
-            index = _write_ivf(source, data, before, facts, new, memory_bytes, rows, on_progress)
+            index = _write_ivf(stored, data, before, facts, new, memory_bytes, rows, on_progress)
         else:
             index = (
                 create_index(facts.kind, facts.num_features, facts.metric, 0)
                 if before is None
                 else read_index(before / VECTORS_FILE)
             )
-            for values in _read_vectors(source, facts, new, rows, on_progress):
+            for values in _read_vectors(stored, facts, new, rows, on_progress):
                 add_rows(index, values, index.ntotal)
             write_index(index, data / VECTORS_FILE)
     assert index.ntotal == facts.num_rows
@@ -95,11 +95,11 @@ def write_data(
 
 
 def _read_vectors(
-    source: Output, facts: IndexFacts, parts: Sequence[StoredPart], rows: _RowsWriter, on_progress: Progress
+    stored: Output, facts: IndexFacts, parts: Sequence[StoredPart], rows: _RowsWriter, on_progress: Progress
 ) -> Iterator[Vectors]:
     """The embeddings of `parts`, prepared for the index; their ids go to `rows`."""
     total, done = sum(part.num_rows for part in parts), 0
-    for piece in stream(source, parts):
+    for piece in stream(stored, parts):
         rows.add(piece.ids)
         yield prepare_vectors(piece.vectors, facts.metric)
         done += len(piece.vectors)
@@ -107,7 +107,7 @@ def _read_vectors(
 
 
 def _write_ivf(
-    source: Output,
+    stored: Output,
     data: Path,
     before: Path | None,
     facts: IndexFacts,
@@ -120,7 +120,7 @@ def _write_ivf(
     pieces: list[Any] = []
     if before is None:
         trained = create_index("ivf", facts.num_features, facts.metric, facts.lists)
-        trained.train(_draw_training_rows(source, facts, new, on_progress))
+        trained.train(_draw_training_rows(stored, facts, new, on_progress))
     else:
         pieces.append(read_index(before / VECTORS_FILE))
         trained = copy_without_rows(pieces[0])
@@ -132,7 +132,7 @@ def _write_ivf(
         write_index(piece, path)
         pieces.append(read_index(path, is_piece=True))
 
-    for values in _read_vectors(source, facts, new, rows, on_progress):
+    for values in _read_vectors(stored, facts, new, rows, on_progress):
         add_rows(piece, values, row)
         row += len(values)
         if piece.ntotal >= max_rows:
@@ -149,7 +149,7 @@ def _write_ivf(
 
 
 def _draw_training_rows(
-    source: Output, facts: IndexFacts, parts: Sequence[StoredPart], on_progress: Progress
+    stored: Output, facts: IndexFacts, parts: Sequence[StoredPart], on_progress: Progress
 ) -> Vectors:
     """Rows [N, C] to train the lists with, drawn at random from parts drawn at random."""
     wanted = min(facts.num_rows, IVF_TRAIN_ROWS * facts.lists)
@@ -163,7 +163,7 @@ def _draw_training_rows(
     rng = np.random.default_rng(0)
     chosen: list[Vectors] = []
     count = 0
-    for piece in stream(source, drawn):
+    for piece in stream(stored, drawn):
         share = -(-len(piece.vectors) * wanted // available)
         chosen.append(prepare_vectors(rng.permutation(piece.vectors)[:share], facts.metric))
         count += share
@@ -172,7 +172,7 @@ def _draw_training_rows(
 
 
 class _RowsWriter:
-    """Writes the ids of the rows, after those of an index before, in row groups of one size."""
+    """Writes the ids of the rows, after those of an index before, in row groups of some thousand rows."""
 
     def __init__(self, path: Path, before: Path | None) -> None:
         self.num_rows = 0
@@ -187,24 +187,22 @@ class _RowsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._num_waiting:
-            self._flush(self._num_waiting)
+        self._flush()
         self._writer.close()
 
     def add(self, ids: pa.Table) -> None:
         """Add the next rows."""
         numbers = pa.array(np.arange(self.num_rows, self.num_rows + len(ids)), pa.int64())
         self._waiting.append(pa.Table.from_arrays([numbers, *ids.columns], schema=ROWS_SCHEMA))
-        self._num_waiting += len(ids)
         self.num_rows += len(ids)
+        self._num_waiting += len(ids)
         if self._num_waiting >= _ROW_GROUP_ROWS:
-            self._flush(self._num_waiting // _ROW_GROUP_ROWS * _ROW_GROUP_ROWS)
+            self._flush()
 
-    def _flush(self, count: int) -> None:
-        table = pa.concat_tables(self._waiting)
-        self._writer.write_table(table.slice(0, count), row_group_size=_ROW_GROUP_ROWS)
-        self._waiting = [table.slice(count)]
-        self._num_waiting -= count
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+        self._waiting, self._num_waiting = [], 0
 
 
 def _sync_to_disk(path: Path) -> None:
