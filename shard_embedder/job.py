@@ -13,7 +13,7 @@ from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.storage import join, locate
 from shard_embedder.pipeline.output.lease import Lease, hold
 from shard_embedder.pipeline.output.names import EMBEDDINGS, ERRORS
-from shard_embedder.pipeline.planning.job import follow_output, pack_input, prepare_job
+from shard_embedder.pipeline.planning.job import match_output, pack_input, prepare_job
 from shard_embedder.pipeline.planning.plan import check_names, make_plan
 from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.on_ray import OnRay
@@ -75,7 +75,7 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
     executor = closing(OnRay()) if on_ray else nullcontext(_in_process(config.device))
     job = prepare_job(config)
     with hold(job.config.output, lambda why: None, job.run) as lease, executor as chosen:
-        job = pack_input(follow_output(job), lambda *_: lease.check())
+        job = pack_input(match_output(job), lambda *_: lease.check())
         plan = make_plan(job.shards, job.config.output)
         check_names(job, plan)
         report = run(job, plan, _watcher(lease), chosen)

@@ -21,7 +21,7 @@ from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.output.lease import Lease, hold
 from shard_embedder.pipeline.pages.run_page import write_page
 from shard_embedder.pipeline.planning.engine import choose_meanwhile
-from shard_embedder.pipeline.planning.job import Job, follow_output, pack_input, prepare_job
+from shard_embedder.pipeline.planning.job import Job, match_output, pack_input, prepare_job
 from shard_embedder.pipeline.planning.plan import Plan, check_names, make_plan
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.run.on_ray import OnRay
@@ -92,7 +92,7 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
         # Also while it waits for the lease a run that is stopped shall say so.
         sigterm.listen()
         with hold(job.config.output, console.waiting, job.run) as lease:
-            return _run_held(_packed(follow_output(job), lease, console), lease, console, sigterm)
+            return _run_held(_packed(match_output(job), lease, console), lease, console, sigterm)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if sigterm.came or isinstance(error, (KeyboardInterrupt, SystemExit)):
             code = EXIT_TERMINATED if sigterm.came else code_of(error)

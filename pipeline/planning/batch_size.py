@@ -1,6 +1,6 @@
-"""How many images a batch fill a device: what there is to try, how it is measured, and which is the best.
+"""The batch size of a device: which sizes to try, how each is timed, and which is the best.
 
-That depends on the device, the backbone and the image size, so `--batch-size auto` measures it (`probe`).
+The best depends on the device, the backbone and the image size, so `--batch-size auto` measures it (`probe`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from shard_embedder.pipeline.embedding.embedder import Runner
 
 SMALLEST, LARGEST = 16, 1024
-# Less is noise, and a larger batch has its price: memory, and padding where a part ends.
+# A smaller gain is noise, and a larger batch costs memory, and padding at the end of a part.
 GAIN = 0.03
-# Beside a batch the device has to hold what it decodes, and memory that falls to pieces.
+# The device also holds what it decodes, and loses memory to fragments.
 _MEMORY_SHARE = 0.75
-# Pixels of a batch: on a GPU bound by the memory of the host that three of them pin, on a CPU by what a backbone
-# needs for a pixel, which is some hundred bytes.
+# Pixels of a batch. A GPU is bound by the host memory that three batches pin, a CPU by the backbone, which needs some
+# hundred bytes for a pixel.
 _MAX_PIXELS = {"cuda": 80 * 2**20, "cpu": 8 * 2**20}
 _MEASURE_S = 20.0
 # A compiled network takes ten seconds and more for each size, so few are tried.
@@ -30,14 +30,14 @@ _NUM_IMAGES = 16
 
 
 class ResizableRunner(Runner, Protocol):
-    """A runner whose batch size can be changed, and falls where a batch does not fit into memory."""
+    """A runner whose batch size can be changed. It falls by itself when a batch does not fit the memory."""
 
     def use_batches_of(self, batch_size: int) -> None:
         """Compute in batches of so many images from now on."""
         ...
 
     def memory_share(self) -> float:
-        """Of the device's memory, what was held at most."""
+        """The largest share of the device's memory that was held."""
         ...
 
 
@@ -47,19 +47,19 @@ def best(rates: dict[int, float]) -> int:
 
 
 def of_part(size: int, batch_s: float, part_rows: int) -> float:
-    """Images/s where a batch takes `batch_s`: batches end with the part, and the last is padded."""
+    """Images/s if a batch takes `batch_s`: batches end with the part, and the last is padded."""
     return part_rows / (math.ceil(part_rows / size) * batch_s)
 
 
 def is_flat(rates: list[float]) -> bool:
-    """Whether the last two of the images/s are no more than `GAIN` above the best before them."""
+    """Whether the last two rates are at most `GAIN` above the best before them."""
     return len(rates) > 2 and max(rates[-2:]) <= (1 + GAIN) * max(rates[:-2])
 
 
 def ladder(part_rows: int, crop: tuple[int, int], device: str, *, compiled: bool = False) -> list[int]:
-    """Batch sizes to try: powers of two, up to one that holds a part, or all the pixels that a batch may have.
+    """Batch sizes to try: powers of two, up to a whole part or the most pixels of a batch.
 
-    Of a `compiled` network they are the largest, the quarter of it, and the quarter of that.
+    For a `compiled` network these are the largest of them, a quarter of it, and a sixteenth.
     """
     sizes = [SMALLEST]
     while sizes[-1] < min(part_rows, LARGEST) and 2 * sizes[-1] * crop[0] * crop[1] <= _MAX_PIXELS[device]:
@@ -76,11 +76,11 @@ def measure(
     compiled: bool = False,
     limit_s: float | None = None,
 ) -> dict[int, float]:
-    """Images/s of a part by batch size, its padding included, of as many of `sizes` as are worth it.
+    """Images/s of a part, padding included, by batch size.
 
-    It ends where a batch does not fit into memory, where two larger ones have brought no more than `GAIN`, and
-    before `limit_s` seconds are over: nothing is begun that would last longer, by the time of what went before.
-    A `compiled` runner compiles for each size that it is given, and records a graph in the second call.
+    It stops at a batch that does not fit the memory, after two larger ones that gained no more than `GAIN`, or before
+    a size that would take longer than is left of `limit_s` seconds. A `compiled` runner compiles for each size, and
+    records a graph in the second call.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (_NUM_IMAGES, *crop, 3), dtype=np.uint8)
     if limit_s is None:
@@ -100,7 +100,7 @@ def measure(
         seconds(1)
         image_s = seconds(1)
     for size in sizes:
-        # First calls, which make ready, and one that counts.
+        # The first calls warm up, and one more counts.
         if ready_s + (num_first + 1) * size * image_s > deadline - time.perf_counter():
             break
         try:
@@ -111,7 +111,7 @@ def measure(
             num_batches = int(min(_STEP_S, deadline - time.perf_counter()) / batch_s)
             if num_batches > 1:
                 batch_s = seconds(num_batches * size) / num_batches
-        except RuntimeError:  # torch's, of memory that neither host nor device has
+        except RuntimeError:  # torch's, when host or device has no memory left
             if not rates:
                 raise
             break

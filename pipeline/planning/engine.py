@@ -1,9 +1,9 @@
-"""What computes the embeddings, and in which precision: tried on images of the input, not assumed.
+"""Chooses what computes the embeddings, and in which precision, by trying it on images of the input.
 
 How far bf16 moves an embedding depends on the architecture and the weights: random ResNets keep a cosine
 of 0.99999 with fp32, a trained MobileNetV2 falls to 0.98. So `auto` tries the fast precisions of the device,
-and takes the first that is close enough to fp32. On a CPU the network is converted for OpenVINO, and taken only where
-it then gives what eager torch gives in fp32.
+and takes the first that is close enough to fp32. On a CPU the network is converted for OpenVINO, which is taken only
+if it then gives what eager torch gives in fp32.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from shard_embedder.pipeline.shards.samples import SampleReader
 openvino_runner: ModuleType | None
 try:
     from shard_embedder.pipeline.embedding import openvino_runner
-except ImportError:  # it has no wheel for this machine
+except ImportError:  # there is no wheel for this machine
     openvino_runner = None
 
-# Of the fronts of shards all over the input: a shard may be of one class, and its images alike.
+# Images to try, from the fronts of shards all over the input: the images of one shard may be alike.
 NUM_IMAGES = 32
 NUM_SHARDS = 8
-# Of these, those that eager torch is asked for: it is slow, and whether two programs compute the same is seen on few.
+# Eager torch embeds only one image in so many: it is slow, and few images show whether two programs agree.
 _EAGER_EVERY = 4
-# The promise is 0.999 on every image; the margin is for those not seen here: of a trained MobileNetV2 in fp16 the
-# least of 102 images is four times as far from 1 as that of the first 16.
+# The promise is 0.999 on every image, and the margin is for images not seen here: with a trained MobileNetV2 in fp16,
+# the lowest cosine of 102 images is four times as far from 1 as that of the first 16.
 MIN_COSINE = 0.9998
-# Of the length of an embedding: how far another program may be from eager torch in fp32. A cosine of 0.9999
+# How far another program may be from eager torch in fp32, as a share of the embedding's length. A cosine of 0.9999
 # is 0.014.
 MAX_DISTANCE = 0.002
 
@@ -55,7 +55,7 @@ Vectors = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class Engine:
-    """What the actors are to load. `note` says why it is not the fastest, where it is not."""
+    """What the actors load. `note` says why it is not the fastest; None if it is."""
 
     name: str
     precision: str
@@ -64,7 +64,7 @@ class Engine:
 
     @property
     def problems(self) -> list[str]:
-        """The note, as a report tells it."""
+        """The note, as the report has it."""
         return [] if self.note is None else [f"slower than it could be: {self.note}"]
 
 
@@ -80,10 +80,10 @@ def choose_engine(
 ) -> Engine:
     """The engine for `device` with its precision: the job's own, else the first of `candidates` close to fp32.
 
-    Close is a cosine of at least `MIN_COSINE` on each of `NUM_IMAGES` images of the `pending` shards. Where none of
-    these can be decoded the precision is fp32, which needs no trial. A reduced precision is compared with the
-    network's own fp32 output, on this process's `device`. Without `candidates` the precision may still be `auto`,
-    for who tries it elsewhere. `without_openvino` is why nodes of the cluster cannot have it, where they cannot.
+    Close is a cosine of at least `MIN_COSINE` on each of `NUM_IMAGES` images of the `pending` shards. If none of
+    these can be decoded, the precision is fp32. A reduced precision is compared with the network's own fp32 output,
+    on this process's `device`. If `candidates` is None, the precision may stay `auto`, for a trial elsewhere.
+    `without_openvino` says why the nodes cannot run OpenVINO; None if they can.
     """
     trial = Trial(job, pending)
     note = without_openvino if device != "cuda" else None
@@ -92,7 +92,7 @@ def choose_engine(
         if graph is not None:
             precision = trial.precision(graph, candidates, fp32)
             return Engine(f"openvino {version('openvino')}", precision, graph, trial.doubt(candidates))
-    # torch takes seconds to import: whoever only asks for help shall not wait for it.
+    # torch takes seconds to import: --help does not need it.
     from shard_embedder.pipeline.embedding.torch_runner import SharedWeights  # noqa: PLC0415
 
     weights = SharedWeights.of(job.weights)
@@ -105,9 +105,9 @@ def choose_engine(
 
 @contextmanager
 def choose_meanwhile(job: Job, pending: list[Pending]) -> Iterator[Choose]:
-    """`choose_engine`, begun in a thread for this machine's CPU: Ray starts meanwhile, in other processes.
+    """`choose_engine`, started in a thread for this machine's CPU while Ray starts in other processes.
 
-    Where the job may get a GPU, the engine is chosen when it is asked for.
+    If the job may get a GPU, nothing is started early.
     """
     if not pending or job.config.device == "cuda" or Path("/dev/nvidiactl").exists():
         yield choose_engine
@@ -121,7 +121,7 @@ def choose_meanwhile(job: Job, pending: list[Pending]) -> Iterator[Choose]:
 def _converted(
     job: Job, trial: Trial, candidates: tuple[str, ...]
 ) -> tuple[Source | None, Vectors | None, str | None]:
-    """The network for OpenVINO and, where `candidates` are tried, what it gives in fp32; or None and why not."""
+    """The network for OpenVINO, and its fp32 embeddings if `candidates` are tried; or None, None and why not."""
     if openvino_runner is None:
         return None, None, "OpenVINO is not installed"
     if job.precision != "auto" and not openvino_runner.computes(job.precision):
@@ -146,7 +146,7 @@ def _converted(
 
 
 class Trial:
-    """The first images of some shards, decoded when they are asked for."""
+    """The first images of some shards, decoded on first use."""
 
     def __init__(self, job: Job, shards: Sequence[Pending]) -> None:
         self._job = job
@@ -154,7 +154,7 @@ class Trial:
 
     @cached_property
     def images(self) -> Pixels:
-        """uint8 of shape [N, H, W, 3], of those that can be decoded."""
+        """uint8 of shape [N, H, W, 3]: those that can be decoded."""
         config = self._job.config
         reader = SampleReader(replace(config, part_rows=-(-NUM_IMAGES // len(self._shards))))
         decoder = Decoder(self._job.rules)
@@ -164,7 +164,7 @@ class Trial:
 
     @property
     def images_or_noise(self) -> Pixels:
-        """Noise where there is no image."""
+        """Noise, if there is no image."""
         if len(self.images):
             return self.images
         return np.random.default_rng(0).integers(
@@ -172,12 +172,12 @@ class Trial:
         )
 
     def doubt(self, candidates: tuple[str, ...]) -> str | None:
-        """Why fp32 was taken though it may be slower than need be; None where it was tried, or asked for."""
+        """Why fp32 is taken without a trial; None if the precision was tried, or asked for."""
         if self._job.precision != "auto" or not candidates or len(self.images):
             return None
         return (
-            f"no image could be decoded at the front of {len(self._shards)} of the shards, so that the precision is "
-            f"fp32, as none was tried; --precision {candidates[0]} takes that"
+            f"no image could be decoded at the front of {len(self._shards)} of the shards, so the precision is fp32 "
+            f"and no other was tried; --precision {candidates[0]} takes that"
         )
 
     def precision(
@@ -222,7 +222,7 @@ def run(runner: Runner, images: Pixels, every: int = 1) -> Vectors:
 
 
 def _spread(shards: Sequence[Pending], most: int) -> list[Pending]:
-    """At most so many of the shards, the first and the last among them, at even distances."""
+    """At most so many of the shards, evenly spread from the first to the last."""
     if len(shards) <= most:
         return list(shards)
     return [shards[number * (len(shards) - 1) // (most - 1)] for number in range(most)]

@@ -45,18 +45,18 @@ from shard_embedder.pipeline.shards.photos import (
 )
 from shard_embedder.pipeline.shards.samples import bound_part_rows
 
-# Of an output without run.json, so many parts at most are asked for what made them.
+# If run.json is missing, at most so many parts are read for what made the output.
 _MAX_PARTS_ASKED = 100
-# Images of a folder are called by their paths.
+# The id of an image of a folder is its path.
 _PHOTO_ID = Field.parse("json:path")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A config with all that it names at hand.
+    """A config with everything that it names, looked up.
 
-    `shape` is that of one embedding, (C,) or (C, H, W). `precision` is still `auto` where nothing has decided it:
-    the device is known only when the cluster is.
+    `shape` is that of one embedding, (C,) or (C, H, W). `precision` stays `auto` until the cluster is known, and with
+    it the device.
     """
 
     config: Config
@@ -68,13 +68,13 @@ class Job:
     shards: list[Shard]
     # Files of the input that are no shards, by kind.
     left_out: Mapping[str, int]
-    # Shards of the input that cannot be embedded: their names cannot be, or their server gives no piece of them.
+    # Shards that cannot be embedded: no part can have their name, or their server reads no ranges.
     refused: tuple[Refused, ...] = ()
-    # The folder that the input lay in when the output was begun, where it is another one now.
+    # The folder of the input when the output was begun; None if it is the same now.
     moved_from: str | None = None
-    # The folder of images that the input is, if it is no shards; `config.input` is then where its shards are.
+    # If the input is a folder of images; `config.input` is then where they are packed.
     photos: Photos | None = None
-    # Names this run in its lease, its report, its metrics and what it prints.
+    # The id of this run in its lease, report, metrics and lines.
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     @property
@@ -84,7 +84,7 @@ class Job:
 
     @property
     def engine(self) -> str | None:
-        """Name and version of what computes the embeddings; None before it is chosen."""
+        """Name and version of the engine; None before it is chosen."""
         return self.fingerprint.versions.get("engine")
 
     @property
@@ -94,8 +94,8 @@ class Job:
 
     @property
     def warning(self) -> str | None:
-        """What is left out of a folder of images though it could be embedded."""
-        return _tell_heif(self.photos) if self.photos is not None and self.photos.num_undecodable else None
+        """Which images of a folder are left out though they could be embedded."""
+        return _describe_heif(self.photos) if self.photos is not None and self.photos.num_undecodable else None
 
     def list_shards(self) -> list[Shard]:
         """The shards of the input as they are now. Raises `InputError`."""
@@ -110,11 +110,11 @@ class Job:
         return replace(self, fingerprint=replace(self.fingerprint, settings=settings, versions=versions))
 
     def with_batch_size(self, device: str, size: int | None) -> Job:
-        """The job with the images a batch on this kind of device; None for the engine's own.
+        """The job with so many images a batch on this kind of device; None for the engine's own number.
 
-        Those of other kinds stay: the output may go on there.
+        The sizes of other devices stay: a later run may use them.
         """
-        sizes = {kind: told for kind, told in self.fingerprint.batch_size.items() if kind != device}
+        sizes = {kind: known for kind, known in self.fingerprint.batch_size.items() if kind != device}
         if size is not None:
             sizes[device] = size
         return replace(self, fingerprint=replace(self.fingerprint, batch_size=sizes))
@@ -127,9 +127,9 @@ def prepare_job(config: Config) -> Job:
         SettingsError: one of these does not allow the run.
         StoreError: the output cannot be read.
     """
-    # Workers have other working directories than the caller.
+    # A relative path would mean another folder to workers.
     config = replace(config, output=to_url(*locate(config.output)))
-    # What is soon told, and first mistyped, comes first.
+    # Quick checks of what is often mistyped come first.
     library = library_of(config.backbone)
     backbone = library.find(config.backbone)
     preprocess = library.preprocess_for(backbone, config.weights, config.preprocess)
@@ -137,7 +137,7 @@ def prepare_job(config: Config) -> Job:
         preprocess = preprocess.with_size(config.image_size)
     if device_share(config.decode):
         require_device_decoding(preprocess)
-    # What a part holds decoded has a bound. The rows that it may have are a setting of the output.
+    # The pixels of a part are bounded; its number of rows is a setting of the output.
     config = replace(config, part_rows=bound_part_rows(config.part_rows, preprocess.crop))
     config, found, photos = _find_input(config)
     weights = library.load_weights(backbone, config.weights)
@@ -150,7 +150,7 @@ def prepare_job(config: Config) -> Job:
         versions = {**versions, "torchcodec": torchcodec_version() or ""}
     asked = make_fingerprint(settings, weights_name=weights.name, input_prefix=found.prefix, versions=versions)
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
-    return follow_output(
+    return match_output(
         Job(
             config, network, weights, shape, asked, True, found.shards, found.left_out, tuple(found.refused),
             photos=photos,
@@ -159,7 +159,7 @@ def prepare_job(config: Config) -> Job:
 
 
 def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
-    """The config with the shards that its input is or is packed in, the shards, and the folder of images."""
+    """The config, with its input as shards; these shards; and the folder of images, if the input is one."""
     try:
         return config, find_shards(config.input), None
     except NoShardError:
@@ -175,27 +175,27 @@ def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
     undecodable = () if heif_version() else HEIF_EXTENSIONS
     photos = find_photos(folder, output, PackingRules(undecodable=undecodable))
     if not photos.num_images:
-        raise InputError(f"input must hold images that can be decoded, got {str(folder)!r}: {_tell_heif(photos)}")
+        raise InputError(f"input must hold images that can be decoded, got {str(folder)!r}: {_describe_heif(photos)}")
     packed = join(config.output, PACKED)
     shards = shards_below(packed) if photos.is_begun else []
     config = replace(config, input=(packed,), id=config.id or _PHOTO_ID)
     return config, ShardSet(packed, shards, [], photos.found.left_out), photos
 
 
-def _tell_heif(photos: Photos) -> str:
+def _describe_heif(photos: Photos) -> str:
     number = format_count(photos.num_undecodable, "HEIC image")
     return f"{number} of {photos.folder} left out: they need pillow-heif. {INSTALL_HEIF} and run the command again"
 
 
 def _local_folder(url: str) -> Path | None:
-    """Where a folder is on this machine, there or yet to be made; None where it is elsewhere, or a file."""
+    """The path of a folder on this machine, which may not exist yet; None for a file, or a place elsewhere."""
     fs, path = locate(url)
     is_folder = isinstance(fs, LocalFileSystem) and (os.path.isdir(path) or not os.path.lexists(path))
     return Path(path) if is_folder else None
 
 
 def pack_input(job: Job, on_progress: Progress = no_progress) -> Job:
-    """The job with its folder of images packed, where its input is one. The caller holds the output.
+    """The job with its folder of images packed, if its input is one. The caller holds the output.
 
     Raises:
         OutputError: the disk has no room for the shards.
@@ -207,24 +207,23 @@ def pack_input(job: Job, on_progress: Progress = no_progress) -> Job:
     return replace(job, shards=job.list_shards())
 
 
-def follow_output(job: Job) -> Job:
-    """The job as its output allows it now; another run may have begun that since the job was prepared.
+def match_output(job: Job) -> Job:
+    """The job with what its output is made with. Another run may have begun the output since the job was prepared.
 
     Raises:
         OtherSettingsError: the output was made with another setting.
-        StoredDataError: it does not say with which.
+        StoredDataError: the output does not say what made it.
         StoreError: it cannot be read.
     """
     made = read_fingerprint(job.config.output)
     fingerprint = check_against_output(job.fingerprint, made or _made_parts(job.config.output))
-    moved = made is not None and made.input_prefix not in ("", fingerprint.input_prefix)
-    return replace(
-        job, fingerprint=fingerprint, is_new=made is None, moved_from=made.input_prefix if made and moved else None
-    )
+    before = "" if made is None else made.input_prefix
+    moved_from = before if before not in ("", fingerprint.input_prefix) else None
+    return replace(job, fingerprint=fingerprint, is_new=made is None, moved_from=moved_from)
 
 
 def _made_parts(output: str) -> Fingerprint | None:
-    """What made the parts of an output whose run.json is gone; None where it has none."""
+    """What made the parts of an output without run.json; None if it has no parts."""
     problem: StoredDataError | None = None
     for part, info in itertools.islice(list_parts(output, EMBEDDINGS), _MAX_PARTS_ASKED):
         try:

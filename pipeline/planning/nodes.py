@@ -6,27 +6,27 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
-from ray._private.utils import get_num_cpus
 
 from shard_embedder.pipeline.core.errors import ClusterError
 from shard_embedder.pipeline.core.formatting import format_duration
 
-# How often somebody is told of a wait that goes on.
+# A wait that goes on is reported this often.
 SAY_EVERY_S = 60.0
 _LOOK_EVERY_S = 5.0
+# So long without a stored part is worth a word.
+_QUIET_S = 300.0
 # A node with a named resource may hold any number of actors: the name is a place, not an amount.
 _SHARE = 0.001
-_NAMES = {"CPU": "CPU", "GPU": "GPU"}
 
 Node = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `count` workers of a stage ask at the same time, each of one node."""
+    """What `count` workers of a stage request at the same time, each of one node."""
 
     stage: str
     cpus: float
@@ -41,24 +41,24 @@ class Request:
 
     @property
     def each(self) -> dict[str, float]:
-        """What one worker asks."""
+        """What one worker requests."""
         amounts = {"CPU": self.cpus, "GPU": self.gpus, **self.named}
         return {name: amount for name, amount in amounts.items() if amount}
 
     def room(self, node: Node) -> int:
-        """How many of its workers a node has room for, where nothing else runs on it."""
+        """How many of its workers fit an idle node."""
         return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in self.each.items())
 
     def __str__(self) -> str:
         """`embed, 2 times 0.3 CPU and 1 GPU on a node with accelerator_type:H100`."""
-        amounts = [f"{amount:g} {name}" for name, amount in self.each.items() if name in _NAMES]
+        amounts = [f"{amount:g} {name}" for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount]
         times = f"{self.count} times " if self.count > 1 else ""
         place = f" on a node with {self.resource}" if self.resource else " on one node"
         return f"{self.stage}, {times}{' and '.join(amounts)}{place}"
 
 
 def alive_nodes(left_out: Counter[str] | None = None) -> list[Node]:
-    """What each node of the cluster has in all, in use or not, without the GPUs that are `left_out`, by node."""
+    """The total resources of each node that is alive, without the GPUs that are `left_out`, by node."""
     nodes = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
     for name, count in (left_out or {}).items():
         if name in nodes:
@@ -67,7 +67,7 @@ def alive_nodes(left_out: Counter[str] | None = None) -> list[Node]:
 
 
 def missing(requests: Iterable[Request], nodes: list[Node]) -> str | None:
-    """Which of `requests` the nodes cannot hold even when idle, and what they have; None where they can hold each."""
+    """Why the nodes, even idle, cannot hold one of `requests`; None if they can hold each by itself."""
     for request in requests:
         room = sum(request.room(node) for node in nodes)
         if room < request.count:
@@ -85,17 +85,14 @@ def _described(request: Request, nodes: list[Node], room: int) -> str:
     best = max(nodes, key=lambda node: sum(min(node.get(name, 0.0) / request.each[name], 1.0) for name in names))
     has = ", ".join(f"{best.get(name, 0.0):g} {name}" for name in names)
     if not best.get("CPU"):
-        # A head may have 0 on purpose. Without the truncation the quota of this container shows, if it is why.
-        quota = get_num_cpus(override_docker_cpu_warning=True, truncate=False)
-        if quota < 1:
-            has += f" (Ray rounds the CPU quota of this container, {quota:g}, down to whole cores)"
+        has += " (Ray rounds the CPU quota of a container down to whole cores)"
     return f"of {len(nodes)} node{'s' if len(nodes) > 1 else ''}, the nearest to it has {has}"
 
 
 def crowded(actor: Request, task: Request, nodes: list[Node]) -> int | None:
-    """The most actors that leave a task room for certain, where `actor.count` may not; None where they do.
+    """The most actors that certainly leave room for a task; None if `actor.count` of them do.
 
-    Actors stay, and Ray places them as it likes: a node is full when it holds so many that no task fits beside them.
+    Ray places actors as it likes, and they stay. A node is full when no task fits beside its actors.
     """
     to_fill = 0
     for node in nodes:
@@ -109,9 +106,9 @@ def crowded(actor: Request, task: Request, nodes: list[Node]) -> int | None:
 
 
 class DeviceTime:
-    """How many devices a run holds over time: as many as the nodes have room for, `most` at most.
+    """How many devices a run holds over time: as many as fit the nodes, at most `most`.
 
-    Spot machines come and go, and `most` may be more than the cluster ever has. Times are `time.monotonic`'s.
+    Spot machines come and go, and the cluster may never hold `most`. Times are those of `time.monotonic`.
     """
 
     def __init__(self, actor: Request, most: int, since: float, nodes: list[Node]) -> None:
@@ -132,15 +129,15 @@ class DeviceTime:
         self.peak = max(self.peak, self._now)
 
     def seconds(self, until: float) -> float:
-        """Device-seconds from the begin (`since`) to `until`."""
+        """Device-seconds from `since`, the start, to `until`."""
         return self._seconds + self._now * (until - self._since)
 
 
 class NodeWatch:
-    """Ends a flow of which a stage has had no node for `wait_s` seconds: Ray itself would wait for ever.
+    """Ends a flow if a stage has had no node for `wait_s` seconds: Ray itself would wait for ever.
 
-    `say` is told, at once and every minute, what is waited for, and `devices` which nodes there are. `left_out`
-    counts GPUs that no actor gets, by node.
+    It calls `say` with the reason of a wait, at once and every minute, and keeps `devices` up to date. `left_out`
+    counts the GPUs that no actor gets, by node.
     """
 
     def __init__(
@@ -149,12 +146,10 @@ class NodeWatch:
         wait_s: float,
         say: Callable[[str], object],
         devices: DeviceTime,
-        left_out: Counter[str] | None = None,
+        left_out: Counter[str],
     ) -> None:
         # One worker of each stage is enough to go on.
-        self._requests = [
-            Request(request.stage, request.cpus, request.gpus, request.resource) for request in requests
-        ]
+        self._requests = [replace(request, count=1) for request in requests]
         self._wait_s = wait_s
         self._say = say
         self._devices = devices
@@ -190,16 +185,15 @@ class NodeWatch:
 
 
 class StallWatch:
-    """Says, after `quiet_s` seconds without a stored part and then every minute, what the cluster has free.
+    """Says what the cluster has free when no part was stored for some minutes, and then every minute.
 
-    Actors of two jobs may hold all CPUs, so that neither can read; a node above Ray's memory threshold ends tasks
-    again and again. Neither is an error to Ray. Ray Data itself ends a flow in which nothing moves
+    Ray reports no error when actors of two jobs hold all CPUs and neither can read, or when a node above Ray's memory
+    threshold ends tasks again and again. Ray Data itself ends a flow in which nothing moves
     (`execution_no_progress_timeout_s`).
     """
 
-    def __init__(self, say: Callable[[str], object], quiet_s: float = 300.0) -> None:
+    def __init__(self, say: Callable[[str], object]) -> None:
         self._say = say
-        self._quiet_s = quiet_s
         self._since = time.monotonic()
         self._said = -math.inf
 
@@ -210,7 +204,7 @@ class StallWatch:
     def check(self) -> None:
         """Say how long nothing was stored, if it is time to."""
         now = time.monotonic()
-        if now - self._since < self._quiet_s or now - self._said < SAY_EVERY_S:
+        if now - self._since < _QUIET_S or now - self._said < SAY_EVERY_S:
             return
         self._said = now
         total, free = ray.cluster_resources(), ray.available_resources()

@@ -19,13 +19,13 @@ from shard_embedder.pipeline.planning.nodes import SAY_EVERY_S, Node, Request, a
 
 # Cores that one CPU actor uses; more actors scale better than more threads.
 _CORES_PER_ACTOR = 16
-# What an actor reserves, not what it uses: where a node is lost, its actors start again on those that are left,
-# and must leave decoding room beside them.
+# CPUs that an actor reserves; it uses more. When a node is lost, its actors start again on the nodes that are left,
+# and must leave room for decoding there.
 _ACTOR_CPUS = 0.3
-# What a read task reserves, not what it uses: of more readers the parts that wait would fill the object store, and
-# keep decoding from it (benchmarks/README.md). This is one for each core of a machine with 4 GB a core.
+# Memory that a read task reserves. It limits how many run at once: with more, finished parts fill the object store
+# and decoding stalls (benchmarks/README.md). On a machine with 4 GB a core this allows one for each core.
 _READ_MEMORY = 5 * 2**29
-# What a decode task takes beside the image: a worker and the process that decodes for it.
+# Memory of a decode task without the image: a worker, and the process that decodes for it.
 _DECODER_MEMORY = 2**28
 _LOOK_EVERY_S = 2.0
 _SETTLE_S = 10.0
@@ -33,7 +33,7 @@ _SETTLE_S = 10.0
 
 @dataclass(frozen=True)
 class Resources:
-    """Requests of the stages. No two are equal, or Ray Data would fuse their stages into one."""
+    """What the stages request. No two requests are equal: Ray Data would fuse their stages into one."""
 
     device: str
     num_actors: tuple[int, int]
@@ -45,11 +45,11 @@ class Resources:
     total_cpus: float
     num_nodes: int
     decode_cpus: float
-    read_memory: int | None  # bytes, None where no node tells its own
+    read_memory: int | None  # bytes; None if no node reports its memory
     decode_memory: int | None
-    num_readers: float  # that CPUs and memory have room for
+    num_readers: float  # how many fit the CPUs and the memory
     batch_rates: tuple[tuple[int, float], ...] = ()  # images/s by batch size, where it was measured
-    read_cpus: float = 0.25  # less would start many more workers than cores, each of which takes seconds of one
+    read_cpus: float = 0.25  # with less, many more workers than cores start, and each start takes seconds of a core
     write_cpus: float = 0.2
 
     @property
@@ -64,7 +64,7 @@ class Resources:
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """What each stage asks of a node; of the embed stage as many as it has at least."""
+        """What each stage requests of a node; the embed stage counts its fewest actors."""
         return (
             Request(STAGE_EMBED, self.actor_cpus, self.actor_gpus, self.actor_resource, count=self.num_actors[0]),
             Request(STAGE_READ, self.read_cpus),
@@ -84,29 +84,29 @@ class Resources:
 
 
 def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why: None) -> Resources:
-    """Divide the cluster that Ray is connected to.
+    """Divide the cluster that Ray is connected to among the stages.
 
-    Where it lacks a node that a stage needs, wait `node_wait_s` for it, if that is set, and ask the cluster's
-    autoscaler, if it has one, for it. `on_wait` is told what is waited for, at once and every minute.
+    If a stage lacks a node, this asks the cluster's autoscaler for one and waits for up to `node_wait_s`. It calls
+    `on_wait` with the reason, at once and every minute.
 
     Raises:
         ClusterError: the cluster lacks what a stage needs.
     """
     deadline = time.monotonic() + (config.node_wait_s or 0)
-    resources, lacking = divide(config, alive_nodes())
+    resources, lacking = plan_stages(config, alive_nodes())
 
     def missing_nodes() -> str | None:
         nonlocal resources
-        resources, lacking = divide(config, alive_nodes())
+        resources, lacking = plan_stages(config, alive_nodes())
         return lacking
 
     def taken() -> str | None:
-        return held(resources, ray.cluster_resources(), ray.available_resources())
+        return held_by_others(resources, ray.cluster_resources(), ray.available_resources())
 
     if lacking is not None:
         with _demand(resources):
             _wait_while(missing_nodes, deadline, config.node_wait_s, on_wait)
-    # What a job that has just ended held is free a moment later.
+    # A job that has just ended frees its resources a moment later.
     _wait_while(taken, max(deadline, time.monotonic() + _SETTLE_S), config.node_wait_s, on_wait)
     return resources
 
@@ -114,7 +114,7 @@ def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why
 def _wait_while(
     lacking: Callable[[], str | None], deadline: float, wait_s: int | None, on_wait: Callable[[str], object]
 ) -> None:
-    """Wait while something is `lacking`, and say so. Raises `ClusterError` at the `deadline`."""
+    """Wait, and say so, while something is `lacking`. Raises `ClusterError` at the `deadline`."""
     said = -SAY_EVERY_S
     while (what := lacking()) is not None:
         left = deadline - time.monotonic()
@@ -126,10 +126,10 @@ def _wait_while(
         time.sleep(min(_LOOK_EVERY_S, left))
 
 
-def held(resources: Resources, total: Mapping[str, float], free: Mapping[str, float]) -> str | None:
-    """What others hold of the cluster, so that the actors and one task of each other stage have no room; or None.
+def held_by_others(resources: Resources, total: Mapping[str, float], free: Mapping[str, float]) -> str | None:
+    """Why other jobs leave no room for the actors and one task of each other stage; None if there is room.
 
-    Actors that fill what is free would keep their own job from reading, for ever and without an error.
+    Actors that fill all that is free would keep their own job from reading, for ever and without an error.
     """
     actor, *tasks = resources.requests
     needed = {
@@ -150,7 +150,7 @@ _HINT = "with --node-wait-s the job waits for nodes that are still to come"
 
 @contextmanager
 def _demand(resources: Resources) -> Iterator[None]:
-    """Ask for what the stages need, so that an autoscaler sees it; nothing runs there."""
+    """Reserve what the stages need, so that an autoscaler sees the demand; nothing runs there."""
     bundles = [request.each for request in resources.requests for _ in range(request.count)]
     group = placement_group(bundles, name="embed-nodes")
     try:
@@ -160,9 +160,9 @@ def _demand(resources: Resources) -> Iterator[None]:
 
 
 def _decode_memory(config: Config, nodes: list[Node], read_memory: int | None) -> int | None:
-    """What a decode task reserves: enough for any image, or where a node has less for each core, that.
+    """Bytes that a decode task reserves: enough for any image, but no more than each core's share of its node.
 
-    So no core is idle for want of memory, which nearly no image needs.
+    More would leave cores idle for memory that nearly no image needs.
     """
     if read_memory is None:
         return None
@@ -174,12 +174,12 @@ def _decode_memory(config: Config, nodes: list[Node], read_memory: int | None) -
     return int(min(_DECODER_MEMORY + image_memory(config.max_pixels), *shares))
 
 
-def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
-    """What the stages take of `nodes`, and what these lack for it."""
+def plan_stages(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
+    """What the stages take of `nodes`, and what the nodes lack for it; None if nothing."""
     cpus = [node["CPU"] for node in nodes if node.get("CPU")]
-    # Decoding takes a core, and asks for less. Ray Data keeps parts of the cluster for other stages, and starts the
-    # task after one that ended only when it looks again, up to ten times a second: asking for whole cores, a node of
-    # 8 decoded on 5. This way there are at least as many tasks as cores, and half as many again on large clusters.
+    # A decode task uses a whole core and requests less. Ray Data keeps shares of the cluster for other stages, and
+    # starts the next task only when it looks again, up to ten times a second: with whole cores, a node of 8 decoded
+    # on 5. This way there are at least as many tasks as cores, and up to half as many again on large clusters.
     decode_cpus = 0.33 if min(cpus, default=1.0) < 8 else 0.5
     total_cpus = sum(cpus) or 1.0
     memories = [node["memory"] for node in nodes if node.get("CPU") and node.get("memory")]
@@ -188,7 +188,7 @@ def divide(config: Config, nodes: list[Node]) -> tuple[Resources, str | None]:
     readers = total_cpus / Resources.read_cpus
     if read_memory is not None:
         readers = min(readers, sum(memory // read_memory for memory in memories))
-    # Where actors may be.
+    # Nodes that may have actors.
     places = [node for node in nodes if config.actor_resource is None or config.actor_resource in node]
     gpus = sum(int(node.get("GPU", 0)) for node in places)
     device = config.device if config.device != "auto" else "cuda" if gpus or config.needs_gpu else "cpu"
