@@ -30,7 +30,7 @@ def library_of(name: str) -> ModuleType:
     Raises:
         BackboneError: the library is not installed.
     """
-    # Both import torch, which takes seconds; whoever only asks for `Weights` need not wait for it.
+    # Both import torch, which takes seconds, and a worker that only unpickles a job does not need it.
     if not name.startswith(_TIMM):
         from shard_embedder.pipeline.backbones import torchvision_models  # noqa: PLC0415
 

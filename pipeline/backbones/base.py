@@ -21,13 +21,13 @@ DEFAULT = "DEFAULT"
 class ImageModule(nn.Module):
     """A module that takes images as its weights ask for them: `module(module.transform(["a.jpg", "b.png"]))`."""
 
-    # Set by `pipeline.backbones.build_backbone`, and called when a transform is asked for: some weights of timm have
-    # a preprocessing that jobs do not take, and are backbones all the same.
+    # Set by `pipeline.backbones.build_backbone`. Only `transform` calls it: jobs do not support the preprocessing of
+    # some timm weights, which are backbones all the same.
     find_preprocess: Callable[[], Preprocess]
 
     @cached_property
     def transform(self) -> Transform:
-        """Images as a job makes them for these weights. Raises `WeightsError` where jobs do not take their kind."""
+        """Prepares images as a job does for these weights. Raises `WeightsError` if jobs do not support theirs."""
         return Transform(self.find_preprocess())
 
 
@@ -63,7 +63,7 @@ class FeatureMaps(ImageModule):
 
 
 def channels_of(name: str, maps: dict[str, Tensor]) -> dict[str, int]:
-    """The C of each map [N, C, H, W]. Raises `BackboneError` where a layer gives something else."""
+    """The C of each map [N, C, H, W]. Raises `BackboneError` if a layer gives something else."""
     for layer, value in maps.items():
         if value.dim() != 4:
             shape = ", ".join(map(str, value.shape[1:]))
@@ -72,7 +72,7 @@ def channels_of(name: str, maps: dict[str, Tensor]) -> dict[str, int]:
 
 
 def unknown_layer(name: str, layers: tuple[str, ...], nodes: Iterable[str]) -> BackboneError:
-    """The error for layers of which a backbone lacks one; a layer is one of `nodes`, or the modules it is in."""
+    """The error for the first of `layers` that is neither one of the `nodes` nor a module around one."""
     known = dict.fromkeys(
         node[:end] for node in nodes for end in range(1, len(node) + 1) if end == len(node) or node[end] == "."
     )
@@ -82,7 +82,7 @@ def unknown_layer(name: str, layers: tuple[str, ...], nodes: Iterable[str]) -> B
 
 
 def check_features(features: str) -> None:
-    """Raises `BackboneError` where there are no such features."""
+    """Raise `BackboneError` for unknown features."""
     if features not in FEATURES:
         raise BackboneError(f"features must be pooled or map, got {features!r}")
 
@@ -115,7 +115,7 @@ def wrong_size(name: str, size: tuple[int, int], own: tuple[int, int], error: Ex
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw as after `torch.manual_seed(seed)`. Afterwards the global random state is what it was."""
+    """Draw as after `torch.manual_seed(seed)`, and restore the global random state."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the GPUs as well, and nothing restores these.
         torch.default_generator.manual_seed(seed)
@@ -123,7 +123,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def run_without_values(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of one image's features, of a backbone on the meta device, for images of `size` (height, width)."""
+    """Shape of one image's features, from a backbone on the meta device and images of `size` (height, width)."""
     with torch.no_grad():
         return tuple(backbone(torch.zeros(1, 3, *size, device="meta")).shape[1:])
 
@@ -134,5 +134,5 @@ def by(sizes: tuple[int, ...]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the advice that follows."""
+    """The first line of an error, without the advice that follows."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,8 +1,8 @@
-"""timm's models without their classifier, as `timm/NAME` or `timm/NAME.TAG`: how one is found and built.
+"""timm's models without their classifier, as `timm/NAME` or `timm/NAME.TAG`.
 
-Pooled features are what timm's own `forward_head(forward_features(x), pre_logits=True)` gives; the feature map is
-that of `forward_features` where it gives one. What timm knows of an architecture and its weights (tags, where they
-are, which images they are for) it is asked for: there is no table here.
+Pooled features are what timm's own `forward_head(forward_features(x), pre_logits=True)` gives, and the feature map is
+that of `forward_features`, if it gives one. There is no table here: timm itself knows the tags, files and
+preprocessing of its weights.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ from shard_embedder.pipeline.decoding.preprocess import CENTER, SQUASH, Preproce
 from shard_embedder.pipeline.decoding.resize import INTERPOLATIONS
 
 PREFIX = "timm/"
-# What the weights are called in a repository of the hub: the first that is there is taken.
+# Names of the weights file in a repository of the hub: the first that exists is taken.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-# What builders of timm raise for an image size that an architecture does not take.
+# What timm raises for an image size that an architecture does not take.
 _SIZE_ERRORS = (AssertionError, RuntimeError, TypeError, ValueError)
 
 
 class TimmBackbone(Backbone):
-    """A model of timm, built without classifier: images [N, 3, H, W] to features. It is under `model`."""
+    """A model of timm without classifier, in `model`: images [N, 3, H, W] to features."""
 
     def __init__(self, model: Any, features: str) -> None:
-        # With num_classes=0 these are what timm would feed the classifier, and what `forward_features` gives.
+        # The channels of what timm would feed its classifier, and of what `forward_features` gives.
         super().__init__(model.head_hidden_size if features == "pooled" else model.num_features)
         self.model = model
         self._is_pooled = features == "pooled"
@@ -85,7 +85,7 @@ class TimmBackbone(Backbone):
 
 
 class _LayerMaps(FeatureMaps):
-    """Maps that a model of timm gives on its way, by the modules that `feature_info` names."""
+    """Maps from the inside of a model of timm, by the modules that `feature_info` names."""
 
     def __init__(self, name: str, model: Any, out_channels: dict[str, int]) -> None:
         super().__init__(out_channels)
@@ -231,7 +231,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _config(architecture: str, tag: str) -> PretrainedCfg:
-    """What timm knows of weights of an architecture; without a tag of its default ones.
+    """timm's configuration of the weights `tag` of an architecture, or of its default ones.
 
     Raises:
         WeightsError: no such tag; the known ones are listed.
@@ -256,7 +256,7 @@ def _named(name: str, weights: str) -> PretrainedCfg:
 
 
 def _config_of(name: str, weights: Weights | None) -> PretrainedCfg:
-    """The configuration that a model is built by: that of its weights, else of its name."""
+    """The configuration to build a model by: that of its weights, else that of its name."""
     architecture, tag = _split(name)
     own = {config.tag for config in get_arch_pretrained_cfgs(architecture).values()}
     is_tag = weights is not None and weights.name in own
@@ -306,7 +306,7 @@ def _published(name: str, config: PretrainedCfg) -> tuple[bytes, str]:
 
 def _from_hub(label: str, repository: str) -> tuple[bytes, str]:
     name, _, revision = repository.partition("@")
-    # What was downloaded before stays, as in torch's hub folder: no newer one is asked for.
+    # A file in the cache is taken as it is, as in torch's hub folder. The hub is not asked for a newer one.
     for is_local in (True, False):
         for file in _HUB_FILES:
             try:
@@ -317,7 +317,7 @@ def _from_hub(label: str, repository: str) -> tuple[bytes, str]:
                     raise _no_download(label, name, error) from error
             except EntryNotFoundError:
                 continue
-            except Exception as error:  # of the hub, of its HTTP library, of the disk
+            except Exception as error:  # of the hub, its HTTP library, or the disk
                 raise _no_download(label, name, error) from error
     raise WeightsError(f"https://huggingface.co/{name} has no {' or '.join(_HUB_FILES)}")
 
@@ -331,7 +331,7 @@ def _no_download(label: str, repository: str, error: Exception) -> WeightsError:
 
 
 def _create(architecture: str, config: PretrainedCfg, size: tuple[int, int] | None) -> Any:
-    """timm's own model without classifier. Where it is built for one size, it is built for `size`."""
+    """timm's own model without classifier. A model of one fixed size is built for `size`."""
     options = {"img_size": size} if config.fixed_input_size and size is not None else {}
     model = timm.create_model(
         architecture, pretrained=False, pretrained_cfg=config.to_dict(), num_classes=0, **options
@@ -356,8 +356,7 @@ def _without_values(architecture: str, config: PretrainedCfg, size: tuple[int, i
 def _with_values(architecture: str, config: PretrainedCfg, size: tuple[int, int] | None, seed: int) -> Any:
     """The model with `torch.manual_seed(seed)` and timm's own initialisation.
 
-    That takes time also where weights come after it, but timm computes tables of positions as it goes, which are
-    in no state dict. The state of the global random generator stays as it was.
+    Models whose weights are loaded afterwards need it too: timm computes tables of positions that no state dict has.
     """
     with seeded(seed):
         return _create(architecture, config, size)
@@ -366,7 +365,7 @@ def _with_values(architecture: str, config: PretrainedCfg, size: tuple[int, int]
 def _fitted(model: Any, architecture: str, weights: Weights) -> StateDict:
     """The weights' state dict as `model` takes it: by timm's own conversion, and without the classifier.
 
-    The conversion knows older names, and brings what belongs to positions to the model's image size.
+    The conversion renames old keys, and resamples position embeddings to the model's image size.
 
     Raises:
         WeightsError: it does not fit; missing and unexpected keys are named.
@@ -377,7 +376,7 @@ def _fitted(model: Any, architecture: str, weights: Weights) -> StateDict:
     if convert is not None:
         try:
             state = convert(state, model)
-        except Exception as error:  # a conversion trusts that it gets what it knows
+        except Exception as error:  # a conversion does not check what it gets
             raise WeightsError(
                 f"weights {weights.name} do not fit timm/{architecture}: {type(error).__name__}: {error}"
             ) from error

@@ -1,4 +1,4 @@
-"""torchvision's classifiers taken apart: where each architecture keeps what, and the modules that remain."""
+"""Takes torchvision's classifiers apart: what each architecture keeps where, and backbones of it."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from shard_embedder.pipeline.core.errors import BackboneError
 class Anatomy:
     """Where a torchvision architecture keeps things.
 
-    `head` is the classifier, `stages` are the children that, one after the other, make the feature map,
-    and `training_only` those that only training uses. What pools is `avgpool` where there is one, and else
-    global average pooling. The children `nhwc` give maps with the channels last.
+    `head` is the classifier. `stages` are the children that make the feature map, in order. `training_only` are
+    children that only training uses. The children `nhwc` give maps with the channels last. `avgpool` pools, or global
+    average pooling if there is none.
     """
 
     head: str
@@ -46,7 +46,7 @@ class Anatomy:
     nhwc: tuple[str, ...] = ()
 
 
-_RELU = "relu()"  # a step that torchvision's `forward` does without a module
+_RELU = "relu()"  # a step of torchvision's `forward` that is no module
 _RESNET_STAGES = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 _INCEPTION_STAGES = (
     "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3",
@@ -120,7 +120,7 @@ class _VitBackbone(_Stages):
 
 
 class LayerMaps(FeatureMaps):
-    """Layers of a classifier by `torchvision.models.feature_extraction`. What comes after them is not computed."""
+    """Layers of a classifier by `torchvision.models.feature_extraction`. Later layers are not computed."""
 
     def __init__(self, name: str, model: nn.Module, out_channels: dict[str, int]) -> None:
         super().__init__(out_channels)

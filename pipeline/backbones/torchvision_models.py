@@ -1,4 +1,4 @@
-"""torchvision classifiers without their classifier: the table of backbones, and how one is built.
+"""torchvision's classifiers without their head: the table of backbones, and how one is built.
 
 A backbone gives either pooled features [N, C], which is what feeds the classifier in torchvision's own
 `forward`, or the feature map [N, C, H, W] before pooling. Its parameters keep torchvision's names.
@@ -50,7 +50,7 @@ from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class Entry:
-    """One backbone: torchvision's architecture, and what is changed in it after it is built."""
+    """One backbone: torchvision's architecture, and a change to make in it."""
 
     architecture: str
     modify: Callable[[nn.Module], None] | None = None
@@ -81,7 +81,7 @@ ALIASES = {
 }
 
 
-# torchvision asks that these be told whether to draw their initial weights.
+# The builders of these want to be told whether to draw initial weights.
 _ASKS_INITIALISATION = ("googlenet", "inception_v3")
 _POSITIONS = "encoder.pos_embedding"  # of a vision transformer
 # torchvision's files of DenseNet are older than its names: `norm.1` there is `norm1` in the model.
@@ -89,10 +89,10 @@ _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Within it, modules get parameters of the right shape without memory or values.
+    """Within it, modules get parameters with a shape and neither memory nor values.
 
-    Not `torch.device("meta")`, under which RegNet's builder, which computes its widths with tensors, and
-    buffers that are in no state dict would have no values either.
+    With `torch.device("meta")`, other tensors would have no values either: those by which RegNet's builder computes
+    its widths, and buffers that no state dict has.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -153,7 +153,7 @@ def _names(known: type[models.WeightsEnum]) -> str:
 
 
 def preprocess_for(name: str, weights: str, preprocess: str = DEFAULT) -> Preprocess:
-    """Preprocessing of named weights: their own. For a file or random weights it is that of the weights `preprocess`.
+    """The preprocessing of named weights; for a file or random weights, that of the weights `preprocess`.
 
     Raises:
         BackboneError: unknown name.
@@ -171,7 +171,7 @@ def preprocess_for(name: str, weights: str, preprocess: str = DEFAULT) -> Prepro
 
 
 def _preprocess(weights: models.WeightsEnum) -> Preprocess:
-    """What `weights.transforms()` does to a PIL image, as numbers. Raises `WeightsError` for other presets."""
+    """What `weights.transforms()` does to a PIL image, as numbers. Raises `WeightsError` for an unknown preset."""
     preset = weights.transforms()
     try:
         crop = preset.crop_size
@@ -189,8 +189,8 @@ def _preprocess(weights: models.WeightsEnum) -> Preprocess:
 def output_shape(name: str, features: str, size: tuple[int, int], weights: Weights | None = None) -> tuple[int, ...]:
     """Shape of one image's features, (C,) or (C, H', W'), for images of `size` (height, width).
 
-    Nothing is computed and no memory is taken. `weights` matter only where they fix the image size, as those of
-    vision transformers do; without them it is 224x224, for which torchvision builds these.
+    It takes no memory and computes nothing. `weights` matter only for vision transformers, whose weights fix the
+    image size; without weights it is torchvision's 224x224.
 
     Raises:
         BackboneError: unknown name, no feature map, or a size that the architecture does not take.
@@ -248,7 +248,7 @@ def _backbone(name: str, features: str, weights: Weights | None) -> Backbone:
 
 
 def _whole(name: str, weights: Weights | None) -> nn.Module:
-    """The classifier that a backbone is a part of, as torchvision's own with these weights."""
+    """torchvision's own classifier with these weights, of which the backbone is a part."""
     entry = BACKBONES[find(name)]
     model = _classifier(entry.architecture, weights)
     if entry.modify is not None:
@@ -259,10 +259,9 @@ def _whole(name: str, weights: Weights | None) -> nn.Module:
 
 
 def _classifier(architecture: str, weights: Weights | None) -> nn.Module:
-    """torchvision's own model with `weights`, or without values where they are None.
+    """torchvision's own model with `weights`; without values if they are None.
 
-    Random weights are `torch.manual_seed` and torchvision's own initialisation. The global random state stays what
-    it was.
+    Random weights are torchvision's own initialisation after `torch.manual_seed`.
     """
     seed = None if weights is None else weights.seed
     draws = {"init_weights": seed is not None} if architecture in _ASKS_INITIALISATION else {}
@@ -289,7 +288,7 @@ def _load(model: nn.Module, architecture: str, name: str, state: StateDict) -> N
 
 
 def _fit_image_size(model: VisionTransformer, state: StateDict) -> None:
-    """Have a vision transformer take the images that the position embedding in `state` was trained for."""
+    """Give a vision transformer the image size that the position embedding in `state` was trained for."""
     embedding = state.get(_POSITIONS)
     if embedding is None or embedding.dim() != 3:
         return

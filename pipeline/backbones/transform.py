@@ -1,4 +1,4 @@
-"""Images to what a backbone takes, exactly as the job makes it."""
+"""Turns images into the input of a backbone, exactly as a job does."""
 
 from __future__ import annotations
 

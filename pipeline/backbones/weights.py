@@ -1,4 +1,4 @@
-"""Weights by name, path or URL, loaded: a state dict in its library's layout, and the sha256 that names it."""
+"""Loads weights by name, path or URL: a state dict in its library's layout, and the sha256 that names it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from shard_embedder.pipeline.backbones.weights_spec import Weights, read_file, s
 from shard_embedder.pipeline.core.errors import WeightsError
 
 StateDict = dict[str, Tensor]
-# A download that shows no byte for this long is given up.
+# A download is given up when no byte arrives for this long.
 DOWNLOAD_TIMEOUT_S = 20
 # torchvision names its files `<name>-<first digits of the file's sha256>.pth`.
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")
 _COUNTER = "num_batches_tracked"  # files older than torch 0.4.1 lack it; only training uses it
-# torch wraps what it refused in paragraphs of advice to load it all the same.
+# torch names what it refused within paragraphs of advice to load it all the same.
 _REFUSED = re.compile(r"GLOBAL \S+|Unsupported (?:operand|class|type)[^.\n]*")
 
 
@@ -43,15 +43,14 @@ def load_file(spec: str) -> Weights:
 
 
 def weights_from(name: str, data: bytes, file: str) -> Weights:
-    """Weights of the content of a `file`. Raises `WeightsError` where it is not a state dict."""
+    """Weights from the content of a `file`. Raises `WeightsError` if it is not a state dict."""
     return Weights(name, hashlib.sha256(data).hexdigest(), parse(data, file))
 
 
 def published(url: str, weights: str, library: str, timeout_s: float = DOWNLOAD_TIMEOUT_S) -> bytes:
     """The file of a library's own `weights`, from torch's hub folder or downloaded there.
 
-    Unlike `WeightsEnum.get_state_dict`, it checks a file that was there before as well, and leaves it to the
-    caller to load it without executing anything.
+    Unlike `WeightsEnum.get_state_dict`, this also checks a file that was there before, and executes nothing in it.
 
     Raises:
         WeightsError: no download possible, or not the file that the library published.
@@ -91,15 +90,13 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def parse(data: bytes, name: str) -> StateDict:
-    """The state dict in a file, of which nothing is executed. Raises `WeightsError` where it is none."""
+    """The state dict in a file; nothing in it is executed. Raises `WeightsError` if it is not a state dict."""
     try:
         if name.lower().endswith(".safetensors"):
             loaded: Any = load_safetensors(data)
         else:
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # on damaged files torch's unpickler raises nearly anything, IndexError to struct.error
+    except Exception as error:  # torch's unpickler raises nearly anything on damaged files
         raise WeightsError(
             f"weights {name} are not a state dict that loads without code: {_reason(error)}"
         ) from error
@@ -131,10 +128,9 @@ def _reason(error: Exception) -> str:
 def check_fit(
     expected: StateDict, given: StateDict, name: str, architecture: str, optional: tuple[str, ...] = ()
 ) -> None:
-    """Raises `WeightsError` where a state dict is not what a model expects; `optional` keys may be missing.
+    """Raise `WeightsError` if a state dict does not fit a model. Keys that begin with `optional` may be missing.
 
-    `optional` are the beginnings of names. What is missing, unexpected, of another shape or no numbers with a
-    fraction (as quantised weights are) is named.
+    The error names keys that are missing, unexpected, of another shape, or whole numbers, as quantised weights are.
     """
     missing = [
         key for key in expected if key not in given and not key.startswith(optional) and not key.endswith(_COUNTER)
@@ -177,11 +173,11 @@ def state_sha256(state: StateDict) -> str:
 
 
 def random_weights(seed: int, model: nn.Module) -> Weights:
-    """Weights by their seed, with the sha256 of the parameters that `model` got from it."""
+    """Weights that `seed` makes again, with the sha256 of the parameters of `model`, which has them."""
     return Weights(f"random:{seed}", state_sha256(model.state_dict()), seed=seed)
 
 
 def without_values(weights: Weights) -> Weights:
-    """Weights whose tensors have shapes and no values: enough to see whether they fit, in no time and memory."""
+    """Weights whose tensors have shapes and no values: enough to see whether they fit."""
     assert weights.state is not None
     return replace(weights, state={key: value.to("meta") for key, value in weights.state.items()})

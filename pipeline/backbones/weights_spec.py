@@ -1,4 +1,4 @@
-"""How weights are named and pinned. It does not import torch, which takes seconds."""
+"""How weights are named and pinned, without torch: a worker that unpickles a job need not import it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _QUERY = re.compile(r"\?[^\s'\")\]]+")
 class Weights:
     """A pinned parameter set.
 
-    `name` is how the user named it, without the folders of a path. `sha256` is that of the file, as `sha256sum`
-    prints it, or for random weights that of the parameters (`state_sha256`). Random weights have a `seed`, all
-    others a `state`: tensors by their names.
+    `name` is what the user gave, without the folders of a path. `sha256` is that of the file, as `sha256sum` prints
+    it, or that of random parameters (`state_sha256`). Random weights have a `seed`, all others a `state`: tensors by
+    name.
     """
 
     name: str
@@ -50,12 +50,12 @@ def random_seed(spec: str) -> int | None:
 
 
 def is_file(spec: str) -> bool:
-    """Whether weights are told by a path or a URL."""
+    """Whether weights are given by a path or a URL."""
     return "/" in spec or spec.lower().endswith((".pth", ".pt", ".safetensors"))
 
 
 def shown(spec: str) -> str:
-    """A path or URL of weights as it may be shown."""
+    """A path or URL of weights without its query, which may be a credential."""
     return spec.partition("?")[0] if "://" in spec else spec
 
 

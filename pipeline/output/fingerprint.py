@@ -27,10 +27,10 @@ from shard_embedder.pipeline.output.typed import check_types
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What made an output. Only `settings` must be equal for two runs to share it.
+    """What made an output. Two runs may share it if their `settings` are equal.
 
-    `input_prefix` is where the input lay, and `batch_size` the images a batch, by kind of device, where it was asked
-    for or measured.
+    `input_prefix` is where the input was. `batch_size` is the images a batch, by kind of device, if it was asked for
+    or measured.
     """
 
     settings: OutputSettings
@@ -55,7 +55,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, values: Any) -> Fingerprint:
-        """The inverse of `to_json`; without `input_prefix` and `batch_size`, as a part tells it.
+        """The inverse of `to_json`. A part has no `input_prefix`.
 
         Raises:
             StoredDataError: not of this version, or changed by hand.
@@ -98,7 +98,7 @@ def make_fingerprint(
 
 
 def read_fingerprint(output: str, limits: StoreLimits = LIMITS) -> Fingerprint | None:
-    """What made `output`, or None where nothing has.
+    """What made `output`; None if it is new.
 
     Raises:
         StoreError: `run.json` cannot be read.
@@ -118,7 +118,7 @@ def read_fingerprint(output: str, limits: StoreLimits = LIMITS) -> Fingerprint |
 
 
 def check_against_output(asked: Fingerprint, made: Fingerprint | None) -> Fingerprint:
-    """`asked`, with a precision of `auto` and the batch sizes as the output was `made`.
+    """`asked`, with the output's batch sizes, and with its precision in place of `auto`.
 
     Raises:
         OtherSettingsError: the output was made with another setting; each difference is named.
@@ -138,10 +138,10 @@ def check_against_output(asked: Fingerprint, made: Fingerprint | None) -> Finger
 
 
 def write_fingerprint(output: str, fingerprint: Fingerprint) -> None:
-    """Write `run.json` of a new output; what another run wrote meanwhile stays.
+    """Write `run.json` of a new output, unless another run wrote it meanwhile.
 
     Raises:
-        OtherSettingsError: that was made with another setting.
+        OtherSettingsError: the other run has another setting.
     """
     text = json.dumps(fingerprint.to_json(), indent=2, ensure_ascii=False) + "\n"
     if not create(output, RUN_FILE, text.encode()):

@@ -1,20 +1,20 @@
 """One run at a time on one output: a lease that dies with its holder.
 
-`OUTPUT/.lease/` holds one claim a generation, `00000001.json`; the highest is the lease. It is taken by making the
-next generation's claim, which of several callers only one can, and which nobody writes again. Its holder proves that
-it lives by a beat beside the claim, `00000001-TOKEN.beat`, every `renew_s`. Who finds a lease watches it: one whose
-beat moves belongs to a living run, one that stands still for `expire_s` to a dead one. No clock of one machine is
+`OUTPUT/.lease/` holds one claim a generation, `00000001.json`; the highest is the lease. A run takes the lease by
+creating the claim of the next generation. Only one of several callers can, and nobody writes that file again. The
+holder shows that it lives by a beat beside the claim, `00000001-TOKEN.beat`, every `renew_s`. Another run watches the
+beat: if it moves, the holder lives; if it stands still for `expire_s`, the holder is dead. No clock of one machine is
 compared with another's.
 
-Generations begin anew after a release, so that a run that was paused meanwhile may find its own number taken by
-another. The token in the claim tells: it is drawn for each lease and never comes again, and the holder compares it
-before every beat and whenever it is asked for proof. Source of the numbered generations: the fencing tokens of
-Kleppmann, "How to do distributed locking", 2016.
+Generations start again at 1 after a release, so a run that was paused meanwhile may find its own number taken. The
+token in the claim tells them apart: each lease draws its own, and the holder compares it before every beat and
+whenever it is asked for proof. The numbered generations are the fencing tokens of Kleppmann, "How to do distributed
+locking", 2016.
 
-That two runs never overlap by a second is not promised, and not needed: parts do not depend on who writes them. What
-the lease keeps away is paying twice, and two runs that each believe the output to be new. On a store without
-conditional writes two runs that begin within the same seconds may both get the lease (`writing.create`); the one
-whose claim was overwritten finds that out at its next beat, and ends.
+Two runs may overlap by a second. That is harmless: parts do not depend on who writes them. The lease prevents paying
+twice, and two runs that both take the output for new. On a store without conditional writes, two runs that begin
+within the same seconds may both get the lease (`writing.create`). The one whose claim was overwritten notices at its
+next beat, and ends.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _OWN_FILE = re.compile(r"(\d{8})(?:\.json|-[0-9a-f]{32}\.beat)", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseTimes:
-    """How often a lease is renewed, when it expires, and how often one that may be dead is looked at."""
+    """How often a lease is renewed, when it expires, and how often a waiting run looks at it."""
 
     renew_s: float = 15.0
     expire_s: float = 60.0
@@ -60,7 +60,7 @@ TIMES = LeaseTimes()
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a lease says of its holder."""
+    """The holder of a lease, as its claim names it."""
 
     token: str
     holder: str
@@ -76,7 +76,7 @@ class _Claim:
 
 @dataclass(frozen=True)
 class _Look:
-    """The lease of an output as one look finds it; `claim` is None where it is gone, or still empty."""
+    """The lease of an output at one moment; `claim` is None if it is gone, or still empty."""
 
     generation: int
     claim: _Claim | None = None
@@ -93,7 +93,7 @@ class Lease:
         self._generation = generation
         self._claim = claim
         self._times = times
-        # A beat that waits for a store must not be late for the next one.
+        # One beat that waits for the store must not delay the next.
         self._limits = replace(limits, retry_s=min(limits.retry_s, times.renew_s))
         self._beat = 0
         self._lost: str | None = None
@@ -105,7 +105,7 @@ class Lease:
         self._renewer.start()
 
     def check(self) -> None:
-        """Raise unless the lease is this run's, as far as is known without asking; ask where that is too long ago.
+        """Raise if the lease is known to be lost. Ask the store only if it was not renewed for `expire_s`.
 
         Raises:
             OutputBusyError: another run has taken the lease over, or someone has removed it.
@@ -117,11 +117,11 @@ class Lease:
             self.confirm()
 
     def confirm(self) -> None:
-        """Ask the store whether the lease is still this run's, and renew it: before what only its holder may write.
+        """Ask the store whether the lease is still this run's, and renew it: before a write that needs the lease.
 
         Raises:
             OutputBusyError: another run has taken the lease over, or someone has removed it.
-            StoreError: that cannot be told, and the lease was not renewed for `expire_s`.
+            StoreError: the store does not answer, and the lease was not renewed for `expire_s`.
         """
         try:
             self._renew()
@@ -137,13 +137,12 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Stop renewing, and remove what temporary files and leases of this and earlier runs are left."""
+        """Stop renewing, and remove the temporary files and leases that this and earlier runs left."""
         self._released.set()
         self._renewer.join(self._times.renew_s)
         if self._renewer.is_alive():
-            return  # a disk that hangs would keep this process, too; the lease expires
-        # A lease that cannot be removed expires.
-        # Nothing is written here: the disk may be full.
+            return  # a disk that hangs would hold this process too; the lease expires
+        # A lease that cannot be removed expires. Nothing is written here: the disk may be full.
         with contextlib.suppress(OSError, OutputError):
             self._compare()
             if self._lost is None:
@@ -162,11 +161,11 @@ class Lease:
             try:
                 self._renew()
             except Exception as error:
-                # Whatever it is: the next beat may pass, and `check` tells the age of the last that did.
+                # The next beat may succeed, and `check` knows the age of the last one that did.
                 self._trouble = describe(error)
 
     def _renew(self) -> None:
-        """Prove that this run lives, while the lease is its own."""
+        """Write a beat, if the lease is still this run's."""
         with self._lock:
             began = time.monotonic()
             self._compare()
@@ -176,7 +175,7 @@ class Lease:
                 self._renewed_at = began
 
     def _compare(self) -> None:
-        """Compare the lease with this run's own, and note where it is lost."""
+        """Compare the lease with this run's own, and note if it is lost."""
         newest = max(_generations(self._output, self._limits), default=0)
         claim = _read(self._output, newest, self._limits) if newest else None
         if claim is None:
@@ -195,9 +194,9 @@ def hold(
     times: LeaseTimes = TIMES,
     limits: StoreLimits = LIMITS,
 ) -> Iterator[Lease]:
-    """Hold the lease of `output` while the block runs; wait where its holder seems dead until that is sure.
+    """Hold the lease of `output` while the block runs. If another holder seems dead, wait until that is sure.
 
-    `run` names the holder. `on_wait` is told once, in words, what is waited for.
+    `run` names the holder. `on_wait` gets one sentence that says what the wait is for.
 
     Raises:
         OutputBusyError: a living run holds it.
@@ -244,7 +243,7 @@ def _acquire(output: str, on_wait: Callable[[str], None], run: str, times: Lease
             claimed = _claim_name(seen.generation + 1)
             if create(output, claimed, json.dumps(asdict(own)).encode(), limits):
                 return Lease(output, seen.generation + 1, own, times, limits)
-            # Others may have been faster, which the next look shows; or something is there that is no lease.
+            # Another run was faster, which the next look shows; or something else has that name.
             if is_refused and has_stood:
                 raise StoredDataError(
                     f"{join(output, claimed)} is in the way, and no lease; delete it if no run is going on"
@@ -294,7 +293,7 @@ def _files(output: str, generation: int, limits: StoreLimits) -> list[str]:
 
 
 def _read(output: str, generation: int, limits: StoreLimits) -> _Claim | None:
-    """What a lease says, or None where it is gone, or empty: a disk without hard links shows it so for an instant."""
+    """The claim of a generation; None if it is gone or, for an instant on a disk without hard links, empty."""
     url = join(output, _claim_name(generation))
     try:
         data = read_bytes(url, limits)
@@ -311,14 +310,14 @@ def _parse(data: bytes) -> _Claim:
         raise ValueError(f"it must be an object, got {type(content).__name__}")
     claim = _Claim(**{name: content[name] for name in get_type_hints(_Claim)})
     check_types(claim)
-    # It stands in the name of a file.
+    # It becomes part of a file name.
     if not _TOKEN.fullmatch(claim.token):
         raise ValueError("its token is none")
     return claim
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: one boot of one kernel, and one namespace of numbers in it."""
+    """Names where process ids are comparable: one boot of one kernel, and one namespace of ids in it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -327,18 +326,18 @@ def _machine() -> str:
 
 
 def _is_alive(holder: _Claim) -> bool | None:
-    """Whether the holder's process runs; None where that cannot be told, as on another machine."""
+    """Whether the holder's process runs; None if it ran on another machine."""
     if not holder.machine or holder.machine != _machine():
         return None
     return holder.started is not None and holder.started == _started(holder.pid)
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine began, in ticks since boot; None where it has ended."""
+    """When a process of this machine began, in ticks since boot; None if it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    # The name before it, in parentheses, may hold anything.
+    # The process name before the parenthesis may hold anything.
     state, *fields = text.rpartition(")")[2].split()
     return None if state in "ZX" else fields[18]

@@ -41,19 +41,19 @@ def list_parts(output: str, folder: str, limits: StoreLimits = LIMITS) -> Iterat
 
 @dataclass
 class Counts:
-    """Samples counted from what is stored, and every disagreement found on the way."""
+    """Samples as the stored parts count them, and every disagreement between parts."""
 
     num_samples: int = 0
     num_embedded: int = 0
     num_errors: int = 0
-    # Of the `MAX_WORST` shards with the most errors, the worst first: how many of how many samples.
+    # The `MAX_WORST` shards with the most errors, worst first: (errors, samples).
     errors_by_shard: dict[str, tuple[int, int]] = field(default_factory=dict)
-    # The shard of which the largest share are errors, with the same numbers.
+    # The shard with the largest share of errors, and the same numbers.
     worst_share: tuple[str, int, int] | None = None
     # Image members that no row stands for, and one of them.
     unused_images: int = 0
     unused_example: str | None = None
-    # Taken on by the run, and gone from the input before its end.
+    # Shards that disappeared from the input during the run.
     vanished: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -69,9 +69,9 @@ class Counts:
 def count(shards: list[Shard], output: str, digest: str | None = None) -> Counts:
     """Count the samples of `shards` from the footers of their stored parts.
 
-    Each part must hold as many rows as samples, follow on the part before, be made with the settings of `digest`
-    where that is given, and end in a last part, or in a broken one with its fault. There must be no errors without
-    their part, and no part of an older version.
+    Each part must hold as many rows as samples, continue the part before, and have the fingerprint `digest`, if that
+    is given. Each shard must end in a last part, or in a broken one with its fault. No errors may be without their
+    part, and no part may be of an older version.
 
     Raises:
         StoreError: the output cannot be listed.

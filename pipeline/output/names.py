@@ -9,9 +9,11 @@ from typing import NamedTuple
 from shard_embedder.pipeline.core.schema import END_BROKEN, END_LAST, END_NONE
 
 RUN_FILE = "run.json"
-
+REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+REPORTS_FOLDER = "reports"  # the report of every run that had work to do, by its id
+UNCOUNTED_FILE = ".uncounted"
 LEASE_FOLDER = ".lease"
-
 EMBEDDINGS = "embeddings"
 ERRORS = "errors"
 METADATA_PREFIX = "embed."
@@ -19,22 +21,22 @@ _SUFFIX = {END_NONE: "", END_LAST: "-last", END_BROKEN: "-broken"}
 _NAME = re.compile(
     r"(?P<shard>.+)\.(?P<tag>[0-9a-f]{12})-(?P<part>\d{5,})(?P<end>-last|-broken)?\.parquet", re.DOTALL
 )
-
-
-# What some reader takes for more than a letter of a name: a pattern, a URL's query, an escape, a hive partition
-# (`dt=7/`), a scheme (`a:b`), or a command of the terminal. And the escape itself.
+# Characters that some reader interprets, as a pattern, a URL's query, an escape, a hive partition (`dt=7/`), a scheme
+# (`a:b`), or a command of the terminal; and the escape itself.
 _SPECIAL = re.compile(
     r"""[~=:*?\[\]{}#%\\"<>|\x00-\x1f\x7f-\x9f\u2028\u2029]"""
-    # Names that begin with these are passed over by Spark, Hive and PyArrow, in folders too.
+    # Spark, Hive and PyArrow skip files and folders whose names begin with these.
     r"""|(?:(?<=/)|^)[_.]"""
-    # A folder may not be called as a part is.
+    # A folder must not look like a part.
     r"""|\.(?=parquet/)"""
 )
 _ESCAPED = re.compile(r"(?:~[0-9A-F]{2})+")
 
+Place = tuple[str, int]  # shard and sample_index
+
 
 def escape(shard: str) -> str:
-    """A shard's name as a path that every reader of Parquet takes for a plain one.
+    """A shard's name as a path that every reader of Parquet takes literally.
 
     Each byte of UTF-8 of a special character is `~` and two hexadecimal digits: `_new/a:b` is `~5Fnew/a~3Ab`.
     """
@@ -42,7 +44,7 @@ def escape(shard: str) -> str:
 
 
 def unescape(path: str) -> str | None:
-    """The inverse of `escape`; None for a path that it never gives."""
+    """The inverse of `escape`; None for a path that `escape` never returns."""
     if not _SPECIAL.search(path):
         return path
     try:
@@ -53,7 +55,7 @@ def unescape(path: str) -> str | None:
 
 
 class PartName(NamedTuple):
-    """What a part's path below `embeddings/` or `errors/` says. `shard` is the true name, the path has it escaped."""
+    """The path of a part below `embeddings/` or `errors/`, taken apart. `shard` is unescaped."""
 
     shard: str
     tag: str
@@ -81,13 +83,3 @@ def version_tag(num_bytes: int, version: str) -> str:
     now, and parts of two versions are never taken for one shard.
     """
     return hashlib.sha256(f"{num_bytes}:{version}".encode()).hexdigest()[:12]
-
-
-Place = tuple[str, int]  # shard and sample_index
-
-REPORT_FILE = "report.json"
-# Of every run that had work to do, by its id.
-REPORTS_FOLDER = "reports"
-UNCOUNTED_FILE = ".uncounted"
-
-PAGE_FILE = "report.html"

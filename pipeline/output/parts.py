@@ -1,4 +1,4 @@
-"""Parts: their names, their Parquet with metadata, and how one is written whole or not at all."""
+"""Writes parts as Parquet with metadata, each whole or not at all, and reads their footers."""
 
 from __future__ import annotations
 
@@ -49,8 +49,6 @@ ROW_GROUP_ROWS = 1024
 _FOOTER_BYTES = 16 * 2**10
 _MAGIC = b"PAR1"
 _REMEDY = "delete it, and run embed.py again to make it anew"
-
-
 _NOTHING_STORED = {"num_embedded": 0, "reasons": [], "error_ids": [], "written_bytes": 0, "write_s": 0.0}
 
 
@@ -89,10 +87,10 @@ class PartWriter:
             if not refuses_name(error):
                 raise
             fault = describe(error)
-            # No run will store it: no errors may stay without their part.
+            # No run can store the part, and errors must not stay without it.
             with contextlib.suppress(OSError):
                 delete(self._root, [f"{ERRORS}/{part}"])
-        # It is this shard's error alone.
+        # The error is this shard's alone.
         return {
             **values,
             "num_samples": 0,
@@ -107,7 +105,7 @@ class PartWriter:
         start = time.perf_counter()
         name = str(part)
         if values["end"] == END_BROKEN and self._reached_further(name, values["num_samples"]):
-            # What an earlier run could read of the shard is more, and stays.
+            # An earlier run read more of the shard, and its part stays.
             return {**values, **_NOTHING_STORED}
         if values["first_index"] == UNKNOWN_INDEX:
             values = {**values, "first_index": self._end_before(part)}
@@ -131,7 +129,7 @@ class PartWriter:
             metadata["device_refused"] = str(values["device_refused"])
         if values["unused_example"]:
             metadata["unused_example"] = values["unused_example"]
-        # The errors first: where the part is there, its errors are too.
+        # Errors first: a part that is stored has its errors beside it.
         written = 0
         if len(errors):
             written += self._put(f"{ERRORS}/{name}", errors, metadata)
@@ -185,7 +183,7 @@ class PartWriter:
             row_group_size=ROW_GROUP_ROWS,
             compression="zstd",
             compression_level=1,
-            # Encodings that every reader knows: of BYTE_STREAM_SPLIT that is not so, as benchmarks/README.md tells.
+            # Encodings that every reader knows; BYTE_STREAM_SPLIT is not one (benchmarks/README.md).
             use_dictionary=[name for name in (SHARD, STAGE) if name in table.column_names]
             + ["embedding.list.element"] * few_values,
             write_statistics=[IMAGE_ID],
@@ -197,7 +195,7 @@ class PartWriter:
 
 
 def _is_half_precise(values: np.ndarray[Any, np.dtype[np.float32]]) -> bool:
-    """Whether all float32 values are as bf16 or fp16 computed them, so that few are different."""
+    """Whether bf16 or fp16 could hold all the float32 values, so that few of them are distinct."""
     return not np.bitwise_or.reduce(values.view(np.uint32), axis=None) & 0x1FFF
 
 
@@ -219,21 +217,21 @@ def _errors(values: dict[str, Any], samples: pa.StructArray) -> pa.Table:
 
 @dataclass(frozen=True)
 class PartFacts:
-    """What a stored Parquet says of itself in its footer. `name` is its path below the output."""
+    """The footer of a stored Parquet. `name` is its path below the output."""
 
     name: str
     num_rows: int
     metadata: dict[str, str]
 
     def number(self, key: str) -> int:
-        """A count of the metadata. Raises `StoredDataError` where it is missing or no number."""
+        """A count of the metadata. Raises `StoredDataError` if it is missing or no number."""
         try:
             return int(self.metadata[key])
         except (KeyError, ValueError) as error:
             raise StoredDataError(f"{self.name}: its metadata has no number {key!r}; {_REMEDY}") from error
 
     def fingerprint(self) -> Fingerprint:
-        """What made the part. Raises `StoredDataError` where its metadata does not say."""
+        """What made the part. Raises `StoredDataError` if its metadata does not say."""
         try:
             return fingerprint_of(self.metadata)
         except StoredDataError as error:
@@ -295,7 +293,7 @@ def vectors(table: pa.Table) -> np.ndarray[Any, Any]:
 
 
 def content_sha256(pieces: Iterable[pa.Table]) -> str:
-    """sha256 of every value of a stored table, given whole or piece by piece: no edit or swap leaves it equal."""
+    """sha256 of every value of a stored table, whole or in pieces. Any edit or swap changes it."""
     columns: dict[str, Any] = {}
     for piece in pieces:
         for name in piece.column_names:

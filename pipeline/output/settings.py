@@ -27,7 +27,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OutputSettings:
-    """Two runs may share an output where these are equal. Where the input lies is none of them."""
+    """Two runs may share an output if these are equal. The place of the input is not among them."""
 
     backbone: str
     weights_sha256: str
@@ -120,7 +120,7 @@ class OutputSettings:
         return settings
 
     def _check(self) -> None:
-        """Raise `ValueError` where a value is of another type, or none that a run could have written."""
+        """Raise `ValueError` for a value that no run could have written."""
         check_types(self)
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
@@ -130,7 +130,7 @@ class OutputSettings:
         sizes = [*self.embedding_shape, *self.preprocess.crop, self.part_rows, self.max_pixels, self.max_image_bytes]
         has_sizes = all(isinstance(size, int) and 0 < size < 2**63 for size in sizes)
         if not has_sizes or len(self.embedding_shape) not in (1, 3):
-            raise ValueError("a size is none")
+            raise ValueError(f"the sizes must be positive whole numbers, got {sizes}")
 
     def differences(self, other: OutputSettings) -> list[Difference]:
         """What differs, by name."""
@@ -150,5 +150,5 @@ _KNOWN = {"features": FEATURES, "dtype": DTYPES, "precision": PRECISIONS, "key":
 
 
 def canonical_json(value: Any) -> str:
-    """The same text for equal values: it is what a fingerprint is of."""
+    """The same text for equal values: a fingerprint is its hash."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What an output holds, for those that read it: its parts by one listing, its embeddings as a stream."""
+"""Reads an output: its parts by one listing, its embeddings as a stream."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from shard_embedder.pipeline.output.names import EMBEDDINGS, RUN_FILE, PartName
 from shard_embedder.pipeline.output.parts import read_facts, vectors
 
 ID_COLUMNS = (IMAGE_ID, SHARD, SAMPLE_INDEX)
-# Embeddings handed on at once; a part may be larger.
+# Embeddings in memory at once; a part may be larger.
 PIECE_BYTES = 32 * 2**20
 _FOOTER_THREADS = 32
 _READ_THREADS = 2
 
 
 class StoredPart(NamedTuple):
-    """One part below `embeddings/`. `version` changes when the file does, `sha256` when its content does."""
+    """One part below `embeddings/`. `version` changes with the file, `sha256` with its content."""
 
     name: str
     num_bytes: int
@@ -45,12 +45,12 @@ class StoredPart(NamedTuple):
 
     @property
     def tag(self) -> str:
-        """Which version of the shard it was made of."""
+        """The version of the shard that it was made from."""
         return _parsed(self.name).tag
 
 
 class Piece(NamedTuple):
-    """Some consecutive rows: who they are (`ID_COLUMNS`), and their embeddings, float32 [N, C]."""
+    """Some consecutive rows: their `ID_COLUMNS`, and their embeddings, float32 [N, C]."""
 
     ids: pa.Table
     vectors: np.ndarray[Any, np.dtype[np.float32]]
@@ -81,7 +81,7 @@ def open_output(url: str) -> Output:
 
 
 def list_stored(output: Output) -> list[StoredPart]:
-    """The stored parts in the order of their names, by a listing alone: without `sha256` and `num_rows`.
+    """The stored parts in the order of their names. A listing does not give `sha256` and `num_rows`.
 
     Raises:
         OutputError: it cannot be listed, or a shard is stored in two versions.
@@ -103,7 +103,7 @@ def list_stored(output: Output) -> list[StoredPart]:
 
 
 def unfinished(parts: Iterable[StoredPart]) -> list[str]:
-    """Shards of which the last part is not stored yet, in the order of their names."""
+    """Shards whose last part is not stored yet, in the order of their names."""
     ended: dict[str, bool] = {}
     for part in parts:
         name = _parsed(part.name)
@@ -112,7 +112,7 @@ def unfinished(parts: Iterable[StoredPart]) -> list[str]:
 
 
 def with_facts(output: Output, parts: Sequence[StoredPart]) -> list[StoredPart]:
-    """The parts with what their footers say.
+    """The parts with `sha256` and `num_rows` from their footers.
 
     Raises:
         OutputError: a part is broken, or was made with other settings than run.json names.
@@ -171,7 +171,7 @@ def _pieces(output: Output, part: StoredPart, data: Future[bytes]) -> Iterator[P
 
 
 def unit(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Rows [N, C] scaled to L2 length 1; a row of length 0, which has no direction, stays 0."""
+    """Rows [N, C] scaled to L2 length 1; a row of zeros stays as it is."""
     lengths = np.linalg.norm(values, axis=1, keepdims=True)
     scaled: np.ndarray[Any, np.dtype[np.float32]] = (values / np.where(lengths > 0, lengths, 1)).astype(np.float32)
     return scaled

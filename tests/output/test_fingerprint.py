@@ -144,8 +144,8 @@ def test_an_automatic_precision_follows_the_output() -> None:
         ({"format": 1}, "format must be 2, got 1"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, got 'int8'"),
         ({"decode": "gpu:0.50"}, "decode must be one of cpu, scaled, gpu, gpu:SHARE, got 'gpu:0.50'"),
-        ({"embedding_shape": [2**70]}, "a size is none"),
-        ({"embedding_shape": "ab"}, "a size is none"),
+        ({"embedding_shape": [2**70]}, "the sizes must be positive whole numbers, got [1180591620717411303424, "),
+        ({"embedding_shape": "ab"}, "the sizes must be positive whole numbers, got ['a', 'b', "),
         ({"keep": ["cls=int3"]}, "the type of field 'cls=int3' must be one of"),
     ],
 )
