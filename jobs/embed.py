@@ -199,7 +199,7 @@ def gather(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     if path:
         try:
             values |= _with_underscores(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-            # A variable names several by spaces; a file has lists for that.
+            # Spaces separate inputs in a variable; a file has lists for that.
             if isinstance(values.get("input"), str):
                 values["input"] = [values["input"]]
         except (OSError, ValueError) as error:
@@ -223,11 +223,11 @@ def _with_underscores(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """What to say of those that look like options and are none; `EMBED_TEST_...` is for tests."""
+    """A warning for each `EMBED_` variable that names no option; `EMBED_TEST_...` is for tests."""
     known = {f"EMBED_{field.name.upper()}" for field in dataclasses.fields(Config)} | {"EMBED_CONFIG"}
     ours = (name for name in environment if name.startswith("EMBED_") and not name.startswith("EMBED_TEST_"))
     unknown = sorted({*ours} - known)
-    # All begin alike, and so are near each other.
+    # They all share a prefix, so that only a close match counts.
     return [f"{name} names no option: it is not used{did_you_mean(name, known, cutoff=0.8)}" for name in unknown]
 
 
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = make_console(config.log_format, flags["config"] or os.environ.get("EMBED_CONFIG"))
     for text in unknown_variables(os.environ):
         console.warning(f"the variable {text}")
-    # torch and Ray take seconds to import: who asks for help, or mistypes, shall not wait for them.
+    # torch and Ray take seconds to import: --help and usage errors do not need them.
     from shard_embedder.jobs.support.session import run_job  # noqa: PLC0415
 
     code = run_job(config, console, dry_run=flags["dry_run"])

@@ -133,7 +133,7 @@ def chosen_variables(names: list[str], environment: Mapping[str, str]) -> dict[s
 
 
 def check_entrypoint(entrypoint: list[str]) -> None:
-    """Raise `SettingsError` where the command carries a credential: Ray stores it, and shows it to whoever asks."""
+    """Raise `SettingsError` if the command carries a credential: Ray stores it, and shows it to anyone who asks."""
     for argument in entrypoint:
         name = argument.partition("=")[0]
         if has_secret(argument) or ("=" in argument and name.isidentifier() and _SECRET.search(name)):
@@ -332,7 +332,7 @@ async def run(client: JobSubmissionClient, submission_id: str, *, stop_on_interr
 
 
 class _LogPrinter:
-    """Prints a job's log line by line through the one door: a secret may come in two texts."""
+    """Prints a job's log through `show`, in whole lines: a secret may be split between two texts."""
 
     def __init__(self) -> None:
         self._begun = ""
@@ -345,7 +345,7 @@ class _LogPrinter:
         sys.stdout.flush()
 
     def end(self) -> None:
-        """Print what has begun a line."""
+        """Print the rest, which is no whole line."""
         if self._begun:
             self._print(self._begun)
         sys.stdout.flush()

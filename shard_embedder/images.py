@@ -23,7 +23,7 @@ from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, device
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
-# At once in memory.
+# Images in memory at once.
 _BATCH = 64
 
 
@@ -94,7 +94,7 @@ def embed_images(
     Raises:
         BackboneError, WeightsError: unknown, or cannot be had.
         SettingsError: the device is cuda, and there is none.
-        InputError: an image is not found, or an array is none.
+        InputError: an image is not found, or an array is not uint8 [H, W, 3].
         SampleError: an image cannot be decoded.
     """
     library = library_of(backbone)

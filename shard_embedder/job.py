@@ -23,10 +23,10 @@ from shard_embedder.pipeline.run.report import has_incomplete_shards
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did: counts of the shards that it took on, and where its rows are.
+    """The result of a run: the counts of its shards, and where its rows are.
 
-    `report` is `report.json`, whole. A run is `complete` when every sample of its shards is one stored row and every
-    shard was read to its end.
+    `report` is the whole of `report.json`. A run is `complete` when every sample of its shards is one stored row and
+    every shard was read to its end.
     """
 
     output: str
@@ -54,7 +54,7 @@ class Run:
 
 
 def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settings: Any) -> Run:
-    """Embed every image of WebDataset shards into Parquet, or go on where an earlier run stopped.
+    """Embed every image of WebDataset shards into Parquet, or resume an earlier run.
 
     Args:
         input: shards: a `.tar`, a brace range, a glob, a folder, a `.txt` list, or several of these. Or a local
@@ -98,7 +98,7 @@ def _in_process(device: str) -> InProcess:
 
 
 def _watcher(lease: Lease) -> Watcher:
-    """Nobody looks on; but a run whose lease was lost ends."""
+    """Shows nothing, and ends the run when its lease is lost."""
     return Watcher(
         on_resources=lambda *_: lease.confirm(),
         on_pass=lambda *_: lease.confirm(),

@@ -55,7 +55,7 @@ def build_index(output: str, index: str | Path, **options: Any) -> ImageIndex:
         **options: `metric` (cosine, ip, l2), `kind` (flat, hnsw, ivf), `memory_bytes`.
 
     Raises:
-        SettingsError: FAISS is not installed, or an option is none.
+        SettingsError: FAISS is not installed, or an option has a wrong value.
         OutputError: no output, or an index of other settings.
     """
     build(output, index, Options(**options))

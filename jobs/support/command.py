@@ -19,7 +19,7 @@ _SCRIPT = "shard-embedder "
 
 
 class CommandError(Exception):
-    """Ends a command with this message, and with an exit code that the table of exit codes does not give."""
+    """Ends a command with this message and an exit code of its own."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -32,12 +32,12 @@ def tell(prog: str, message: object) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one command. It keeps texts as they are written, and never shows a secret.
+    """The parser of one command. It does not reformat texts, and never shows a secret.
 
     Args:
         prog: the command's name.
         exit_codes: what each exit code means, for --help.
-        interrupted: what an interrupted command leaves behind, or how to go on; to be read after "interrupted: ".
+        interrupted: what an interrupted command leaves behind, or how to resume it; shown after "interrupted: ".
     """
 
     def __init__(
@@ -84,7 +84,7 @@ def run_command(parser: Parser, arguments: list[str] | None, run: Callable[[argp
     """
     flags = parser.parse_args(arguments)
     before = signal.getsignal(signal.SIGTERM)
-    # Python hears signals in the main thread only.
+    # Only the main thread can handle signals.
     hears = threading.current_thread() is threading.main_thread()
     if hears:
         signal.signal(signal.SIGTERM, _terminate)
@@ -105,7 +105,7 @@ def run_command(parser: Parser, arguments: list[str] | None, run: Callable[[argp
 
 
 def add_output_argument(parser: Parser) -> None:
-    """Add OUTPUT, what embed.py wrote."""
+    """Add OUTPUT, which embed.py wrote."""
     parser.add_argument("output", type=not_empty, metavar="OUTPUT", help="folder or s3:// prefix that embed.py wrote")
 
 
@@ -122,7 +122,7 @@ def add_page_options(parser: Parser, page: str, *, also_for: str = "") -> None:
 
 
 def check_page_options(flags: argparse.Namespace) -> None:
-    """Raise `SettingsError` where --html cannot be written, or --input names no shard."""
+    """Raise `SettingsError` if --html cannot be written, or --input names no shard."""
     # PyArrow and fsspec take a while to import: --help does not need them.
     from shard_embedder.pipeline.shards.find import find_shards  # noqa: PLC0415
 
@@ -133,7 +133,7 @@ def check_page_options(flags: argparse.Namespace) -> None:
 
 
 def check_file(option: str, path: str) -> None:
-    """Raise `SettingsError` where no file can be written at the `path` of an option."""
+    """Raise `SettingsError` if no file can be written at the `path` of an option."""
     place = Path(path)
     if place.is_dir():
         raise SettingsError(f"{option} must be a file, got the folder {path!r}")
@@ -144,7 +144,7 @@ def check_file(option: str, path: str) -> None:
 
 
 def not_empty(text: str) -> str:
-    """Argument type of a place. An empty text is refused: it would be the current folder."""
+    """Argument type of a path or URL. An empty text would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
     return text

@@ -22,35 +22,35 @@ _FALSE_ALARM = b"has constructor arguments in the object store"
 def connect() -> str | None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start Ray on this machine.
 
-    A process that has Ray already goes on with that, as it is.
+    If this process is connected already, nothing is done.
 
     Returns:
-        What will make it slow, if anything is seen to.
+        A warning of what will make the run slow, or None.
 
     Raises:
-        ClusterError: neither is possible.
+        ClusterError: Ray cannot be reached or started.
     """
     if ray.is_initialized():
         return None
-    # Its usage statistics take a process of their own, which is seconds on a small machine.
+    # Usage statistics start a process of their own, which takes seconds on a small machine.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Stages take turns, so that their workers are idle for moments; after one second of it Ray would end those
-    # above one a core, and start others in their place, which takes seconds of a core each.
+    # Workers are idle for moments while stages take turns. After one second Ray would end those above one a core and
+    # later start others, and each start takes seconds of a core.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "300000")
     # Without "local", Ray would join whatever other Ray runs on this machine.
     local = {"address": "local", "include_dashboard": False}
     address = os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {} if address else local
     if address:
-        # How often Ray tries to reach a cluster: one try takes 41 s where nobody answers, and its default is 20.
+        # How often Ray tries to reach a cluster. A try without an answer takes 41 s, and the default is 20 tries.
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except Exception as error:  # Ray raises a plain one where its own processes come too late
+    except Exception as error:  # Ray raises a plain one if its own processes start too slowly
         where = f"the cluster at {address}" if address else "this machine"
         raise ClusterError(f"Ray cannot be reached or started on {where}: {describe(error)}") from error
     _take_false_alarm()
-    # The flow tells what fails in a pass, in a line.
+    # The run itself says in one line what failed in a pass.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return _store_on_disk() if options else None
 
@@ -63,11 +63,11 @@ class _Restartable:
 
 
 def _take_false_alarm() -> None:
-    """Have Ray say here, unheard, what it says once a process on standard error, and what is no error.
+    """Make Ray print a warning now, unheard, that it prints once a process and that does not apply here.
 
-    It warns that the first actor that may restart has arguments in the object store; those of Ray Data's actors stay
-    there for as long as the pass. RAY_BACKEND_LOG_LEVEL would silence it too, but with all of Ray's logs on disk, and
-    announces itself on the console. The actor is for a node that is not there, so that no worker starts for it.
+    It warns of the first actor that may restart and has arguments in the object store. Those of Ray Data's actors
+    stay there as long as the pass. RAY_BACKEND_LOG_LEVEL would also silence Ray's logs on disk, and announces itself
+    on the console. The actor here is for a node that does not exist, so no worker starts for it.
     """
     nowhere = NodeAffinitySchedulingStrategy(node_id="0" * 56, soft=False)
     actor = ray.remote(_Restartable).options(num_cpus=0, max_restarts=1, scheduling_strategy=nowhere)
@@ -81,12 +81,12 @@ def _take_false_alarm() -> None:
             os.dup2(standard_error, _STANDARD_ERROR)
             os.close(standard_error)
         said.seek(0)
-        # Whatever else came meanwhile is passed on.
+        # Everything else is passed on.
         os.write(_STANDARD_ERROR, b"".join(line for line in said if _FALSE_ALARM not in line))
 
 
 def _store_on_disk() -> str | None:
-    """Ray's own warning of it is not shown, as all that is less than an error."""
+    """A warning if /dev/shm is too small for Ray's object store: of Ray's own logs only errors are shown."""
     store = ray.cluster_resources().get("object_store_memory", 0.0)
     try:
         status = os.statvfs(_SHARED_MEMORY)

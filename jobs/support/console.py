@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from shard_embedder.pipeline.shards.photos import Photos
 
 _STYLES = {GOOD: "bold green", WARN: "bold yellow", BAD: "bold red"}
-# Settings that lines of the plan tell.
-_TOLD = {"backbone", "weights", "features", "dtype", "precision", "image_size", "limit"}
-# A line says so where no part was stored for this long.
+# Settings that lines of the plan already show.
+_SHOWN_APART = {"backbone", "weights", "features", "dtype", "precision", "image_size", "limit"}
+# A progress line mentions it when no part was stored for this long.
 _SILENT_S = 120.0
-# The rate shown is that of the last parts in this window.
+# The rate shown is that of the parts in this last window.
 _RATE_WINDOW_S = 60.0
-# A machine with NVIDIA's driver has this file.
+# NVIDIA's driver makes this file.
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -51,12 +51,12 @@ def human_s(seconds: float) -> str:
 
 
 def has_unused_gpu(asked: str, used: str, driver: Path = _NVIDIA_DRIVER) -> bool:
-    """Whether a run that takes the best device computes on CPUs, on a machine that was set up for a GPU."""
+    """Whether a run with `--device auto` computes on CPUs though this machine has a GPU's driver."""
     return asked == "auto" and used == "cpu" and driver.exists()
 
 
 class _Sums(NamedTuple):
-    """What is done, of a run or of a pass."""
+    """The progress of a run, or of one pass."""
 
     num_shards: int = 0
     read_bytes: int = 0
@@ -64,9 +64,9 @@ class _Sums(NamedTuple):
 
 
 class Console:
-    """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere; errors to standard error.
+    """Writes to standard output: a live bar on a terminal, a line every 30 s elsewhere. Errors go to standard error.
 
-    `run` is the id that everything of this run has; `config_file` is where settings were read from, if they were.
+    `run` is the id of this run. `config_file` is the file that settings were read from, if any.
     """
 
     def __init__(self, config_file: str | None = None) -> None:
@@ -78,9 +78,9 @@ class Console:
         self._total_bytes = 1
         self._num_shards = 0
         self._tally: Tally | None = None
-        # What happens until the first part is stored.
+        # Shown until the first part is stored.
         self._phase = "starting"
-        # The sums of the run when this pass began.
+        # The progress of the run when this pass began.
         self._before = _Sums()
         self._rate = 0.0
         self._last_part = 0.0
@@ -98,7 +98,7 @@ class Console:
         say(f"features  {kind} of {crop} pixels, precision {job.precision}")
         if self.config_file is not None:
             say(f"config    {self.config_file}")
-        others = [f"{name} {value}" for name, value in job.config.not_default().items() if name not in _TOLD]
+        others = [f"{name} {value}" for name, value in job.config.not_default().items() if name not in _SHOWN_APART]
         if others:
             say(f"settings  {', '.join(others)}")
         say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
@@ -130,7 +130,7 @@ class Console:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
 
     def packing(self, photos: Photos, *, dry_run: bool) -> None:
-        """Say what of a folder of images is packed into shards."""
+        """Say which images of a folder are packed into shards."""
         what = "photos" if not photos.to_write else "to pack" if dry_run else "packing"
         self._out.print(f"{what:<9} {photos}")
 
@@ -139,7 +139,7 @@ class Console:
         self._out.print(f"waiting   {why}")
 
     def resources(self, job: Job, resources: Resources) -> None:
-        """Say what will do it."""
+        """Say which CPUs, devices and engine the run uses."""
         low, high = resources.num_actors
         actors = f"{high}" if low == high else f"{low} to {high}"
         by = f"{job.engine} in {job.precision}"
@@ -165,7 +165,7 @@ class Console:
         return f"of {resources.batch_size} images, by measuring: {rates}"
 
     def packing_progress(self) -> contextlib.AbstractContextManager[OnProgress]:
-        """A function that shows how far the packing is, as long as the block runs."""
+        """A function that shows the progress of packing while the block runs."""
         return show_progress(self._out)
 
     @contextlib.contextmanager
@@ -180,7 +180,6 @@ class Console:
         started = time.monotonic()
 
         def show_line() -> None:
-            """Whether or not anything moved."""
             now = time.monotonic()
             self._progress_line(now - started, now - max(self._last_part, started))
 
@@ -191,18 +190,18 @@ class Console:
         return sys.stdout.isatty()
 
     def _progress_line(self, seconds: float, silent_s: float) -> None:
-        """Show where the run is after so many seconds, when the last part was stored `silent_s` ago."""
+        """Show the progress after so many seconds; the last part was stored `silent_s` ago."""
         waits = f"  no part stored for {human_s(silent_s)}" if silent_s > _SILENT_S else ""
         self._out.print(f"{human_s(seconds)}  {self._state()}{waits}")
 
     def _sums(self) -> _Sums:
-        """Of the run until now."""
+        """The progress of the run."""
         tally = self._tally
         return _Sums() if tally is None else _Sums(tally.num_shards, tally.read_bytes, tally.wall_s)
 
     @property
     def _pass(self) -> _Sums:
-        """Of this pass until now: the sums of a run grow from pass to pass, what there is to do does not."""
+        """The progress of this pass: the sums of the run also have those before."""
         now, before = self._sums(), self._before
         return _Sums(
             now.num_shards - before.num_shards, now.read_bytes - before.read_bytes, now.wall_s - before.wall_s
@@ -210,7 +209,7 @@ class Console:
 
     @property
     def _share(self) -> float:
-        """Of the bytes of this pass, those that are read."""
+        """The share of this pass's bytes that are read."""
         return min(self._pass.read_bytes / self._total_bytes, 1.0)
 
     @property
@@ -218,7 +217,7 @@ class Console:
         share, tally = self._share, self._tally
         if tally is None or not share:
             return None
-        # The start is no work, and does not come again.
+        # Start-up is not repeated, so it does not count.
         work_s = tally.wall_s - max(self._before.wall_s, tally.start_s or 0.0)
         return work_s * (1 - share) / share
 
@@ -233,12 +232,12 @@ class Console:
         )
 
     def phase(self, what: str) -> None:
-        """Show what happens now, before there is a part to count."""
+        """Show what happens before there is a part to count."""
         self._phase = what
         self._show()
 
     def begin_pass(self, number: int, pending: list[Pending]) -> None:
-        """Say which pass begins, where it is not the first."""
+        """Say which pass begins, unless it is the first."""
         self._phase = "waiting for the first part"
         self._before = self._sums()
         self._total_bytes = sum(shard.num_bytes for shard in pending) or 1
@@ -254,7 +253,7 @@ class Console:
         while now - self._recent[0][0] > _RATE_WINDOW_S:
             self._recent.popleft()
         since, before = self._recent[0]
-        # Of fewer parts the time since the first one says little: many may come at once.
+        # Until the window is half full, the time since its first part says little: many may come at once.
         is_full = now - since > _RATE_WINDOW_S / 2
         self._rate = (tally.num_embedded - before) / (now - since) if is_full else tally.images_per_s
         self._tally = tally
@@ -272,7 +271,7 @@ class Console:
             ("samples", f"{report['samples']:,}"),
             ("embedded", f"{report['embedded']:,}"),
             ("errors", f"{report['errors']:,}"),
-            # A shard's fault is no sample's error, and is told below.
+            # The fault of a shard is not an error of a sample, and follows below.
             *((f"  {reason}", f"{n:,}") for reason, n in report["errors_by_reason"].items() if reason != SHARD_FAULT),
             *([("images without a row", f"{report['unused_images']:,}")] if report["unused_images"] else []),
             ("speed", self._speed(report)),
@@ -300,10 +299,10 @@ class Console:
             self.warning(text)
 
     def nothing_to_do(self, num_shards: int) -> None:
-        """Every shard was done before: the verdict says so."""
+        """Nothing: the verdict says that every shard was done before."""
 
     def verdict(self, report: dict[str, Any]) -> None:
-        """The last line of a run: how it ended, in a colour that says how bad that is, and what to do next."""
+        """The last line of a run: how it ended, coloured by how bad that is, and what to do next."""
         verdict = report["verdict"]
         said = [f"exit {report['exit_code']}: {verdict['happened']}.", verdict["next"]]
         if report["report_fault"] is None:
@@ -311,10 +310,10 @@ class Console:
         self._out.print(" ".join(filter(None, said)), style=_STYLES[verdict["level"]])
 
     def _worst_shards(self, by_shard: dict[str, Any]) -> None:
-        """The shards with the most errors, and the share of their samples that these are."""
+        """The shards with the most errors, and the share of their samples that failed."""
         if not by_shard:
             return
-        # Whoever asks for help shall not wait for it.
+        # --help does not need it, and it takes a while to import.
         from shard_embedder.pipeline.output.ledger import MAX_WORST  # noqa: PLC0415
 
         is_cut = len(by_shard) == MAX_WORST
@@ -342,15 +341,15 @@ class Console:
         return f"{report['slowest_stage'] or '-'} (busy: {busy})"
 
     def warning(self, message: str) -> None:
-        """What may not be meant."""
+        """A warning."""
         self._out.print(f"WARNING   {message}", style="bold yellow")
 
     def error(self, message: str, exit_code: int | None = None) -> None:
-        """One error, on standard error; with an exit code that which ends the run."""
+        """One error, on standard error. An error that ends the run has an exit code."""
         ends = "" if exit_code is None else f"exit {exit_code}: "
         plain_console(stderr=True).print(
             f"embed.py: {ends}{message}", style=None if exit_code is None else "bold red"
         )
 
     def end(self, exit_code: int) -> None:
-        """The command ends; what there is to say of it is said."""
+        """Nothing: the verdict or the error was the last line."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shard_embedder.pipeline.shards.photos import Photos
 
 _INFO, _WARNING, _ERROR = "info", "warning", "error"
-# Of the report, what the line of the summary has; the rest is in report.json.
+# What the summary has of the report; the rest is in report.json.
 _SUMMARY = (
     "output", "balanced", "num_imbalances", "samples", "embedded", "errors", "errors_by_reason",
     "errors_by_shard", "shards", "unused_images",
@@ -34,17 +34,17 @@ _SUMMARY = (
 
 
 def make_console(log_format: str, config_file: str | None = None) -> Console:
-    """What shows a run in one of `LOG_FORMATS`."""
+    """The console for one of `LOG_FORMATS`."""
     return JsonConsole(config_file) if log_format == "json" else Console(config_file)
 
 
 class JsonConsole(Console):
-    """Writes an object a line: `time` (UTC, ISO 8601), `level`, `run`, `event`, and what the event has to say.
+    """Writes an object a line: `time` (UTC, ISO 8601), `level`, `run`, `event`, and the values of the event.
 
-    Errors come on standard output, too: in the order of things. Events are `packing`, `plan`, `waiting`, `resources`,
-    `pass`, `progress` (every 30 s), `problem`, `error`, `summary` or `nothing to do`, and at last `end` with the exit
-    code, and of a run that came to its end, what `happened` and what to do `next`. Of `progress`, the shards and
-    `left_s` are of the pass, and the other numbers of the run.
+    Events are `packing`, `plan`, `waiting`, `resources`, `pass`, `progress` (every 30 s), `problem`, `error`,
+    `summary` or `nothing to do`, and at last `end` with the exit code. If the run came to its end, `end` also has
+    what `happened` and what to do `next`. In `progress`, the shards and `left_s` are of the pass, the other numbers
+    of the run. Errors go to standard output too, in order with the rest.
     """
 
     def __init__(self, config_file: str | None = None) -> None:
@@ -88,7 +88,7 @@ class JsonConsole(Console):
         )
 
     def packing(self, photos: Photos, *, dry_run: bool) -> None:
-        """What of a folder of images is packed into shards."""
+        """Which images of a folder are packed into shards."""
         self._say(
             _INFO,
             "packing",
@@ -105,7 +105,7 @@ class JsonConsole(Console):
         )
 
     def packing_progress(self) -> contextlib.AbstractContextManager[OnProgress]:
-        """Nothing is shown: the run that follows is longer."""
+        """Show nothing: the run that follows is longer."""
         return contextlib.nullcontext(no_progress)
 
     def waiting(self, why: str) -> None:
@@ -113,7 +113,7 @@ class JsonConsole(Console):
         self._say(_WARNING, "waiting", message=why)
 
     def resources(self, job: Job, resources: Resources) -> None:
-        """What will do it."""
+        """Which CPUs, devices and engine the run uses."""
         self._say(_INFO, "resources", engine=job.engine, job_precision=job.precision, **dataclasses.asdict(resources))
         self._warn_of_unused_gpu(job, resources)
 
@@ -163,11 +163,11 @@ class JsonConsole(Console):
         self._say(_INFO, "nothing to do", num_shards=num_shards)
 
     def warning(self, message: str) -> None:
-        """What may not be meant."""
+        """A warning."""
         self._say(_WARNING, "problem", message=message)
 
     def error(self, message: str, exit_code: int | None = None) -> None:
-        """One error. The exit code is told at the end."""
+        """One error. The `end` has the exit code."""
         self._say(_ERROR, "error", message=message)
 
     def verdict(self, report: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ class JsonConsole(Console):
 
 
 def _clean(value: Any) -> Any:
-    """`value` without secrets, as JSON has it: a number that JSON has not is null."""
+    """`value` for JSON, without secrets. Infinite numbers and NaN become null."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):

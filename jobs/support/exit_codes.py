@@ -7,15 +7,15 @@ import signal
 from shard_embedder.pipeline.core.errors import ClusterError, OutputBusyError, PipelineError, SettingsError
 from shard_embedder.pipeline.run import verdict
 
-# Two of those of a run that came to its end; `verdict` has the others.
+# `verdict` has all those of a run that came to its end.
 EXIT_OK = verdict.EXIT_OK
 EXIT_FAILED = verdict.EXIT_FAILED
 EXIT_USAGE = 2
-# As in sysexits.h: a temporary failure, try again later. The launcher of scheduled runs says so too.
+# As in sysexits.h: a temporary failure, try again later. The launcher of scheduled runs uses it too.
 EXIT_BUSY = 75
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
-# The first class that an error is of decides.
+# The first class that fits an error decides.
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (OutputBusyError, EXIT_BUSY),
     (SettingsError, EXIT_USAGE),

@@ -11,12 +11,12 @@ from ray.util.metrics import Counter, Gauge
 from shard_embedder.pipeline.core.threads import repeating
 from shard_embedder.pipeline.run.tally import Tally
 
-# Ray drops a gauge that was not set for two of its intervals, which are of 10 s.
+# Ray drops a gauge that was not set for two of its intervals of 10 s.
 _REPEAT_S = 5.0
 
 
 class Metrics:
-    """Exports the counts of one run while it goes on; every metric has the tag `run`.
+    """Exports the counts of a run in progress; every metric has the tag `run`.
 
     Counters: `embed_images_total`, `embed_errors_total` (by `reason`), `embed_read_bytes_total`,
     `embed_written_bytes_total`. Gauges: `embed_pending_shards`, and `embed_stage_busy_ratio` (by `stage`), the
@@ -32,15 +32,15 @@ class Metrics:
         self._pending = Gauge("embed_pending_shards", "Shards that are not complete.", ("run",))
         self._busy = Gauge("embed_stage_busy_ratio", "Share of the run in which a stage was busy.", ("run", "stage"))
         self._num_pending = self._num_done = 0
-        # What the gauges show; None before there is anything to show.
+        # Shown by the gauges; None before the first pass.
         self._num_left: int | None = None
         self._shares: dict[str, float] = {}
-        self._told: Counts[str] = Counts()
-        self._told_reasons: Counts[str] = Counts()
+        self._counted: Counts[str] = Counts()
+        self._counted_reasons: Counts[str] = Counts()
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Set the gauges again and again while the block runs: between two parts they would be gone."""
+        """Set the gauges again and again while the block runs: Ray would drop them between two parts."""
         with repeating(self._set_gauges, _REPEAT_S, "metrics"):
             yield
 
@@ -51,7 +51,7 @@ class Metrics:
             self._busy.set(share, {**self._run, "stage": stage})
 
     def begin_pass(self, num_pending: int) -> None:
-        """Set the number of shards that the new pass has to do."""
+        """Set the number of shards of the new pass."""
         self._num_pending = num_pending + self._num_done
         self._num_left = num_pending
         self._set_gauges()
@@ -64,12 +64,12 @@ class Metrics:
             (self._written, "written_bytes"),
         ):
             value = getattr(tally, name)
-            if value > self._told[name]:
-                counter.inc(value - self._told[name], self._run)
-                self._told[name] = value
-        for reason, value in (tally.reasons - self._told_reasons).items():
+            if value > self._counted[name]:
+                counter.inc(value - self._counted[name], self._run)
+                self._counted[name] = value
+        for reason, value in (tally.reasons - self._counted_reasons).items():
             self._errors.inc(value, {**self._run, "reason": reason})
-        self._told_reasons = Counts(tally.reasons)
+        self._counted_reasons = Counts(tally.reasons)
         self._num_done = tally.num_shards
         self._num_left = self._num_pending - self._num_done
         self._shares = tally.busy

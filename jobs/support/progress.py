@@ -18,21 +18,21 @@ LINE_EVERY_S = 30.0
 
 
 class _PlainConsole(rich.console.Console):
-    """Whatever is printed goes through the one door."""
+    """Prints everything through `show`, which strikes out secrets."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print texts without secrets in them, and without what would command the terminal."""
+        """Print texts without secrets and without control characters."""
         super().print(*(show(item) if isinstance(item, str) else item for item in objects), **options)
 
 
 def plain_console(*, stderr: bool = False) -> rich.console.Console:
-    """A console that prints names as they are: it reads no markup and breaks no line."""
+    """A console that prints names literally: it interprets no markup and breaks no line."""
     return _PlainConsole(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=stderr)
 
 
 @contextlib.contextmanager
 def show_progress(out: rich.console.Console, line_every_s: float = LINE_EVERY_S) -> Iterator[Progress]:
-    """A function that shows on `out` how far the work is, as long as the block runs."""
+    """A function that shows progress on `out` while the block runs."""
     if out.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with rich.progress.Progress(*columns, console=out, transient=True) as bar:

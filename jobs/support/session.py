@@ -34,18 +34,18 @@ _GO_ON = "what is stored stays; run the same command again to go on"
 
 
 class _Sigterm:
-    """Ends the run by `SystemExit`, and remembers it: a library may swallow that, or make another error of it."""
+    """Ends the run by `SystemExit`, and remembers it: a library may swallow the exception or replace it."""
 
     def __init__(self) -> None:
         self.came = False
 
     def listen(self) -> None:
-        """Hear SIGTERM, which is the main thread's alone to hear."""
+        """Handle SIGTERM, if this is the main thread: no other can."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._end)
 
     def check(self) -> None:
-        """End the run where SIGTERM came and did not end it."""
+        """End the run if SIGTERM came and did not end it."""
         if self.came:
             raise SystemExit(EXIT_TERMINATED)
 
@@ -56,10 +56,10 @@ class _Sigterm:
 
 @contextmanager
 def _connected(console: Console, sigterm: _Sigterm) -> Iterator[None]:
-    """Have Ray, and end it after the block if it was not there before.
+    """Connect to Ray, and shut it down after the block unless it was there before.
 
-    Ray has a handler of its own for SIGTERM while it starts, which would end with 15, and leaves the system's, which
-    would kill with the lease held and no last word.
+    While Ray starts, its own handler for SIGTERM would exit with 15. Afterwards Ray leaves the system's handler,
+    which would kill the process while it holds the lease.
     """
     was_there = ray.is_initialized()
     try:
@@ -86,10 +86,10 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
     try:
         job = replace(prepare_job(config), run=console.run)
         if dry_run:
-            _tell_photos(job, console, dry_run=True)
+            _show_photos(job, console, dry_run=True)
             _plan(job, console)
             return EXIT_OK
-        # Also while it waits for the lease a run that is stopped shall say so.
+        # A run that is stopped while it waits for the lease says so, too.
         sigterm.listen()
         with hold(job.config.output, console.waiting, job.run) as lease:
             return _run_held(_packed(match_output(job), lease, console), lease, console, sigterm)
@@ -101,13 +101,13 @@ def run_job(config: Config, console: Console, *, dry_run: bool) -> int:
         if not isinstance(error, (PipelineError, OSError)):
             raise
         code = code_of(error)
-        # Of a store that failed, what is stored is not lost.
+        # After a failure of the store, nothing that is stored is lost.
         console.error(f"{describe(error)}; {_GO_ON}" if code == EXIT_FAILED else str(error), code)
         return code
 
 
 def _plan(job: Job, console: Console) -> Plan:
-    """What is to be done, after it was said."""
+    """Make the plan, and show it."""
     plan = make_plan(job.shards, job.config.output)
     check_names(job, plan)
     console.plan(
@@ -116,7 +116,7 @@ def _plan(job: Job, console: Console) -> Plan:
     return plan
 
 
-def _tell_photos(job: Job, console: Console, *, dry_run: bool) -> None:
+def _show_photos(job: Job, console: Console, *, dry_run: bool) -> None:
     if job.photos is not None:
         console.packing(job.photos, dry_run=dry_run)
     if job.warning is not None:
@@ -124,8 +124,8 @@ def _tell_photos(job: Job, console: Console, *, dry_run: bool) -> None:
 
 
 def _packed(job: Job, lease: Lease, console: Console) -> Job:
-    """The job with the folder of images packed that its input may be."""
-    _tell_photos(job, console, dry_run=False)
+    """The job with its folder of images packed, if its input is one."""
+    _show_photos(job, console, dry_run=False)
     if job.photos is None:
         return job
     with console.packing_progress() as on_progress:
@@ -138,12 +138,12 @@ def _packed(job: Job, lease: Lease, console: Console) -> Job:
 
 
 def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> int:
-    """Run the job whose output's lease is held."""
+    """Run the job. The caller holds the lease of its output."""
     plan = _plan(job, console)
     metrics = Metrics(job.run)
 
     def on_resources(decided: Job, resources: Resources) -> None:
-        # Before run.json is written: another run may have begun the output while this one waited for nodes.
+        # Next, run.json is written, and another run may have begun the output while this one waited for nodes.
         lease.confirm()
         console.resources(decided, resources)
 
@@ -160,7 +160,7 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
         metrics.part(tally)
 
     watcher = Watcher(on_resources, on_pass, on_part, console.waiting, lease.confirm)
-    # Ray ends before the lease does, so that no worker writes after it.
+    # Ray shuts down before the lease is released, so that no worker writes after that.
     with console.progress(), choose_meanwhile(job, plan.pending) as choose, ExitStack() as stack:
         if plan.pending:
             console.phase("starting Ray")
@@ -173,7 +173,7 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
     else:
         console.nothing_to_do(len(job.shards))
     opened = {shard.name for shard in plan.pending[: job.config.limit]}
-    # The page is that of the stored report.
+    # The page shows the stored report.
     if plan.pending or not tells_of_work(job.config.output):
         _draw(report, job, opened, lease, console)
     console.verdict(report)
@@ -181,7 +181,7 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
 
 
 def _draw(report: Mapping[str, Any], job: Job, opened: set[str], lease: Lease, console: Console) -> None:
-    """Draw the run's page: Ray is down by now, and whatever goes wrong here changes nothing of a run that is over."""
+    """Draw the page of a run that is over: what fails here does not change how the run ended."""
     if report["report_fault"] is not None:
         return
     try:

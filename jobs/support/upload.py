@@ -1,6 +1,6 @@
-"""What Ray will upload of a working folder, before it does: Ray says no more than 413 where it is too much.
+"""Checks the size of a working folder before Ray uploads it: Ray's own answer to one that is too large is just 413.
 
-Ray has no public function for this. Only this module looks into its packaging, and a test compares the two.
+Ray has no public function for this. Only this module uses Ray's packaging, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.formatting import format_size
 
 MAX_BYTES = DASHBOARD_CLIENT_MAX_SIZE
-# A file stands in a zip between headers of so many bytes, which have its name twice.
+# The headers of a file in a zip have so many bytes, besides its name twice.
 _HEADER_BYTES = 76
 _SILENT = logging.getLogger(f"{__name__}.silent")
 _SILENT.setLevel(logging.CRITICAL)
@@ -46,7 +46,7 @@ def upload_sizes(folder: str, excludes: Sequence[str]) -> Counter[str]:
 
 
 def check_size(folder: str, excludes: Sequence[str], max_bytes: int = MAX_BYTES) -> None:
-    """Raise `SettingsError` where Ray would refuse to upload `folder`, with what in it is largest."""
+    """Raise `SettingsError` if Ray would refuse to upload `folder`, and name what is largest in it."""
     sizes = upload_sizes(folder, excludes)
     if sizes.total() <= max_bytes:
         return
