@@ -94,11 +94,12 @@ def build_backbone(
     backbone: Backbone | FeatureMaps
     if not features:
         raise BackboneError(f"features must be pooled, map, or one layer or more, got {features!r}")
-    if isinstance(features, str):
-        backbone = library.build_backbone(name, weights, features, image_size)
-    else:
-        backbone = library.build_feature_maps(name, weights, tuple(features), image_size)
     spec = weights if isinstance(weights, str) else spec_of(weights.name)
+    loaded = load_weights(name, weights) if isinstance(weights, str) else weights
+    if isinstance(features, str):
+        backbone = library.build_backbone(name, loaded, features, image_size)
+    else:
+        backbone = library.build_feature_maps(name, loaded, tuple(features), image_size)
     backbone.find_preprocess = partial(_preprocess, name, spec, preprocess, image_size)
     return backbone
 

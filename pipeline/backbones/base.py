@@ -62,8 +62,14 @@ class FeatureMaps(ImageModule):
         raise NotImplementedError
 
 
-def channels_of(name: str, maps: dict[str, Tensor]) -> dict[str, int]:
-    """The C of each map [N, C, H, W]. Raises `BackboneError` if a layer gives something else."""
+def channels_of(name: str, backbone: FeatureMaps, size: tuple[int, int]) -> dict[str, int]:
+    """The C of each map [N, C, H, W] of a backbone on the meta device, for images of `size` (height, width).
+
+    Raises:
+        BackboneError: a layer gives something else.
+    """
+    with torch.no_grad():
+        maps = backbone(torch.zeros(1, 3, *size, device="meta"))
     for layer, value in maps.items():
         if value.dim() != 4:
             shape = ", ".join(map(str, value.shape[1:]))

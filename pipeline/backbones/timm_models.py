@@ -173,16 +173,9 @@ def output_shape(name: str, features: str, size: tuple[int, int], weights: Weigh
     return shape
 
 
-def build_backbone(
-    name: str,
-    weights: str | Weights = DEFAULT,
-    features: str = "pooled",
-    image_size: tuple[int, int] | None = None,
-) -> Backbone:
+def build_backbone(name: str, weights: Weights, features: str, image_size: tuple[int, int] | None) -> Backbone:
     """Build a backbone as `pipeline.backbones.build_backbone` says."""
     check_features(features)
-    if isinstance(weights, str):
-        weights = load_weights(name, weights)
     if features == "map":
         output_shape(name, features, image_size or _config_of(name, weights).input_size[1:])
     return TimmBackbone(_loaded(name, weights, image_size), features).eval()
@@ -201,17 +194,14 @@ def _loaded(name: str, weights: Weights, image_size: tuple[int, int] | None) -> 
 
 
 def build_feature_maps(
-    name: str, weights: str | Weights, layers: tuple[str, ...], image_size: tuple[int, int] | None
+    name: str, weights: Weights, layers: tuple[str, ...], image_size: tuple[int, int] | None
 ) -> FeatureMaps:
     """As `torchvision_models.build_feature_maps`, by the modules in timm's `feature_info`."""
     architecture, _ = _split(find(name))
-    if isinstance(weights, str):
-        weights = load_weights(name, weights)
     config = _config_of(name, weights)
     meta = _LayerMaps(name, _without_values(architecture, config, image_size), dict.fromkeys(layers, 0))
-    with torch.no_grad():
-        maps = meta(torch.zeros(1, 3, *(image_size or config.input_size[1:]), device="meta"))
-    return _LayerMaps(name, _loaded(name, weights, image_size), channels_of(name, maps)).eval()
+    channels = channels_of(name, meta, image_size or config.input_size[1:])
+    return _LayerMaps(name, _loaded(name, weights, image_size), channels).eval()
 
 
 def list_names() -> list[str]:

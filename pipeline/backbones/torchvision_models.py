@@ -197,39 +197,35 @@ def output_shape(name: str, features: str, size: tuple[int, int], weights: Weigh
         WeightsError: weights that do not fit.
     """
     shapes = None if weights is None or weights.state is None else without_values(weights)
-    backbone = _backbone(name, features, shapes).to("meta")
+    backbone = build_backbone(name, shapes, features, size).to("meta")
     try:
         return run_without_values(backbone, size)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise wrong_size(name, size, preprocess_for(name, DEFAULT).crop, error) from error
 
 
-def build_backbone(
-    name: str,
-    weights: str | Weights = DEFAULT,
-    features: str = "pooled",
-    image_size: tuple[int, int] | None = None,
-) -> Backbone:
-    """Build a backbone as `pipeline.backbones.build_backbone` says. `image_size` changes nothing here."""
-    return _backbone(name, features, load_weights(name, weights) if isinstance(weights, str) else weights)
+def build_backbone(name: str, weights: Weights | None, features: str, image_size: tuple[int, int] | None) -> Backbone:
+    """Build a backbone as `pipeline.backbones.build_backbone` says; without values if `weights` are None.
+
+    `image_size` changes nothing here.
+    """
+    check_features(features)
+    return without_head(_whole(name, weights), name, features).eval()
 
 
 def build_feature_maps(
-    name: str, weights: str | Weights, layers: tuple[str, ...], image_size: tuple[int, int] | None
+    name: str, weights: Weights, layers: tuple[str, ...], image_size: tuple[int, int] | None
 ) -> FeatureMaps:
     """Several feature maps, by the names that `torchvision.models.feature_extraction` gives to layers.
 
     Raises:
         BackboneError: unknown name or layer, or a layer that does not give a feature map.
-        WeightsError: weights that cannot be loaded or do not fit.
+        WeightsError: weights that do not fit.
     """
-    weights = load_weights(name, weights) if isinstance(weights, str) else weights
     shapes = without_values(weights) if weights.state is not None else None
     meta = LayerMaps(name, _whole(name, shapes).to("meta"), dict.fromkeys(layers, 0))
-    size = image_size or preprocess_for(name, DEFAULT).crop
-    with torch.no_grad():
-        maps = meta(torch.zeros(1, 3, *size, device="meta"))
-    return LayerMaps(name, _whole(name, weights), channels_of(name, maps)).eval()
+    channels = channels_of(name, meta, image_size or preprocess_for(name, DEFAULT).crop)
+    return LayerMaps(name, _whole(name, weights), channels).eval()
 
 
 def list_names() -> list[str]:
@@ -240,11 +236,6 @@ def list_names() -> list[str]:
 def versions() -> dict[str, str]:
     """Versions of what computes the features."""
     return {"torch": torch.__version__, "torchvision": torchvision.__version__}
-
-
-def _backbone(name: str, features: str, weights: Weights | None) -> Backbone:
-    check_features(features)
-    return without_head(_whole(name, weights), name, features).eval()
 
 
 def _whole(name: str, weights: Weights | None) -> nn.Module:
