@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,11 +44,9 @@ _RATE_WINDOW_S = 60.0
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def human_s(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """`seconds` as H:MM:SS."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
+    return str(timedelta(seconds=round(seconds)))
 
 
 def has_unused_gpu(asked: str, used: str, driver: Path = _NVIDIA_DRIVER) -> bool:
@@ -124,7 +123,7 @@ class Console:
             if estimated.seconds is None:
                 took = "by the front of the first shard; no run of this output tells how fast they go"
             else:
-                took = f"{human_s(estimated.seconds)} at the rate of the last run, start-up included"
+                took = f"{format_clock(estimated.seconds)} at the rate of the last run, start-up included"
             say(f"estimate  {format_count(estimated.num_samples, 'sample')}, {took}")
         if plan.elsewhere:
             say(f"          {plan.elsewhere} more are stored and not in this input; they stay as they are")
@@ -191,8 +190,8 @@ class Console:
 
     def _progress_line(self, seconds: float, silent_s: float) -> None:
         """Show the progress after so many seconds; the last part was stored `silent_s` ago."""
-        waits = f"  no part stored for {human_s(silent_s)}" if silent_s > _SILENT_S else ""
-        self._out.print(f"{human_s(seconds)}  {self._state()}{waits}")
+        waits = f"  no part stored for {format_clock(silent_s)}" if silent_s > _SILENT_S else ""
+        self._out.print(f"{format_clock(seconds)}  {self._state()}{waits}")
 
     def _sums(self) -> _Sums:
         """The progress of the run."""
@@ -225,7 +224,7 @@ class Console:
         tally = self._tally
         if tally is None:
             return self._phase
-        left = "?" if self._left_s is None else human_s(self._left_s)
+        left = "?" if self._left_s is None else format_clock(self._left_s)
         return (
             f"{tally.num_embedded:,} images  {self._rate:,.0f}/s  "
             f"{self._pass.num_shards:,}/{self._num_shards:,} shards  {tally.num_errors:,} errors  ETA {left}"
@@ -276,7 +275,7 @@ class Console:
             *([("images without a row", f"{report['unused_images']:,}")] if report["unused_images"] else []),
             ("speed", self._speed(report)),
             ("slowest stage", self._stages(report)),
-            ("wall time", human_s(report["wall_s"])),
+            ("wall time", format_clock(report["wall_s"])),
             *([("device-hours a million images", number(million))] if million is not None else []),
             *self._price(report),
         ]

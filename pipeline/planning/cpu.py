@@ -1,4 +1,4 @@
-"""What this machine's processor can do, as Linux tells it; torch, which could too, takes seconds to import."""
+"""What this machine's processor can do, from Linux: torch knows too, and takes seconds to import."""
 
 from __future__ import annotations
 

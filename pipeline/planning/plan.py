@@ -24,9 +24,9 @@ _RENAMED_AT_MOST = 4
 class Plan:
     """What a run has to do.
 
-    `stale` are, by shard, the stored files that must go: parts of an older version, what contradicts other parts, and
-    the broken end of an earlier run where what it has is stored whole. Until then that end stays, as the shard may
-    never again be read as far. `elsewhere` counts stored shards that the input does not name; they are left alone.
+    `stale` are, by shard, the stored files to delete: parts of an older version, parts that contradict others, and
+    the broken end of an earlier run once its samples are stored whole. Until then that end stays: the shard may never
+    again be read as far. `elsewhere` counts stored shards that the input does not name; they are left alone.
     """
 
     pending: list[Pending]
@@ -35,7 +35,7 @@ class Plan:
     retried: list[str]
     stale: dict[str, list[str]]
     elsewhere: int
-    # Pending shards that are stored under another name: (name, stored name). Of many, the first.
+    # The first pending shards that are stored under another name: (name, stored name).
     renamed: list[tuple[str, str]]
 
     @property
@@ -50,7 +50,7 @@ def make_plan(shards: list[Shard], output: str, limits: StoreLimits = LIMITS) ->
 
     A shard is done when its parts 0 to k of its present version are there and k is marked last.
     """
-    # By shard, in small numbers and not in names: this holds a million shards.
+    # Small numbers instead of names: this holds a million shards.
     tags = {shard.name: version_tag(shard.num_bytes, shard.version) for shard in shards}
     stored: dict[str, list[int]] = {}
     # Parts of an older version; there are few.
@@ -128,7 +128,7 @@ def check_names(job: Job, plan: Plan) -> None:
 
 
 def _broken_end(parts: list[PartName], good: list[PartName]) -> list[PartName]:
-    """The broken end that goes on from the good parts, if there is one: only its part will be made again as such."""
+    """The broken end that follows the good parts, if there is one: it stays until its part is stored whole."""
     broken = [part for part in parts if part.end == END_BROKEN and part.part >= len(good)]
     return broken if [part.part for part in (*good, *broken)] == list(range(len(good) + 1)) else []
 
@@ -140,10 +140,10 @@ def _is_whole(codes: list[int]) -> bool:
 
 
 def _usable(parts: list[PartName]) -> list[PartName]:
-    """Stored parts of one version that need not be made again, in order.
+    """Stored parts of one version that can be kept, in order.
 
-    A last part is among them only when all before it are there and none after it, so that its presence
-    goes on to mean that the shard is done. Where it is not, it is made again, with what contradicts it.
+    A last part is kept only if all parts before it are there and none after it: its presence must mean that the shard
+    is done. Otherwise it is made again, with what contradicts it.
     """
     whole = sorted({part for part in parts if part.end != END_BROKEN}, key=lambda part: part.part)
     lasts = [part.part for part in whole if part.end == END_LAST]

@@ -1,4 +1,4 @@
-"""What the processors of a cluster compute: the driver's may be another one."""
+"""What the processors of a cluster compute, which may differ from the driver's."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from shard_embedder.pipeline.core.errors import ClusterError
 from shard_embedder.pipeline.planning.cpu import cpu_has_bf16
 
-# For a worker to start on each node.
+# A worker must start on each node within this time.
 _ANSWER_S = 120.0
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Of a node: whether its processor computes bf16 fast, and what OpenVINO computes there; nothing without it."""
+    """A node's processor: whether it is fast in bf16, and the precisions of OpenVINO there, none if not installed."""
 
     host: str
     has_fast_bf16: bool
@@ -27,7 +27,7 @@ class Processor:
 
 
 def look_at_processor() -> Processor:
-    """That of this machine."""
+    """The processor of this machine."""
     try:
         from shard_embedder.pipeline.embedding.openvino_runner import computes  # noqa: PLC0415  it has no wheel for each machine
     except ImportError:
@@ -38,7 +38,7 @@ def look_at_processor() -> Processor:
 
 
 def processors_of(resource: str | None = None) -> list[Processor]:
-    """Those of the nodes that may hold actors; `resource` is what these must have. A lone node is this machine's.
+    """The processors of the nodes that may have actors: of those with `resource`, if that is given.
 
     Raises:
         ClusterError: a node does not answer.
@@ -62,12 +62,12 @@ def processors_of(resource: str | None = None) -> list[Processor]:
 
 
 def fast_precisions(processors: Sequence[Processor]) -> tuple[str, ...]:
-    """The reduced precisions that every one of them computes faster than fp32."""
+    """The reduced precisions that every one of the processors computes faster than fp32."""
     return ("bf16",) if processors and all(processor.has_fast_bf16 for processor in processors) else ()
 
 
 def without_openvino(processors: Sequence[Processor], precision: str) -> str | None:
-    """Why OpenVINO cannot compute in `precision` on each of them; None where it can. `auto` asks for fp32."""
+    """Why OpenVINO cannot compute in `precision` on all of the processors; None if it can. `auto` means fp32."""
     wanted = "fp32" if precision == "auto" else precision
     lacking = [processor for processor in processors if wanted not in processor.openvino]
     if not lacking:

@@ -13,7 +13,7 @@ from shard_embedder.pipeline.embedding.network import Network, Placement
 
 @dataclass(frozen=True)
 class StoredSource:
-    """As the `Source` that was put; `ref` is an `ObjectRef` of it."""
+    """Stands for the `Source` that was put; `ref` is its `ObjectRef`."""
 
     ref: Any
     has_own_batch_size: bool

@@ -13,7 +13,7 @@ import pytest
 
 from shard_embedder.jobs import embed
 from shard_embedder.jobs.support import console
-from shard_embedder.jobs.support.console import Console, has_unused_gpu, human_s
+from shard_embedder.jobs.support.console import Console, format_clock, has_unused_gpu
 from shard_embedder.jobs.support.console_json import JsonConsole
 from shard_embedder.pipeline.core.formatting import format_size
 from shard_embedder.pipeline.core.writing import write_bytes
@@ -24,7 +24,9 @@ from tests.conftest import encode, photo, sample_members, write_shards, write_ta
 
 def test_sizes_and_times_are_shown_as_people_say_them() -> None:
     assert [format_size(n) for n in (0, 1023, 1024, 5 * 2**30)] == ["0 B", "1023 B", "1.0 KiB", "5.0 GiB"]
-    assert [human_s(n) for n in (0, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]
+    assert [format_clock(n) for n in (0, 59.6, 3725, 90000)] == [
+        "0:00:00", "0:01:00", "1:02:05", "1 day, 1:00:00",
+    ]  # fmt: skip
 
 
 def test_without_a_terminal_a_line_comes_even_when_nothing_moves(
