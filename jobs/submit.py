@@ -69,7 +69,7 @@ class Patience:
     lost_s: float = 60.0  # without any sign of it, the cluster cannot be reached
     answer_s: float = 20.0  # for one answer
     quiet_s: float = 15.0  # without a line of the log, ask whether the job is silent or the cluster gone
-    submitted_s: float = 1800.0  # for a submission, which uploads a working folder of at most 512 MiB
+    submitted_s: float = 1800.0  # for a submission, which uploads a working folder of at most 100 MiB
 
 
 PATIENCE = Patience()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shard_embedder.pipeline.core.progress import Progress
-from shard_embedder.pipeline.retrieval.groups import Components
+from shard_embedder.pipeline.retrieval.groups import Components, Flags
 from shard_embedder.pipeline.retrieval.index import Index
 from shard_embedder.pipeline.retrieval.whole_files import name_in_errors
 
@@ -32,7 +32,6 @@ _STORED_PAIR = np.dtype([("key", np.int64), ("cosine", np.float32)])
 _NUM_RANGES = 256
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
-Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Pairs(NamedTuple):

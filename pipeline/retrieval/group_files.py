@@ -17,7 +17,7 @@ from shard_embedder.pipeline.core.progress import Progress
 from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
 from shard_embedder.pipeline.output.names import version_tag
 from shard_embedder.pipeline.output.stored import Output, list_stored
-from shard_embedder.pipeline.retrieval.groups import Components, Groups, Rows, choose_kept
+from shard_embedder.pipeline.retrieval.groups import Components, Flags, Rows, choose_kept
 from shard_embedder.pipeline.retrieval.whole_files import write_whole
 from shard_embedder.pipeline.shards.find import Shard, find_shards, shards_below
 from shard_embedder.pipeline.shards.peek import image_sizes
@@ -86,13 +86,13 @@ def write_groups(
     numbers = components.numbers()
     in_group = np.bincount(numbers)[numbers] > 1
     sizes = _read_sizes(stored, shards, ids, in_group, on_progress) if files.keep_one == "largest" else None
-    groups = choose_kept(numbers, sizes)
+    keep = choose_kept(numbers, sizes)
     if files.groups is not None:
-        _write_table(Path(files.groups), ids, groups)
+        _write_table(Path(files.groups), ids, numbers, keep)
     return GroupCounts(
-        num_groups=groups.num_groups,
-        num_others=groups.num_others,
-        num_unlisted=0 if files.drop is None else _write_drop_list(Path(files.drop), ids, groups),
+        num_groups=int(np.count_nonzero(np.bincount(numbers) > 1)),
+        num_others=int(np.count_nonzero(~keep)),
+        num_unlisted=0 if files.drop is None else _write_drop_list(Path(files.drop), ids, keep),
         num_unsized=0 if sizes is None else int(np.count_nonzero(sizes[in_group] < 0)),
     )
 
@@ -101,7 +101,7 @@ def _read_sizes(
     stored: Output,
     shards: Sequence[Shard],
     ids: pa.Table,
-    in_group: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    in_group: Flags,
     on_progress: Progress,
 ) -> Rows:
     """Encoded bytes of the image of each row in a group; -1 if its shard changed or cannot be read."""
@@ -127,23 +127,23 @@ def _read_sizes(
     return sizes
 
 
-def _write_table(path: Path, ids: pa.Table, groups: Groups) -> None:
+def _write_table(path: Path, ids: pa.Table, numbers: Rows, keep: Flags) -> None:
     with write_whole(path) as temporary, pq.ParquetWriter(temporary, GROUPS_SCHEMA, compression="zstd") as writer:
         for start in range(0, len(ids), _WRITE_ROWS):
             some = slice(start, start + _WRITE_ROWS)
-            columns = [*ids.slice(start, _WRITE_ROWS).columns, groups.numbers[some], groups.keep[some]]
+            columns = [*ids.slice(start, _WRITE_ROWS).columns, numbers[some], keep[some]]
             writer.write_table(pa.Table.from_arrays(columns, schema=GROUPS_SCHEMA))
 
 
-def _write_drop_list(path: Path, ids: pa.Table, groups: Groups) -> int:
+def _write_drop_list(path: Path, ids: pa.Table, keep: Flags) -> int:
     """Write the ids of images that are not kept, one a line, and return how many cannot be listed.
 
     An id that a kept image has, too, would drop that image as well; and an id with a line break is no line.
     """
     names = ids.column(IMAGE_ID)
-    others = names.filter(pa.array(~groups.keep))
+    others = names.filter(pa.array(~keep))
     unsafe = pc.or_(
-        pc.is_in(others, value_set=names.filter(pa.array(groups.keep)).combine_chunks()),
+        pc.is_in(others, value_set=names.filter(pa.array(keep)).combine_chunks()),
         pc.match_substring_regex(others, "[\r\n]"),
     )
     with write_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

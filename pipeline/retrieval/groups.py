@@ -6,12 +6,12 @@ billion pairs, a group is a number a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Components:
@@ -39,7 +39,7 @@ class Components:
             a, b = own[differ], other[differ]
             np.minimum.at(self._parents, np.maximum(a, b), np.minimum(a, b))
 
-    def join_near(self, first: range, others: range, is_near: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    def join_near(self, first: range, others: range, is_near: Flags) -> None:
         """Connect rows of `first` with rows of `others` where `is_near` [A, B] is true.
 
         Every component takes one of its connections at a time, so that a full matrix takes a few steps.
@@ -66,33 +66,10 @@ class Components:
         return numbers
 
 
-@dataclass(frozen=True)
-class Groups:
-    """The group of each row [N], and whether it is the row to keep of its group [N]."""
-
-    numbers: Rows
-    keep: np.ndarray[Any, np.dtype[np.bool_]]
-
-    @property
-    def sizes(self) -> Rows:
-        """How many rows each group has."""
-        return np.bincount(self.numbers)
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of two rows and more."""
-        return int(np.count_nonzero(self.sizes > 1))
-
-    @property
-    def num_others(self) -> int:
-        """Rows that are not the one to keep."""
-        return int(np.count_nonzero(~self.keep))
-
-
-def choose_kept(numbers: Rows, sizes: Rows | None = None) -> Groups:
-    """Keep one row of each group: the largest by `sizes` [N], and of equally large ones the first."""
+def choose_kept(numbers: Rows, sizes: Rows | None = None) -> Flags:
+    """Which rows [N] to keep, one of each group: the largest by `sizes` [N], and of equally large ones the first."""
     position = np.arange(len(numbers))
     order = np.lexsort((position, numbers if sizes is None else -sizes, numbers))
     keep = np.zeros(len(numbers), bool)
     keep[order[np.unique(numbers[order], return_index=True)[1]]] = True
-    return Groups(numbers, keep)
+    return keep

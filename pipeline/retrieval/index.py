@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,7 +192,6 @@ class Index:
         self._rows = pq.ParquetFile(self.folder / ROWS_FILE)
         groups = (self._rows.metadata.row_group(number) for number in range(self._rows.num_row_groups))
         self._group_ends = np.cumsum([group.num_rows for group in groups])
-        self._tags: dict[str, str] | None = None
         sizes = {self._index.ntotal, self._rows.metadata.num_rows, facts.num_rows}
         if len(sizes) > 1 or self._index.d != facts.num_features:
             raise StoredDataError(
@@ -238,9 +238,11 @@ class Index:
 
     def tag(self, shard: str) -> str | None:
         """The version of a shard that is in the index (see `pipeline.output.names.version_tag`), if any."""
-        if self._tags is None:
-            self._tags = {part.shard: part.tag for part in read_parts(self.folder)}
         return self._tags.get(shard)
+
+    @cached_property
+    def _tags(self) -> dict[str, str]:
+        return {part.shard: part.tag for part in read_parts(self.folder)}
 
 
 def open_index(path: str | Path) -> Index:

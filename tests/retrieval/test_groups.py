@@ -59,10 +59,9 @@ def test_a_matrix_connects_what_its_edges_connect(edges: Edges) -> None:
 
 def test_the_kept_row_is_the_largest_and_of_equal_ones_the_first() -> None:
     numbers = np.array([0, 1, 0, 2, 1, 0])
-    assert choose_kept(numbers).keep.tolist() == [True, True, False, True, False, False]
+    assert choose_kept(numbers).tolist() == [True, True, False, True, False, False]
     by_size = choose_kept(numbers, np.array([5, -1, 7, -1, 3, 7]))
-    assert by_size.keep.tolist() == [False, False, True, True, True, False]
-    assert (by_size.num_groups, by_size.num_others) == (2, 3)
+    assert by_size.tolist() == [False, False, True, True, True, False]
 
 
 def read_groups(path: Path) -> list[dict[str, Any]]:
