@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import ray
+from ray._private.utils import get_num_cpus
 
 from shard_embedder.pipeline.core.errors import ClusterError
 from shard_embedder.pipeline.core.formatting import format_duration
@@ -85,7 +86,10 @@ def _described(request: Request, nodes: list[Node], room: int) -> str:
     best = max(nodes, key=lambda node: sum(min(node.get(name, 0.0) / request.each[name], 1.0) for name in names))
     has = ", ".join(f"{best.get(name, 0.0):g} {name}" for name in names)
     if not best.get("CPU"):
-        has += " (Ray rounds the CPU quota of a container down to whole cores)"
+        # A head may have 0 on purpose. Without the truncation the quota of this container shows, if it is why.
+        quota = get_num_cpus(override_docker_cpu_warning=True, truncate=False)
+        if quota < 1:
+            has += f" (Ray rounds the CPU quota of this container, {quota:g}, down to whole cores)"
     return f"of {len(nodes)} node{'s' if len(nodes) > 1 else ''}, the nearest to it has {has}"
 
 

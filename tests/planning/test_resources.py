@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.planning.nodes import DeviceTime, Node, Request, crowded, missing
 from shard_embedder.pipeline.planning.resources import Resources, held_by_others, plan_stages
+from tests.conftest import ROOT
 
 HEAD: Node = {"memory": 8e9, "object_store_memory": 1e9}
 DECODE: Node = {"CPU": 16.0, "memory": 48e9}
@@ -136,10 +140,28 @@ def test_what_a_cluster_lacks_is_named_with_the_stage_and_what_there_is(
     assert told in lacking
 
 
-def test_a_node_without_cpus_is_named_with_what_ray_does_to_quotas() -> None:
-    lacking = missing([Request("embed", 0.3)], [{"memory": 8e9}])
-    assert lacking is not None
-    assert "has 0 CPU (Ray rounds the CPU quota of a container down to whole cores)" in lacking
+_LACKING = """
+from shard_embedder.pipeline.planning.nodes import Request, missing
+print(missing([Request("embed", 0.3)], [{"memory": 8e9}]))
+"""
+
+
+def test_a_quota_below_one_core_is_named_where_ray_counts_none(tmp_path: Path) -> None:
+    version2, version1 = Path("/sys/fs/cgroup/cpu.max"), "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"
+    path, text = (version2, "50000 100000") if version2.exists() else (version1, "50000")
+    (tmp_path / "quota").write_text(text)
+    # Its own view of the control group, as in a container.
+    mount = f"mount --bind {tmp_path}/quota {path} && exec {sys.executable} -c '{_LACKING}'"
+    try:
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", mount], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        pytest.skip(f"a quota cannot be shown to a process: {error}")
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"a quota cannot be shown to a process: {done.stderr.strip()}")
+    told = "has 0 CPU (Ray rounds the CPU quota of this container, 0.5, down to whole cores)"
+    assert told in done.stdout, done.stderr
 
 
 def test_fewer_actors_than_fill_the_nodes_are_not_refused() -> None:
