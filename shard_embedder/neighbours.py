@@ -45,7 +45,7 @@ class ImageIndex:
         return self.index.search(np.ascontiguousarray(vectors, np.float32), k)
 
 
-def build_index(output: str, index: str | Path, **options: Any) -> ImageIndex:
+def build_index(output: str | Path, index: str | Path, **options: Any) -> ImageIndex:
     """Make the index of an output in a local folder, or add to it what is new, and open it.
 
     Args:
@@ -57,7 +57,7 @@ def build_index(output: str, index: str | Path, **options: Any) -> ImageIndex:
         SettingsError: FAISS is not installed, or an option is none.
         OutputError: no output, or an index of other settings.
     """
-    build(output, index, Options(**options))
+    build(str(output), index, Options(**options))
     return open_index(index)
 
 
