@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from shard_embedder import build_backbone
 from tests.conftest import ROOT, encode, photo
 
 NOTEBOOK = ROOT / "docs" / "neighbours.ipynb"
@@ -28,12 +30,14 @@ def test_the_cells_run_in_order_and_show_neighbours_and_a_map(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(image, quality=95))
     monkeypatch.chdir(tmp_path)
+    # From a file, as without a network: a search finds it again.
+    torch.save(build_backbone("squeezenet1_1", "random:0").state_dict(), tmp_path / "weights.pth")
     names: dict[str, Any] = {}
     for cell in CELLS:
         exec(compile("".join(cell["source"]), NOTEBOOK.name, "exec"), names)
         if "parameters" in cell["metadata"].get("tags", ()):
             assert (names["photos"], names["weights"]) == (Path("photos"), "DEFAULT")
-            names |= {"backbone": "squeezenet1_1", "weights": "random:0"}
+            names |= {"backbone": "squeezenet1_1", "weights": "weights.pth"}
     printed = capsys.readouterr().out
     assert "8 embedded now, 0 errors {}" in printed
     assert "1.000  kind0/0.jpg" in printed
