@@ -9,11 +9,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from shard_embedder.jobs.support.exit_codes import EXIT_TERMINATED, code_of
 from shard_embedder.pipeline.core.errors import PipelineError, SettingsError
 from shard_embedder.pipeline.core.redact import show
+
+if TYPE_CHECKING:
+    from shard_embedder.pipeline.retrieval.originals import Input
 
 _SCRIPT = "shard-embedder "
 
@@ -112,24 +115,28 @@ def add_output_argument(parser: Parser) -> None:
 def add_page_options(parser: Parser, page: str, *, also_for: str = "") -> None:
     """Add --html, which writes `page`, and --input, the shards whose images it shows."""
     parser.add_argument("--html", type=not_empty, metavar="FILE", help=f"also write {page}")
+    add_input_option(parser, f"for --html{also_for}: ")
+
+
+def add_input_option(parser: Parser, used_for: str = "") -> None:
+    """Add --input, what the output was made of."""
     parser.add_argument(
         "--input",
         nargs="+",
         default=[],
         metavar="URL",
-        help=f"for --html{also_for}: the shards, named as for embed.py (default: where embed.py read them)",
+        help=f"{used_for}the shards or the folder of images, named as for embed.py (default: what embed.py read)",
     )
 
 
-def check_page_options(flags: argparse.Namespace) -> None:
-    """Raise `SettingsError` where --html cannot be written, or --input names no shard."""
+def check_page_options(flags: argparse.Namespace) -> Input:
+    """What --input names. Raises a `PipelineError` where that is nothing, or --html cannot be written."""
     # PyArrow and fsspec take a while to import: --help does not need them.
-    from shard_embedder.pipeline.shards.find import find_shards  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.originals import find_input  # noqa: PLC0415
 
     if flags.html is not None:
         check_file("--html", flags.html)
-    if flags.input:
-        find_shards(flags.input)
+    return find_input(flags.input)
 
 
 def check_file(option: str, path: str) -> None:
@@ -153,6 +160,12 @@ def not_empty(text: str) -> str:
 def local_path(text: str) -> Path:
     """Argument type of a path on this machine."""
     return Path(not_empty(text))
+
+
+def from_here(path: Path) -> str:
+    """`path` as a person would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def at_least(least: int, *words: str) -> Callable[[str], int | str]:

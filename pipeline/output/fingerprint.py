@@ -28,14 +28,15 @@ from shard_embedder.pipeline.output.settings import OutputSettings, canonical_js
 class Fingerprint:
     """What made an output. Only `settings` must be equal for two runs to share it.
 
-    `input_prefix` is where the input lay, and `batch_size` the images a batch, by kind of device, where it was asked
-    for or measured.
+    `input_prefix` is where the input lay, `photos_folder` the folder of images that was packed there, if one was, and
+    `batch_size` the images a batch, by kind of device, where it was asked for or measured.
     """
 
     settings: OutputSettings
     versions: dict[str, str]
     input_prefix: str = ""
     batch_size: dict[str, int] = field(default_factory=dict)
+    photos_folder: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -48,13 +49,14 @@ class Fingerprint:
             "fingerprint": self.digest,
             "settings": self.settings.to_json(),
             "input_prefix": self.input_prefix,
+            "photos_folder": self.photos_folder,
             "batch_size": self.batch_size,
             "versions": self.versions,
         }
 
     @classmethod
     def from_json(cls, values: Any) -> Fingerprint:
-        """The inverse of `to_json`; without `input_prefix` and `batch_size`, as a part tells it.
+        """The inverse of `to_json`; without what is no setting and no version, as a part tells it.
 
         Raises:
             StoredDataError: not of this version, or changed by hand.
@@ -63,14 +65,15 @@ class Fingerprint:
             if not isinstance(values, dict):
                 raise TypeError(f"a JSON object is needed, not {type(values).__name__}")
             stated, versions = values["fingerprint"], values["versions"]
-            prefix, sizes = values.get("input_prefix", ""), values.get("batch_size", {})
-            if not isinstance(prefix, str) or not isinstance(stated, str):
-                raise TypeError("fingerprint and input_prefix must be text")
+            prefix, photos = values.get("input_prefix", ""), values.get("photos_folder", "")
+            sizes = values.get("batch_size", {})
+            if not all(isinstance(text, str) for text in (prefix, photos, stated)):
+                raise TypeError("fingerprint, input_prefix and photos_folder must be text")
             if not all(isinstance(told, str) for told in versions.values()):
                 raise TypeError("versions must be texts")
             if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
                 raise TypeError("batch_size must be whole numbers of at least 1")
-            made = cls(OutputSettings.from_json(values["settings"]), dict(versions), prefix, dict(sizes))
+            made = cls(OutputSettings.from_json(values["settings"]), dict(versions), prefix, dict(sizes), photos)
         except KeyError as error:
             raise StoredDataError(f"it does not say what made the output: {error} is missing") from error
         except (TypeError, AttributeError) as error:
@@ -81,7 +84,12 @@ class Fingerprint:
 
 
 def make_fingerprint(
-    settings: OutputSettings, *, weights_name: str, input_prefix: str, versions: dict[str, str]
+    settings: OutputSettings,
+    *,
+    weights_name: str,
+    input_prefix: str,
+    versions: dict[str, str],
+    photos_folder: str = "",
 ) -> Fingerprint:
     """The fingerprint of a run. `versions` are those of what computes the features."""
     base = {
@@ -94,7 +102,7 @@ def make_fingerprint(
     }
     heif = heif_version()
     optional = {} if heif is None else {"pillow_heif": heif}
-    return Fingerprint(settings, base | optional | versions, input_prefix)
+    return Fingerprint(settings, base | optional | versions, input_prefix, photos_folder=photos_folder)
 
 
 def read_fingerprint(output: str, limits: StoreLimits = LIMITS) -> Fingerprint | None:
