@@ -253,17 +253,26 @@ def _step(number: int, text: str) -> None:
 def parser() -> Parser:
     """The command line."""
     top = Parser(
-        "demo.py", description=__doc__, epilog=_EPILOG, exit_codes=_EXIT_CODES, interrupted="run it again to go on"
+        "demo.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        examples=["--images photos/"],
+        exit_codes=_EXIT_CODES,
+        interrupted="run it again to go on",
     )
     top.add_argument(
         "--images", metavar="FOLDER", type=local_path, help="your own images (default: scikit-image's photos)"
     )
     top.add_argument(
-        "--output", metavar="FOLDER", type=local_path, default=Path("demo"), help="folder for all results (demo)"
+        "--output",
+        metavar="FOLDER",
+        type=local_path,
+        default=Path("demo"),
+        help="folder for all results (default: demo)",
     )
-    top.add_argument("--backbone", metavar="NAME", default="resnet18", help="(resnet18)")
+    top.add_argument("--backbone", metavar="NAME", default="resnet18", help="as for embed.py (default: resnet18)")
     top.add_argument(
-        "--weights", metavar="W", help="as for embed.py (DEFAULT, or random:0 if it cannot be downloaded)"
+        "--weights", metavar="W", help="as for embed.py (default: DEFAULT, or random:0 if it cannot be downloaded)"
     )
     return top
 

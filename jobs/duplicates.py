@@ -62,6 +62,7 @@ def parser() -> Parser:
         "duplicates.py",
         description=__doc__,
         epilog=_EPILOG,
+        examples=["out/ --threshold 0.95 --html pairs.html", "out/ --groups groups.parquet --drop drop.txt"],
         exit_codes=_EXIT_CODES,
         interrupted="no file is half written",
     )

@@ -42,7 +42,8 @@ _EXIT_CODES = {
 
 def parser() -> Parser:
     """The command line."""
-    top = Parser("search.py", description=__doc__, exit_codes=_EXIT_CODES)
+    examples = ["index/ photo.jpg", "index/ queries/ --top 10 --html near.html"]
+    top = Parser("search.py", description=__doc__, examples=examples, exit_codes=_EXIT_CODES)
     top.add_argument("index", type=not_empty, metavar="INDEX", help="folder that index.py wrote")
     top.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or a folder of them")
     top.add_argument("--top", type=at_least(1), default=5, metavar="N", help="neighbours of each image (default: 5)")

@@ -15,10 +15,6 @@ from collections.abc import Callable
 from shard_embedder.jobs.support.command import Parser, add_input_option, not_empty, run_command
 from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_USAGE
 
-_EPILOG = """\
-example:
-  serve.py index/ --input shards/ --port 0
-"""
 _EXIT_CODES = {
     EXIT_USAGE: "wrong usage: no index, no shard, other weights than those of the index, or a port that is taken",
     EXIT_FAILED: "a disk or a store failed",
@@ -33,7 +29,7 @@ def _port(text: str) -> int:
 
 def parser() -> Parser:
     """The command line."""
-    top = Parser("serve.py", description=__doc__, epilog=_EPILOG, exit_codes=_EXIT_CODES)
+    top = Parser("serve.py", description=__doc__, examples=["index/ --port 0"], exit_codes=_EXIT_CODES)
     top.add_argument("index", type=not_empty, metavar="INDEX", help="folder that index.py wrote")
     add_input_option(top)
     top.add_argument("--host", type=not_empty, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")

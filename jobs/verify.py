@@ -48,7 +48,9 @@ _EXIT_CODES = {
 
 def parser() -> Parser:
     """The command line."""
-    top = Parser("verify.py", description=__doc__, epilog=_EPILOG, exit_codes=_EXIT_CODES)
+    top = Parser(
+        "verify.py", description=__doc__, epilog=_EPILOG, examples=["out/ --input shards/"], exit_codes=_EXIT_CODES
+    )
     add_output_argument(top)
     top.add_argument(
         "--input",

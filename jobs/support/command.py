@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shard_embedder.jobs.support.exit_codes import EXIT_TERMINATED, code_of
+from shard_embedder.jobs.support.help_text import wrap
 from shard_embedder.pipeline.core.errors import PipelineError, SettingsError
 from shard_embedder.pipeline.core.redact import show
 
@@ -39,13 +41,15 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         prog: the command's name.
+        description: what the command does, for --help, and `epilog` what more there is to know.
+        examples: arguments to copy, for --help.
         exit_codes: what each exit code means, for --help.
         interrupted: what an interrupted command leaves behind, or how to go on; to be read after "interrupted: ".
     """
 
     def __init__(
-        self, prog: str, *, epilog: str = "", exit_codes: Mapping[int, str] | None = None, interrupted: str = "",
-        **options: Any,
+        self, prog: str, *, description: str | None = "", epilog: str = "", examples: Sequence[str] = (),
+        exit_codes: Mapping[int, str] | None = None, interrupted: str = "", **options: Any,
     ) -> None:  # fmt: skip
         left = f": {interrupted}" if interrupted else ""
         if exit_codes:
@@ -53,9 +57,16 @@ class Parser(argparse.ArgumentParser):
             epilog += f"\nexit codes:\n{lines}  130  interrupted (143 by SIGTERM){left}"
         # As it was typed: embed.py, or shard-embedder embed.
         typed = sys.argv[0]
+        prog = typed if typed.startswith(_SCRIPT) else prog
+        if examples:
+            lines = "".join(f"  {prog} {arguments}\n" for arguments in examples)
+            epilog = f"{'example' if len(examples) == 1 else 'examples'}:\n{lines}\n{epilog.lstrip()}"
+        # As argparse does for the options.
+        width = shutil.get_terminal_size().columns - 2
         super().__init__(
-            typed if typed.startswith(_SCRIPT) else prog,
-            epilog=epilog.lstrip("\n"),
+            prog,
+            description=wrap(description or "", width),
+            epilog=wrap(epilog.strip("\n"), width),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **options,
