@@ -57,7 +57,7 @@ def parser() -> Parser:
         nargs="+",
         default=[],
         metavar="URL",
-        help="the shards that were embedded, named as for embed.py: counts and ids must balance with them",
+        help="the shards or the folder of images, named as for embed.py: counts and ids must balance with them",
     )
     top.add_argument(
         "--recompute",
