@@ -1,4 +1,4 @@
-# make demo    set up, make sample shards, embed them on local Ray, show what came out
+# make demo    set up what that needs, make sample shards, embed them on local Ray, show what came out
 # make test    set up, run every check and every test
 # make check   the same without Ray, jobs and large models: what to run before each commit
 # make docs    build the pages as a site in build/site; a broken link fails
@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.installed-for-demo
 # For the demo: your own images instead of its photos, other weights than DEFAULT, and where all it makes goes.
 IMAGES ?=
 WEIGHTS ?=
@@ -19,16 +20,30 @@ TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml
+# Says what comes, and makes the environment that it goes to.
+define begin
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12" % v)'
-	@echo "Installing into $(VENV): 7.5 GB, of which 3 GB are CUDA's libraries; minutes on a fast line"
+	@echo "Installing into $(VENV): $(1), of which 4 GB are CUDA's libraries and Triton; minutes on a fast line"
+	@test -e /proc/driver/nvidia/version || echo "No NVIDIA driver here: torch computes on the CPU. PyPI has no smaller build; docs/install.md has another way"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8'
+endef
+
+$(STAMP): requirements.lock pyproject.toml
+	$(call begin,7.5 GB)
 	$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
-demo: setup
+# What the demo needs, at the versions and hashes of the lock. An environment that has all of the lock stays.
+$(DEMO_STAMP): requirements.lock pyproject.toml
+	$(call begin,6.5 GB)
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --constraints requirements.lock \
+		--requirements pyproject.toml --extra demo --extra index
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: $(if $(wildcard $(STAMP)),setup,$(DEMO_STAMP))
 	@$(BIN)/python jobs/demo.py --output "$(DEMO)" $(if $(IMAGES),--images "$(IMAGES)") \
 		$(if $(WEIGHTS),--weights "$(WEIGHTS)")
 

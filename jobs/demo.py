@@ -20,7 +20,7 @@ import rich.console
 import rich.panel
 import rich.text
 
-from shard_embedder.jobs.support.command import CommandError, Parser, local_path, run_command
+from shard_embedder.jobs.support.command import CommandError, Parser, from_here, local_path, run_command
 from shard_embedder.jobs.support.exit_codes import EXIT_OK, EXIT_USAGE
 from shard_embedder.jobs.support.neighbours import describe_score, draw_sheet, find_neighbours, read_stored
 from shard_embedder.jobs.support.photos import NUM_VIEWS, make_views
@@ -143,7 +143,7 @@ def show_parquet(output: Path) -> None:
     size = format_size(sum(part.stat().st_size for part in parts))
     rows = format_count(sum(map(len, tables)), "row")
     say = _OUT.print
-    say(f"\n{_shown(folder)}: {rows} in {format_count(len(parts), 'part')}, {size}", style="bold", markup=False)
+    say(f"\n{from_here(folder)}: {rows} in {format_count(len(parts), 'part')}, {size}", style="bold", markup=False)
     say("columns", style="bold")
     for field in tables[0].schema:
         say(f"  {field.name:14}{field.type}" + ("" if field.nullable else " not null"), markup=False)
@@ -229,10 +229,10 @@ def run_demo(own_images: Path | None, folder: Path, backbone: str, weights: str 
 
     took = f"{time.monotonic() - started:.0f} s"
     _OUT.print(
-        f"\nmade  {format_count(len(stored.ids), 'embedding')} in {_shown(output / EMBEDDINGS)}, in {took}",
+        f"\nmade  {format_count(len(stored.ids), 'embedding')} in {from_here(output / EMBEDDINGS)}, in {took}",
         markup=False,
     )
-    _OUT.print(f"open  {', '.join(map(_shown, pages))}", markup=False)
+    _OUT.print(f"open  {', '.join(map(from_here, pages))}", markup=False)
     _OUT.print(f"next  {_next_step(own_images, folder, backbone, is_random)}", markup=False)
 
 
@@ -241,15 +241,9 @@ def _next_step(own_images: Path | None, folder: Path, backbone: str, is_random: 
         return f"use trained weights: make demo WEIGHTS=path/to/{backbone}.pth"
     if own_images is None:
         return "use your own photos: make demo IMAGES=path/to/photos"
-    index = shlex.quote(_shown(folder / "index"))
-    output = shlex.quote(_shown(folder / "output"))
+    index = shlex.quote(from_here(folder / "index"))
+    output = shlex.quote(from_here(folder / "output"))
     return f"search by photo: jobs/index.py {output} {index} && jobs/search.py {index} PHOTO"
-
-
-def _shown(path: Path) -> str:
-    """`path` as a person would type it here."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _step(number: int, text: str) -> None:
@@ -259,17 +253,26 @@ def _step(number: int, text: str) -> None:
 def parser() -> Parser:
     """The command line."""
     top = Parser(
-        "demo.py", description=__doc__, epilog=_EPILOG, exit_codes=_EXIT_CODES, interrupted="run it again to go on"
+        "demo.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        examples=["--images photos/"],
+        exit_codes=_EXIT_CODES,
+        interrupted="run it again to go on",
     )
     top.add_argument(
         "--images", metavar="FOLDER", type=local_path, help="your own images (default: scikit-image's photos)"
     )
     top.add_argument(
-        "--output", metavar="FOLDER", type=local_path, default=Path("demo"), help="folder for all results (demo)"
+        "--output",
+        metavar="FOLDER",
+        type=local_path,
+        default=Path("demo"),
+        help="folder for all results (default: demo)",
     )
-    top.add_argument("--backbone", metavar="NAME", default="resnet18", help="(resnet18)")
+    top.add_argument("--backbone", metavar="NAME", default="resnet18", help="as for embed.py (default: resnet18)")
     top.add_argument(
-        "--weights", metavar="W", help="as for embed.py (DEFAULT, or random:0 if it cannot be downloaded)"
+        "--weights", metavar="W", help="as for embed.py (default: DEFAULT, or random:0 if it cannot be downloaded)"
     )
     return top
 

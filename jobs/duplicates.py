@@ -62,6 +62,7 @@ def parser() -> Parser:
         "duplicates.py",
         description=__doc__,
         epilog=_EPILOG,
+        examples=["out/ --threshold 0.95 --html pairs.html", "out/ --groups groups.parquet --drop drop.txt"],
         exit_codes=_EXIT_CODES,
         interrupted="no file is half written",
     )
@@ -171,12 +172,13 @@ def _run(flags: argparse.Namespace) -> int:
     from shard_embedder.pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.group_files import GroupFiles  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.index import open_index  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.originals import Originals  # noqa: PLC0415
 
     wants_groups = flags.groups is not None or flags.drop is not None
     pairs = flags.pairs if flags.pairs is not None or wants_groups else PAIRS_FILE
     _check_options(flags, pairs)
-    check_page_options(flags)
-    group_files = GroupFiles(groups=flags.groups, drop=flags.drop, keep_one=flags.keep_one, inputs=flags.input)
+    shards, folder = check_page_options(flags)
+    group_files = GroupFiles(groups=flags.groups, drop=flags.drop, keep_one=flags.keep_one, inputs=shards)
     index = None if flags.index is None else open_index(flags.index)
     out = plain_console()
     with show_progress(out) as on_progress:
@@ -203,7 +205,10 @@ def _run(flags: argparse.Namespace) -> int:
         drawn = draw_duplicates(pairs, PAGE_ROWS, PAGE_NEAR)
         tags = tags_of(flags.output)
         page = Path(flags.html)
-        text = duplicates_page(flags.output, found, flags.threshold, drawn, lines[1:], flags.input, tags.get, page)
+        originals = Originals.of_output(flags.output, folder)
+        text = duplicates_page(
+            flags.output, found, flags.threshold, drawn, lines[1:], shards, tags.get, page, originals
+        )
         page.write_text(text, encoding="utf-8")
     return EXIT_OK
 

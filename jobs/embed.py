@@ -45,6 +45,10 @@ def parser() -> Parser:
         prog="embed.py",
         description=__doc__,
         epilog=_EPILOG,
+        examples=[
+            "--input photos/ --output out/ --backbone resnet50",
+            "--input 's3://bkt/shards/*.tar' --output s3://bkt/out",
+        ],
     )
 
     def add(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:

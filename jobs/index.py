@@ -48,6 +48,7 @@ def parser() -> Parser:
         "index.py",
         description=__doc__,
         epilog=_EPILOG,
+        examples=["out/ index/"],
         exit_codes=_EXIT_CODES,
         interrupted="the index is as it was before",
     )

@@ -76,7 +76,14 @@ def _print_summary(config: PackConfig, found: Found, packed: Packed) -> None:
 
 def parser() -> Parser:
     """The command line."""
-    top = Parser("pack.py", description=__doc__, epilog=_EPILOG, exit_codes=_EXIT_CODES, interrupted=_NOTHING_WHOLE)
+    top = Parser(
+        "pack.py",
+        description=__doc__,
+        epilog=_EPILOG,
+        examples=["photos/ shards/"],
+        exit_codes=_EXIT_CODES,
+        interrupted=_NOTHING_WHOLE,
+    )
     top.add_argument("folder", metavar="FOLDER", type=local_path, help="images, in folders of any depth")
     top.add_argument(
         "shards", metavar="SHARDS", type=local_path, help="folder for the shards; created when it is missing"
@@ -84,13 +91,17 @@ def parser() -> Parser:
     top.add_argument(
         "--follow-links", action="store_true", help="follow links that lead out of FOLDER, too: it must be trusted"
     )
-    top.add_argument("--prefix", metavar="NAME", default="images", help="shards are NAME-00000.tar ... (images)")
-    top.add_argument("--max-samples", metavar="N", type=at_least(1), default=10_000, help="samples a shard (10000)")
+    top.add_argument(
+        "--prefix", metavar="NAME", default="images", help="shards are NAME-00000.tar ... (default: images)"
+    )
+    top.add_argument(
+        "--max-samples", metavar="N", type=at_least(1), default=10_000, help="samples a shard (default: 10000)"
+    )
     top.add_argument(
         "--max-bytes",
         metavar="N",
         default="1GiB",
-        help="size of a shard in bytes, or with KiB, MiB, GiB (1GiB); a larger image gets a shard of its own",
+        help="size of a shard in bytes, or with KiB, MiB, GiB (default: 1GiB); a larger image gets its own shard",
     )
     top.add_argument(
         "--extensions",

@@ -19,13 +19,16 @@ from shard_embedder.jobs.support.command import (
     add_page_options,
     at_least,
     check_page_options,
+    from_here,
     not_empty,
     run_command,
 )
 from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from shard_embedder.pipeline.core.formatting import one_line
+from shard_embedder.pipeline.shards.keys import printable
 
 if TYPE_CHECKING:
+    from shard_embedder.pipeline.retrieval.originals import Originals
     from shard_embedder.pipeline.retrieval.search import Hit
 
 EXIT_SOME_FAILED = 1
@@ -39,7 +42,8 @@ _EXIT_CODES = {
 
 def parser() -> Parser:
     """The command line."""
-    top = Parser("search.py", description=__doc__, exit_codes=_EXIT_CODES)
+    examples = ["index/ photo.jpg", "index/ queries/ --top 10 --html near.html"]
+    top = Parser("search.py", description=__doc__, examples=examples, exit_codes=_EXIT_CODES)
     top.add_argument("index", type=not_empty, metavar="INDEX", help="folder that index.py wrote")
     top.add_argument("images", metavar="IMAGE", nargs="+", help="image file, or a folder of them")
     top.add_argument("--top", type=at_least(1), default=5, metavar="N", help="neighbours of each image (default: 5)")
@@ -55,18 +59,26 @@ def parser() -> Parser:
     return top
 
 
-def show(hit: Hit, score: str) -> None:
-    """Print a query with its neighbours; `score` is what their scores are called."""
+def show(hit: Hit, score: str, originals: Originals) -> None:
+    """Print a query with its neighbours, by their files where they are here; `score` is what scores are called."""
+    found = originals.find((near.image_id, near.place) for near in hit.neighbours)
     # Paths and ids may hold characters that a terminal would obey.
     print(f"{one_line(hit.query.name)}  {f'({score})' if hit.neighbours else '-'}")
     for rank, near in enumerate(hit.neighbours, 1):
         place = f"{one_line(near.shard)}[{near.sample_index}]"
-        print(f"  {rank:>3}  {near.score:.6f}  {one_line(near.image_id)}  {place}")
+        original = found.get(near.place)
+        name = near.image_id if original is None or original.file is None else from_here(original.file)
+        print(f"  {rank:>3}  {near.score:.6f}  {one_line(name)}  {place}")
 
 
-def as_dict(hit: Hit) -> dict[str, object]:
-    """A query with its neighbours, for JSON."""
-    neighbours = [near._asdict() for near in hit.neighbours]
+def as_dict(hit: Hit, originals: Originals) -> dict[str, object]:
+    """A query with its neighbours, for JSON; `file` is the image's, where it is on this machine."""
+    found = originals.find((near.image_id, near.place) for near in hit.neighbours)
+    files = [original and original.file for original in (found.get(near.place) for near in hit.neighbours)]
+    neighbours = [
+        near._asdict() | {"file": None if file is None else printable(str(file))}
+        for near, file in zip(hit.neighbours, files, strict=True)
+    ]
     return {"query": hit.query.name, "reason": hit.query.reason or None, "neighbours": neighbours}
 
 
@@ -75,11 +87,13 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
     from shard_embedder.pipeline.embedding.queries import QueryEmbedder, find_images  # noqa: PLC0415
     from shard_embedder.pipeline.pages.near import search_page  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.index import open_index  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.originals import Originals  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.search import score_name, search_images  # noqa: PLC0415
 
-    check_page_options(flags)
+    shards, folder = check_page_options(flags)
     images = find_images(flags.images)
     index = open_index(flags.index)
+    originals = Originals.of_index(index, folder)
     embedder = QueryEmbedder(index.facts.made, flags.weights, flags.device)
     hits: list[Hit] = []
     num_failed = 0
@@ -88,14 +102,14 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
             num_failed += 1
             tell(f"{one_line(hit.query.name)}: {hit.query.reason}")
         elif not flags.json:
-            show(hit, score_name(index.facts.metric))
+            show(hit, score_name(index.facts.metric), originals)
         if flags.json or flags.html:
             hits.append(hit)
     if flags.json:
-        print(json.dumps([as_dict(hit) for hit in hits], indent=2, ensure_ascii=False))
+        print(json.dumps([as_dict(hit, originals) for hit in hits], indent=2, ensure_ascii=False))
     if flags.html:
         page = Path(flags.html)
-        page.write_text(search_page(index, hits, flags.input, page), encoding="utf-8")
+        page.write_text(search_page(index, hits, shards, page, originals), encoding="utf-8")
     return EXIT_SOME_FAILED if num_failed else EXIT_OK
 
 

@@ -12,13 +12,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from shard_embedder.jobs.support.command import Parser, not_empty, run_command
+from shard_embedder.jobs.support.command import Parser, add_input_option, not_empty, run_command
 from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_USAGE
 
-_EPILOG = """\
-example:
-  serve.py index/ --input shards/ --port 0
-"""
 _EXIT_CODES = {
     EXIT_USAGE: "wrong usage: no index, no shard, other weights than those of the index, or a port that is taken",
     EXIT_FAILED: "a disk or a store failed",
@@ -33,15 +29,9 @@ def _port(text: str) -> int:
 
 def parser() -> Parser:
     """The command line."""
-    top = Parser("serve.py", description=__doc__, epilog=_EPILOG, exit_codes=_EXIT_CODES)
+    top = Parser("serve.py", description=__doc__, examples=["index/ --port 0"], exit_codes=_EXIT_CODES)
     top.add_argument("index", type=not_empty, metavar="INDEX", help="folder that index.py wrote")
-    top.add_argument(
-        "--input",
-        nargs="+",
-        default=[],
-        metavar="URL",
-        help="the shards, named as for embed.py (default: where embed.py read them)",
-    )
+    add_input_option(top)
     top.add_argument("--host", type=not_empty, default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     top.add_argument("--port", type=_port, default=8080, help="port, 0 for a free one (default: 8080)")
     top.add_argument(
@@ -55,8 +45,9 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
     # torch takes seconds to import: --help and usage errors do not need it.
     from shard_embedder.pipeline.pages.live import open_live_search  # noqa: PLC0415
     from shard_embedder.pipeline.pages.server import serving  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.originals import find_input  # noqa: PLC0415
 
-    live = open_live_search(flags.index, flags.input, flags.weights, flags.device)
+    live = open_live_search(flags.index, find_input(flags.input).shards, flags.weights, flags.device)
     with serving(live, flags.host, flags.port) as served:
         if not served.is_loopback:
             tell(f"whoever reaches {served.url} sees the images of the index")

@@ -48,10 +48,6 @@ _SECRET = re.compile(
 # A line of a job's log may be coloured by Ray.
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 _EPILOG = """\
-examples:
-  jobs/submit.py -- jobs/embed.py --backbone resnet50 --input s3://bkt/shards --output s3://bkt/embeddings
-  EMBED_INPUT=s3://bkt/shards jobs/submit.py --env EMBED_INPUT --submission-id embed-2031-w07
-
 The exit code is the job's own where the job ended by itself (128 + N where signal N ended it).
 """
 _EXIT_CODES = {
@@ -82,6 +78,10 @@ def parser() -> Parser:
         usage="%(prog)s [option ...] [-- COMMAND [argument ...]]",
         description=f"{__doc__} The default COMMAND is {shlex.join(DEFAULT_ENTRYPOINT)}.",
         epilog=_EPILOG,
+        examples=[
+            "-- jobs/embed.py --input s3://b/in --output s3://b/out",
+            "--env EMBED_INPUT --submission-id embed-2031-w07",
+        ],
         exit_codes=_EXIT_CODES,
         interrupted="the job goes on, or stops with --stop-on-interrupt",
     )

@@ -48,14 +48,16 @@ _EXIT_CODES = {
 
 def parser() -> Parser:
     """The command line."""
-    top = Parser("verify.py", description=__doc__, epilog=_EPILOG, exit_codes=_EXIT_CODES)
+    top = Parser(
+        "verify.py", description=__doc__, epilog=_EPILOG, examples=["out/ --input shards/"], exit_codes=_EXIT_CODES
+    )
     add_output_argument(top)
     top.add_argument(
         "--input",
         nargs="+",
         default=[],
         metavar="URL",
-        help="the shards that were embedded, named as for embed.py: counts and ids must balance with them",
+        help="the shards or the folder of images, named as for embed.py: counts and ids must balance with them",
     )
     top.add_argument(
         "--recompute",

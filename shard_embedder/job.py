@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -53,7 +54,7 @@ class Run:
         return _dataset(self.output, ERRORS)
 
 
-def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settings: Any) -> Run:
+def embed(input: str | Path | list[str | Path], output: str | Path, *, on_ray: bool = False, **settings: Any) -> Run:
     """Embed every image of WebDataset shards into Parquet, or resume an earlier run.
 
     Args:
@@ -70,8 +71,8 @@ def embed(input: str | list[str], output: str, *, on_ray: bool = False, **settin
         ClusterError: the cluster lacks what the job needs.
         StoreError: the disk or the object store failed; run it again to resume.
     """
-    inputs = [input] if isinstance(input, str) else [os.fspath(one) for one in input]
-    config = parse({"input": inputs, "output": output, **settings})
+    inputs = [os.fspath(one) for one in ([input] if isinstance(input, (str, Path)) else input)]
+    config = parse({"input": inputs, "output": os.fspath(output), **settings})
     executor = closing(OnRay()) if on_ray else nullcontext(_in_process(config.device))
     job = prepare_job(config)
     with hold(job.config.output, lambda why: None, job.run) as lease, executor as chosen:

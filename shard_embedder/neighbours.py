@@ -46,20 +46,21 @@ class ImageIndex:
         return self.index.search(np.ascontiguousarray(vectors, np.float32), k)
 
 
-def build_index(output: str, index: str | Path, **options: Any) -> ImageIndex:
+def build_index(output: str | Path, index: str | Path, *, weights: str | None = None, **options: Any) -> ImageIndex:
     """Make the index of an output in a local folder, or add to it what is new, and open it.
 
     Args:
         output: what `embed` wrote.
         index: a local folder.
+        weights: where those of the output are, if they came from a file or a URL.
         **options: `metric` (cosine, ip, l2), `kind` (flat, hnsw, ivf), `memory_bytes`.
 
     Raises:
         SettingsError: FAISS is not installed, or an option has a wrong value.
         OutputError: no output, or an index of other settings.
     """
-    build(output, index, Options(**options))
-    return open_index(index)
+    build(str(output), index, Options(**options))
+    return open_index(index, weights)
 
 
 def open_index(index: str | Path, weights: str | None = None) -> ImageIndex:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from shard_embedder.jobs.support.exit_codes import EXIT_TERMINATED, code_of
+from shard_embedder.jobs.support.help_text import wrap
 from shard_embedder.pipeline.core.errors import PipelineError, SettingsError
 from shard_embedder.pipeline.core.redact import show
+
+if TYPE_CHECKING:
+    from shard_embedder.pipeline.retrieval.originals import Input
 
 _SCRIPT = "shard-embedder "
 
@@ -36,13 +41,15 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         prog: the command's name.
+        description: what the command does, for --help, and `epilog` what more there is to know.
+        examples: arguments to copy, for --help.
         exit_codes: what each exit code means, for --help.
         interrupted: what an interrupted command leaves behind, or how to resume it; shown after "interrupted: ".
     """
 
     def __init__(
-        self, prog: str, *, epilog: str = "", exit_codes: Mapping[int, str] | None = None, interrupted: str = "",
-        **options: Any,
+        self, prog: str, *, description: str | None = "", epilog: str = "", examples: Sequence[str] = (),
+        exit_codes: Mapping[int, str] | None = None, interrupted: str = "", **options: Any,
     ) -> None:  # fmt: skip
         left = f": {interrupted}" if interrupted else ""
         if exit_codes:
@@ -50,9 +57,16 @@ class Parser(argparse.ArgumentParser):
             epilog += f"\nexit codes:\n{lines}  130  interrupted (143 by SIGTERM){left}"
         # As it was typed: embed.py, or shard-embedder embed.
         typed = sys.argv[0]
+        prog = typed if typed.startswith(_SCRIPT) else prog
+        if examples:
+            lines = "".join(f"  {prog} {arguments}\n" for arguments in examples)
+            epilog = f"{'example' if len(examples) == 1 else 'examples'}:\n{lines}\n{epilog.lstrip()}"
+        # As argparse does for the options.
+        width = shutil.get_terminal_size().columns - 2
         super().__init__(
-            typed if typed.startswith(_SCRIPT) else prog,
-            epilog=epilog.lstrip("\n"),
+            prog,
+            description=wrap(description or "", width),
+            epilog=wrap(epilog.strip("\n"), width),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **options,
@@ -112,24 +126,28 @@ def add_output_argument(parser: Parser) -> None:
 def add_page_options(parser: Parser, page: str, *, also_for: str = "") -> None:
     """Add --html, which writes `page`, and --input, the shards whose images it shows."""
     parser.add_argument("--html", type=not_empty, metavar="FILE", help=f"also write {page}")
+    add_input_option(parser, f"for --html{also_for}: ")
+
+
+def add_input_option(parser: Parser, used_for: str = "") -> None:
+    """Add --input, what the output was made of."""
     parser.add_argument(
         "--input",
         nargs="+",
         default=[],
         metavar="URL",
-        help=f"for --html{also_for}: the shards, named as for embed.py (default: where embed.py read them)",
+        help=f"{used_for}the shards or the folder of images, named as for embed.py (default: what embed.py read)",
     )
 
 
-def check_page_options(flags: argparse.Namespace) -> None:
-    """Raise `SettingsError` if --html cannot be written, or --input names no shard."""
+def check_page_options(flags: argparse.Namespace) -> Input:
+    """What --input names. Raises a `PipelineError` if that is nothing, or --html cannot be written."""
     # PyArrow and fsspec take a while to import: --help does not need them.
-    from shard_embedder.pipeline.shards.find import find_shards  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.originals import find_input  # noqa: PLC0415
 
     if flags.html is not None:
         check_file("--html", flags.html)
-    if flags.input:
-        find_shards(flags.input)
+    return find_input(flags.input)
 
 
 def check_file(option: str, path: str) -> None:
@@ -153,6 +171,12 @@ def not_empty(text: str) -> str:
 def local_path(text: str) -> Path:
     """Argument type of a path on this machine."""
     return Path(not_empty(text))
+
+
+def from_here(path: Path) -> str:
+    """`path` as a person would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def at_least(least: int, *words: str) -> Callable[[str], int | str]:

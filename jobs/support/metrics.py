@@ -20,7 +20,7 @@ class Metrics:
 
     Counters: `embed_images_total`, `embed_errors_total` (by `reason`), `embed_read_bytes_total`,
     `embed_written_bytes_total`. Gauges: `embed_pending_shards`, and `embed_stage_busy_ratio` (by `stage`), the
-    share of the run in which the workers of a stage were busy; for `embed`, the devices.
+    share of the run, without its start, in which the workers of a stage were busy; for `embed`, the devices.
     """
 
     def __init__(self, run: str) -> None:
@@ -30,7 +30,9 @@ class Metrics:
         self._read = Counter("embed_read_bytes", "Bytes of shards read.", ("run",))
         self._written = Counter("embed_written_bytes", "Bytes of parts written.", ("run",))
         self._pending = Gauge("embed_pending_shards", "Shards that are not complete.", ("run",))
-        self._busy = Gauge("embed_stage_busy_ratio", "Share of the run in which a stage was busy.", ("run", "stage"))
+        self._busy = Gauge(
+            "embed_stage_busy_ratio", "Share of the run after its start in which a stage was busy.", ("run", "stage")
+        )
         self._num_pending = self._num_done = 0
         # Shown by the gauges; None before the first pass.
         self._num_left: int | None = None

@@ -29,14 +29,15 @@ from shard_embedder.pipeline.output.typed import check_types
 class Fingerprint:
     """What made an output. Two runs may share it if their `settings` are equal.
 
-    `input_prefix` is where the input was. `batch_size` is the images a batch, by kind of device, if it was asked for
-    or measured.
+    `input_prefix` is where the input was, `photos_folder` the folder of images that was packed there, if one was.
+    `batch_size` is the images a batch, by kind of device, if it was asked for or measured.
     """
 
     settings: OutputSettings
     versions: dict[str, str]
     input_prefix: str = ""
     batch_size: dict[str, int] = field(default_factory=dict)
+    photos_folder: str = ""
 
     @cached_property
     def digest(self) -> str:
@@ -49,13 +50,14 @@ class Fingerprint:
             "fingerprint": self.digest,
             "settings": self.settings.to_json(),
             "input_prefix": self.input_prefix,
+            "photos_folder": self.photos_folder,
             "batch_size": self.batch_size,
             "versions": self.versions,
         }
 
     @classmethod
     def from_json(cls, values: Any) -> Fingerprint:
-        """The inverse of `to_json`. A part has no `input_prefix`.
+        """The inverse of `to_json`. A part has neither `input_prefix` nor `photos_folder`.
 
         Raises:
             StoredDataError: not of this version, or changed by hand.
@@ -64,8 +66,9 @@ class Fingerprint:
             if not isinstance(values, dict):
                 raise TypeError(f"a JSON object is needed, not {type(values).__name__}")
             stated = values["fingerprint"]
-            prefix, sizes = values.get("input_prefix", ""), values.get("batch_size", {})
-            made = cls(OutputSettings.from_json(values["settings"]), values["versions"], prefix, sizes)
+            prefix, photos = values.get("input_prefix", ""), values.get("photos_folder", "")
+            sizes = values.get("batch_size", {})
+            made = cls(OutputSettings.from_json(values["settings"]), values["versions"], prefix, sizes, photos)
             check_types(made)
             if not all(isinstance(told, str) for told in made.versions.values()):
                 raise ValueError("versions must be texts")
@@ -81,7 +84,12 @@ class Fingerprint:
 
 
 def make_fingerprint(
-    settings: OutputSettings, *, weights_name: str, input_prefix: str, versions: dict[str, str]
+    settings: OutputSettings,
+    *,
+    weights_name: str,
+    input_prefix: str,
+    versions: dict[str, str],
+    photos_folder: str = "",
 ) -> Fingerprint:
     """The fingerprint of a run. `versions` are those of what computes the features."""
     base = {
@@ -94,7 +102,7 @@ def make_fingerprint(
     }
     heif = heif_version()
     optional = {} if heif is None else {"pillow_heif": heif}
-    return Fingerprint(settings, base | optional | versions, input_prefix)
+    return Fingerprint(settings, base | optional | versions, input_prefix, photos_folder=photos_folder)
 
 
 def read_fingerprint(output: str, limits: StoreLimits = LIMITS) -> Fingerprint | None:

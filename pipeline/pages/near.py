@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+from markupsafe import Markup
 
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 from shard_embedder.pipeline.output.names import Place
@@ -13,6 +18,7 @@ from shard_embedder.pipeline.pages.links import DUPLICATES, SEARCH, TITLES, link
 from shard_embedder.pipeline.pages.previews import Preview, Tile, preview, previews, shown
 from shard_embedder.pipeline.retrieval.duplicates import DuplicateCounts, Duplicates
 from shard_embedder.pipeline.retrieval.index import Index, Neighbour
+from shard_embedder.pipeline.retrieval.originals import Original, Originals
 from shard_embedder.pipeline.retrieval.search import Hit, score_name
 
 
@@ -25,25 +31,23 @@ def duplicates_page(
     inputs: Sequence[str],
     tag_of: Callable[[str], str | None],
     page: Path | None = None,
+    originals: Originals | None = None,
 ) -> str:
     """A page of rows with their near-duplicates, whose images are read from the shards of `inputs`.
 
     Where it names none, they are looked for where they were embedded. `notes` say how far the pairs can be trusted.
-    `page` is where the page will be stored: it links to the pages there.
+    `page` is where the page will be stored: it links to the pages there, and to the files that `originals` finds.
 
     Raises:
         InputError: the inputs name no shard.
     """
     made = open_output(output).made
-    places = {one.place for one in drawn} | {near.place for one in drawn for near in one.near}
-    pictures = previews(inputs, made.settings.naming, places, tag_of, made.input_prefix)
-    rows = [
-        [
-            Tile(pictures[one.place], "image", one.image_id, shown(one.place)),
-            *_tiles(one.near, "cosine", pictures),
-        ]
-        for one in drawn
-    ]
+    of_place = {one.place: one.image_id for one in drawn} | {
+        near.place: near.image_id for one in drawn for near in one.near
+    }
+    pictures = previews(inputs, made.settings.naming, of_place, tag_of, made.input_prefix)
+    named = _Named.of(of_place, pictures, page, originals)
+    rows = [[named.tile("image", one.image_id, one.place), *_tiles(one.near, "cosine", named)] for one in drawn]
     numbers = [
         ("pairs", f"{found.num_pairs:,}"),
         ("least cosine of a pair", f"{threshold:g}"),
@@ -53,22 +57,29 @@ def duplicates_page(
     return _page(DUPLICATES, made, output, numbers, notes, rows, page)
 
 
-def search_page(index: Index, hits: Sequence[Hit], inputs: Sequence[str], page: Path | None = None) -> str:
+def search_page(
+    index: Index,
+    hits: Sequence[Hit],
+    inputs: Sequence[str],
+    page: Path | None = None,
+    originals: Originals | None = None,
+) -> str:
     """A page of the queries with their neighbours, whose images are read from the shards of `inputs`.
 
     Where it names none, they are looked for where they were embedded. `page` is where the page will be stored: it
-    links to the pages there.
+    links to the pages there, and to the files that `originals` finds.
 
     Raises:
         InputError: the inputs name no shard.
     """
     facts = index.facts
-    places = {near.place for hit in hits for near in hit.neighbours}
-    pictures = previews(inputs, facts.made.settings.naming, places, index.tag, facts.made.input_prefix)
+    of_place = {near.place: near.image_id for hit in hits for near in hit.neighbours}
+    pictures = previews(inputs, facts.made.settings.naming, of_place, index.tag, facts.made.input_prefix)
+    named = _Named.of(of_place, pictures, page, originals)
     rows = [
         [
             Tile(_preview(hit.query.path), "query", Path(hit.query.name).name, hit.query.reason),
-            *_tiles(hit.neighbours, score_name(facts.metric), pictures),
+            *_tiles(hit.neighbours, score_name(facts.metric), named),
         ]
         for hit in hits
     ]
@@ -104,12 +115,43 @@ def _page(
     return render("near.html.j2", values)
 
 
-def _tiles(neighbours: Iterable[Neighbour], score: str, pictures: Mapping[Place, Preview]) -> list[Tile]:
-    """Neighbours with what their score is called, and their previews."""
-    return [
-        Tile(pictures[near.place], f"{score} {near.score:.4f}", near.image_id, shown(near.place))
-        for near in neighbours
-    ]
+class _Named(NamedTuple):
+    """Rows with their previews and originals, for the page at a place."""
+
+    pictures: Mapping[Place, Preview]
+    originals: Mapping[Place, Original]
+    page: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        of_place: Mapping[Place, str],
+        pictures: Mapping[Place, Preview],
+        page: Path | None,
+        originals: Originals | None,
+    ) -> _Named:
+        found = {} if originals is None else originals.find((name, place) for place, name in of_place.items())
+        return cls(pictures, found, page)
+
+    def tile(self, label: str, image_id: str, place: Place) -> Tile:
+        """One row. Its path comes first, where it names one."""
+        original = self.originals.get(place)
+        if original is None:
+            return Tile(self.pictures[place], label, image_id, shown(place))
+        where = shown(place) if original.path == image_id else f"{image_id} in {shown(place)}"
+        file, page = original.file, self.page
+        href = None if file is None or page is None else _href(file, page)
+        return Tile(self.pictures[place], label, original.path, where, href)
+
+
+def _tiles(neighbours: Iterable[Neighbour], score: str, named: _Named) -> list[Tile]:
+    """Neighbours with what their score is called."""
+    return [named.tile(f"{score} {near.score:.4f}", near.image_id, near.place) for near in neighbours]
+
+
+def _href(file: Path, page: Path) -> Markup:
+    """Where a file is from a page. Nothing in it acts: what is no letter or digit is quoted."""
+    return Markup(quote(os.fsencode(os.path.relpath(file.resolve(), page.resolve().parent))))
 
 
 def _preview(path: Path) -> Preview:

@@ -42,12 +42,16 @@ class Preview(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One image on a page: how it looks, what it is or how near, what it is called, and where it is."""
+    """One image on a page: how it looks, what it is or how near, what it is called, and where it is.
+
+    `href` leads to its file, where it is on this machine.
+    """
 
     preview: Preview
     label: str
     name: str
     place: str
+    href: str | None = None
 
 
 def shown(place: Place) -> str:

@@ -48,13 +48,14 @@ def bottleneck(report: Mapping[str, Any]) -> str:
     """What was slowest, in a sentence or two."""
     slowest = report["slowest_stage"]
     busy = min(report["stage_busy"][slowest], 1.0)
-    said = f"{slowest.capitalize()} was the slowest stage: its workers were busy {format_share(busy)} of the time."
+    share = format_share(busy)
+    said = f"{slowest.capitalize()} was the slowest stage: its workers were busy {share} of the time after the start."
     first_s = report["first_part_s"]
     start = "" if first_s is None else f" The first part was stored after {format_duration(first_s)}."
     late = first_s is not None and first_s > report["wall_s"] / 3
     if busy >= _IDLE_SHARE:
         return f"{said} {_ADVICE[slowest]}{start if late else ''}"
-    return f"{said} No stage was busy for half of the run: starting up and waiting took the rest.{start}"
+    return f"{said} No stage was busy for half of that time: waiting took the rest.{start}"
 
 
 def make_bins(report: Mapping[str, Any]) -> Bins:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-from fsspec.implementations.local import LocalFileSystem
 
 from shard_embedder.pipeline.backbones import library_of
 from shard_embedder.pipeline.backbones.weights_spec import Weights
@@ -33,14 +29,15 @@ from shard_embedder.pipeline.output.names import EMBEDDINGS, RUN_FILE
 from shard_embedder.pipeline.output.parts import read_facts
 from shard_embedder.pipeline.output.settings import OutputSettings
 from shard_embedder.pipeline.shards.find import Refused, Shard, ShardSet, find_shards, shards_below
-from shard_embedder.pipeline.shards.keys import HEIF_EXTENSIONS
-from shard_embedder.pipeline.shards.pack import holds_images
+from shard_embedder.pipeline.shards.keys import HEIF_EXTENSIONS, printable
 from shard_embedder.pipeline.shards.photos import (
     PACKED,
     PackingRules,
     Photos,
     compare_again,
     find_photos,
+    images_folder,
+    local_folder,
     pack_photos,
 )
 from shard_embedder.pipeline.shards.samples import bound_part_rows
@@ -148,7 +145,13 @@ def prepare_job(config: Config) -> Job:
     versions = library.versions()
     if device_share(config.decode):
         versions = {**versions, "torchcodec": torchcodec_version() or ""}
-    asked = make_fingerprint(settings, weights_name=weights.name, input_prefix=found.prefix, versions=versions)
+    asked = make_fingerprint(
+        settings,
+        weights_name=weights.name,
+        input_prefix=found.prefix,
+        versions=versions,
+        photos_folder="" if photos is None else printable(str(photos.folder.resolve())),
+    )
     network = Network(backbone=backbone, preprocess=preprocess, features=config.features, normalize=config.normalize)
     return match_output(
         Job(
@@ -163,10 +166,10 @@ def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
     try:
         return config, find_shards(config.input), None
     except NoShardError:
-        folder = _local_folder(config.input[0]) if len(config.input) == 1 else None
-        if folder is None or not holds_images(folder):
+        folder = images_folder(config.input)
+        if folder is None:
             raise
-    output = _local_folder(config.output)
+    output = local_folder(config.output)
     if output is None:
         raise InputError(
             f"output must be on this machine where input is a folder of images, got {config.output}: pack the images "
@@ -185,13 +188,6 @@ def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
 def _describe_heif(photos: Photos) -> str:
     number = format_count(photos.num_undecodable, "HEIC image")
     return f"{number} of {photos.folder} left out: they need pillow-heif. {INSTALL_HEIF} and run the command again"
-
-
-def _local_folder(url: str) -> Path | None:
-    """The path of a folder on this machine, which may not exist yet; None for a file, or a place elsewhere."""
-    fs, path = locate(url)
-    is_folder = isinstance(fs, LocalFileSystem) and (os.path.isdir(path) or not os.path.lexists(path))
-    return Path(path) if is_folder else None
 
 
 def pack_input(job: Job, on_progress: Progress = no_progress) -> Job:

@@ -49,13 +49,13 @@ def make_report(
     `step_s` seconds since the begin (`started_at`) the images of the parts stored in it, and the seconds that each
     stage worked on them; `stage_workers` is how many workers of a stage can be busy at once, on average.
     `num_devices` is the most that there were at once; `device_hours` counts each for as long as it was there.
-    `images_per_s`, and what a million images take, are of the work alone (`work_s`), from the end of the start
-    (`start_s`) to the last part; a million is not told of less than a minute of work.
+    `images_per_s`, `stage_busy`, and what a million images take, are of the work alone (`work_s`), from the end of
+    the start (`start_s`) to the last part; a million is not told of less than a minute of work.
     """
     wall_s, device_s, devices = tally.wall_s, tally.device_s, tally.devices
     resources = tally.resources
     slots = tally.slots or dict.fromkeys(STAGES, 1.0)
-    slowest, busy = slowest_stage(tally.stage_s, slots, wall_s)
+    slowest, busy = slowest_stage(tally.stage_s, slots, tally.work_s)
     price = job.config.price_per_hour
     device_hours = device_s / 3600
     per_million = tally.device_hours_per_million_images

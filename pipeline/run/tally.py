@@ -154,8 +154,8 @@ class Tally:
 
     @property
     def busy(self) -> dict[str, float]:
-        """The share of the run until now in which the workers of a stage were busy: those that there were."""
-        return slowest_stage(self.stage_s, self.slots, self.wall_s)[1] if self.slots else {}
+        """The share of the work until now in which the workers of a stage were busy: those that there were."""
+        return slowest_stage(self.stage_s, self.slots, self.work_s)[1] if self.slots else {}
 
     @property
     def slots(self) -> dict[str, float]:
@@ -165,13 +165,13 @@ class Tally:
         return {**self.resources.slots, **({STAGE_EMBED: self.device_s / self.wall_s} if self.devices else {})}
 
 
-def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], wall_s: float) -> tuple[str, dict[str, float]]:
-    """The stage whose workers were busy for the largest share of the run, and that share of each.
+def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], took_s: float) -> tuple[str, dict[str, float]]:
+    """The stage whose workers were busy for the largest share of the time, and that share of each.
 
     Args:
         stage_s: seconds that a stage's workers worked, all together.
         slots: how many workers of a stage can run at once.
-        wall_s: how long the run took.
+        took_s: how long the work took, without the start.
     """
-    busy = {stage: stage_s[stage] / max(slots[stage] * wall_s, 1e-9) for stage in stage_s}
+    busy = {stage: stage_s[stage] / max(slots[stage] * took_s, 1e-9) for stage in stage_s}
     return max(busy, key=lambda stage: busy[stage]), busy

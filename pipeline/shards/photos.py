@@ -12,17 +12,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fsspec.implementations.local import LocalFileSystem
 from webdataset import TarWriter
 
 from shard_embedder.pipeline.core.errors import InputError, OutputError, StoredDataError
 from shard_embedder.pipeline.core.formatting import format_count, format_size
 from shard_embedder.pipeline.core.groups import grouped
 from shard_embedder.pipeline.core.progress import Progress, no_progress
+from shard_embedder.pipeline.core.storage import locate
 from shard_embedder.pipeline.shards.left_out import SUFFIX
 from shard_embedder.pipeline.shards.pack import (
     HEADER,
@@ -31,6 +33,7 @@ from shard_embedder.pipeline.shards.pack import (
     Found,
     ImageFile,
     find_images,
+    holds_images,
     make_sample,
 )
 
@@ -111,6 +114,19 @@ class Photos:
             f"{number}{total} of {self.folder} ({format_size(self.bytes_to_pack)}) into {shards} in {self.shards}"
             + (f": {why}" if number else "")
         )
+
+
+def images_folder(inputs: Sequence[str]) -> Path | None:
+    """The folder of images on this machine that an input without shards is; None where it is none."""
+    folder = local_folder(inputs[0]) if len(inputs) == 1 else None
+    return folder if folder is not None and holds_images(folder) else None
+
+
+def local_folder(url: str) -> Path | None:
+    """Where a folder is on this machine, there or yet to be made; None where it is elsewhere, or a file."""
+    fs, path = locate(url)
+    is_folder = isinstance(fs, LocalFileSystem) and (os.path.isdir(path) or not os.path.lexists(path))
+    return Path(path) if is_folder else None
 
 
 def find_photos(folder: Path, output: Path, rules: PackingRules = RULES) -> Photos:

@@ -12,11 +12,11 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from shard_embedder.pipeline.core.errors import StoreError
+from shard_embedder.pipeline.core.errors import NoShardError, StoreError
 from shard_embedder.pipeline.core.formatting import format_count, one_line
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.redact import describe
-from shard_embedder.pipeline.core.storage import list_files, locate
+from shard_embedder.pipeline.core.storage import join, list_files, locate
 from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER
 from shard_embedder.pipeline.output.names import (
     EMBEDDINGS,
@@ -30,7 +30,7 @@ from shard_embedder.pipeline.output.names import (
 )
 from shard_embedder.pipeline.shards.find import Shard, find_shards
 from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out
-from shard_embedder.pipeline.shards.photos import PACKED
+from shard_embedder.pipeline.shards.photos import PACKED, images_folder
 from shard_embedder.pipeline.verify.findings import Verdict
 from shard_embedder.pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
 from shard_embedder.pipeline.verify.recompute import Recompute, ShardPart, build_reference, draw_rows, recompute_rows
@@ -49,7 +49,7 @@ def verify(
     threads: int = THREADS,
     on_progress: Progress = no_progress,
 ) -> Verdict:
-    """Read every part of `output`, and compare it with the tars of `inputs`, if any.
+    """Read every part of `output`, and compare it with the tars of `inputs`, if any; or with a folder of images.
 
     Memory holds `threads` parts at a time, and the ids of one or two shards. `recompute` needs `inputs`.
 
@@ -60,7 +60,7 @@ def verify(
     """
     expected = read_expected(output)
     verdict = Verdict(output, expected.digest)
-    shards = _find_shards_by_name(inputs, expected, verdict) if inputs else {}
+    shards = _find_shards_by_name(inputs, expected, verdict, output) if inputs else {}
     reference = build_reference(expected.made, recompute, verdict) if recompute is not None and inputs else None
     versions = _group_by_version(_list_parts(output, verdict), shards, verdict)
     sources: list[ShardPart] = []
@@ -83,8 +83,16 @@ def verify(
     return verdict
 
 
-def _find_shards_by_name(inputs: Sequence[str], expected: Expected, verdict: Verdict) -> dict[str, Shard]:
-    found = find_shards(inputs)
+def _find_shards_by_name(
+    inputs: Sequence[str], expected: Expected, verdict: Verdict, output: str
+) -> dict[str, Shard]:
+    try:
+        found = find_shards(inputs)
+    except NoShardError:
+        if images_folder(inputs) is None:
+            raise
+        # As the job takes it: its images are packed there.
+        found = find_shards([join(output, PACKED)])
     prefix = expected.made.input_prefix
     if found.prefix != prefix:
         verdict.notes.append(

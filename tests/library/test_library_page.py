@@ -22,11 +22,12 @@ def test_the_blocks_of_the_page_run_in_order(
     write_shards(tmp_path / "shards", num_shards=2, samples_each=3)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     printed = capsys.readouterr().out
     assert "6 embeddings, 0 errors {}" in printed
     assert "000-0002 photos-00000" in printed
+    assert "layer2 [2, 128, 28, 28]\nlayer3 [2, 256, 14, 14]" in printed
     assert "the output was made with other settings" in printed

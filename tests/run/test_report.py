@@ -104,7 +104,9 @@ def test_images_that_a_device_refused_are_counted_with_what_it_said_of_the_first
 def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were_asked_for() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}]
     resources, _ = divide(parse({"input": ["in"], "output": "out", "device": "cuda", "actors": "1:4"}), nodes)
-    tally = Tally(started=time.monotonic() - 100, resources=resources)
+    tally = Tally(started=time.monotonic(), resources=resources)
+    tally.add(receipt(embed_s=0.0))
+    tally.started -= 100
     tally.add(receipt(embed_s=50.0))
     assert tally.busy["embed"] == pytest.approx(50 / 400, rel=0.05)
     tally.devices = DeviceTime(resources.requests[0], 4, tally.started, nodes)
@@ -133,6 +135,16 @@ def test_rates_are_of_the_work_and_not_of_the_start() -> None:
     tally.add(receipt(num_embedded=40, embed_s=9.0))
     assert tally.images_per_s == pytest.approx(80 / 18, rel=0.05)
     assert (Tally().images_per_s, Tally().start_s) == (0.0, None)
+
+
+def test_stages_are_busy_in_the_time_after_the_start() -> None:
+    # 100 s of start, then 10 s in which the device computed for 9.
+    tally = worked(110, read_s=1.0, embed_s=9.0)
+    assert tally.busy["embed"] == pytest.approx(0.9, rel=0.05)
+    # A stage that waits is idle from the first part on; its device was there all the time.
+    tally.started, tally.devices = tally.started - 10, None
+    tally.add(receipt(embed_s=0.0))
+    assert tally.busy["embed"] == pytest.approx(0.45, rel=0.05)
 
 
 def test_a_million_images_are_not_told_of_less_than_a_minute_of_work() -> None:
