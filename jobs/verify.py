@@ -120,6 +120,10 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
             f"MEND  delete {one_line(parts)} in {one_line(verdict.output)}, and the same in errors/: this input does "
             "not name the shard, so no run makes them again; if it is to be embedded again, put it back first"
         )
+    if any(finding.rule == "shard-refused" for finding in verdict.findings):
+        out.print(
+            "MEND  rename the refused shards, or host them where byte ranges are answered; then run embed.py again"
+        )
     if verdict.broken_shards:
         out.print("MEND  replace the broken shards, where it was not the network that failed: a run reads them again")
     if verdict.mended_by_a_run:

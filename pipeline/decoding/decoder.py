@@ -136,6 +136,7 @@ class Decoder:
             and header.coded_pixels <= _MAX_PIXELS
             and jpeg.scans_cost(header, data, most_cost) <= most_cost
             and len(header.exif) + len(header.xmp) <= _MAX_METADATA
+            and (header.frame != jpeg.PROGRESSIVE or jpeg.missing_scans(data, header) is None)
         )
         return header if is_plain else None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +32,11 @@ MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
 _COLOURS = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 # What libjpeg says where a part of the picture is missing, or is not what was there.
 _MISSING = ("remature end of", "bad Huffman code", "bad arithmetic code", " instead of RST")
-# What it says where the picture is there, and more behind it; and the least of that which is looked at.
-_LEFT_OVER, _FILLER_BYTES = "extraneous bytes before marker", 64
+# The least of equal bytes at the end that is looked at, and what would be decoded if a picture went on.
+_FILLER_BYTES, _PICTURE = 64, bytes(range(7, 247)) * 8
+_FIRST_RESTART, _LAST_RESTART, _RESTART = 0xD0, 0xD7, re.compile(rb"\xff[\xd0-\xd7]")
+PROGRESSIVE = 0xC2
+_PROGRESSIVE_FRAMES, _ALL_COEFFICIENTS = frozenset({PROGRESSIVE, 0xC6, 0xCA, 0xCE}), 2**64 - 1
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 # Markers without a length: restarts, and one that is reserved.
 _BARE = frozenset({0x01, *range(0xD0, 0xD8)})
@@ -180,61 +183,86 @@ def decode(data: bytes, header: JpegHeader, eighths: int = WHOLE) -> Pixels | No
     return pixels if pixels.shape[:2] == (height, width) else None
 
 
-def damage(data: bytes, *, is_faultless: bool) -> str | None:
+def missing_scans(data: bytes, header: JpegHeader) -> str | None:
+    """Which scans of a JPEG are not there; None where every component has all of its coefficients whole."""
+    left = dict.fromkeys(header.components, _ALL_COEFFICIENTS)
+    unseen = set(left)
+    is_progressive = header.frame in _PROGRESSIVE_FRAMES
+    for components, first, last, low_bit in _scans(data, header):
+        coded = (2 << last) - (1 << first) if low_bit == 0 else 0
+        for component in components:
+            unseen.discard(component)
+            left[component] = left.get(component, 0) & ~(coded if is_progressive else _ALL_COEFFICIENTS)
+        if not any(left.values()):
+            return None
+    if unseen:
+        return f"{len(unseen)} of its {len(header.components)} colour components are missing"
+    return "its later scans are missing"
+
+
+def damage(data: bytes, looks_the_same: Callable[[bytes], bool], *, is_faultless: bool) -> str | None:
     """Which part of the picture of a JPEG is missing, though it can be decoded; None for a whole one.
 
     `data` is without metadata, whose faults would be told first. With `is_faultless`, `decode` has taken it.
+    `looks_the_same` tells whether other data gives the same picture; it is asked where libjpeg-turbo stops at
+    something else, or does not know the kind of JPEG.
     """
     header = read_header(data)
     if header is None or len(header.components) not in _COLOURS:
         return None
-    num_unseen = len(set(header.components) - _seen(data, header))
-    if num_unseen:
-        return f"{num_unseen} of its {len(header.components)} colour components are missing"
-    if is_faultless:
-        return None
-    colours = _COLOURS[len(header.components)]
+    missing = missing_scans(data, header)
+    if missing is not None or is_faultless:
+        return missing
     try:
-        simplejpeg.decode_jpeg(data, colours, strict=True)
+        simplejpeg.decode_jpeg(data, _COLOURS[len(header.components)], strict=True)
     except ValueError as error:
         message = str(error)
     else:
         return None
     if any(text in message for text in _MISSING):
         return message.removeprefix("Corrupt JPEG data: ")
-    if _LEFT_OVER in message and _is_of_filler(data, header, colours):
-        return "its data ends in filler, which was decoded as picture"
-    return None
-
-
-def _seen(data: bytes, header: JpegHeader) -> set[int]:
-    """The components that some scan has."""
-    seen = set(header.first_scan)
-    position = header.data_start
-    while not seen.issuperset(header.components):
-        found = MARKER.search(data, position)
-        if found is None or data[found.start() + 1] == EOI:
-            break
-        position = found.start() + 1
-        kind = data[position]
-        if kind == SOS and position + 4 <= len(data):
-            seen.update(data[position + 4 : position + 4 + 2 * data[position + 3] : 2])
-        if kind != 0xFF:  # padding
-            position += 1 + int.from_bytes(data[position + 1 : position + 3], "big")
-    return seen
-
-
-def _is_of_filler(data: bytes, header: JpegHeader, colours: str) -> bool:
-    """Whether the equal bytes that the compressed data ends in are needed for the picture: with others it changes."""
     end = data.rfind(bytes((0xFF, EOI)))
-    end = len(data) if end < 0 else end
+    end = len(data[:end].rstrip(b"\xff") if end >= 0 else data)
+    filled = _with_other_filler(data, header, end)
+    if filled is not None and not looks_the_same(filled):
+        return "its data ends in filler, which was decoded as picture"
+    # What stands behind the whole of a picture is not decoded.
+    restart = bytes((0xFF, _next_restart(data, end)))
+    if all(looks_the_same(data[:end] + more + _PICTURE + data[end:]) for more in (b"", restart)):
+        return None
+    return "its data ends before its last row"
+
+
+def _scans(data: bytes, header: JpegHeader) -> Iterator[tuple[tuple[int, ...], int, int, int]]:
+    """Of each scan its components, its first and last coefficient, and the lowest bit of these that it has."""
+    position = header.data_start - 8 - 2 * len(header.first_scan)
+    while 0 <= position < len(data) - 4:
+        kind = data[position + 1]
+        if kind == SOS:
+            count = data[position + 4]
+            spectrum = data[position + 5 + 2 * count : position + 8 + 2 * count]
+            if len(spectrum) == 3 and spectrum[1] < 64:
+                components = tuple(data[position + 5 : position + 5 + 2 * count : 2])
+                yield components, spectrum[0], spectrum[1], spectrum[2] & 15
+        if kind == EOI:
+            return
+        # Padding is a byte of 0xFF, and has no length.
+        length = 0 if kind == 0xFF else int.from_bytes(data[position + 2 : position + 4], "big") + 1
+        found = MARKER.search(data, position + 1 + length)
+        position = -1 if found is None else found.start()
+
+
+def _with_other_filler(data: bytes, header: JpegHeader, end: int) -> bytes | None:
+    """The same with others in place of the equal bytes that the compressed data ends in; None where these are few."""
     start = max(header.data_start, len(data[:end].rstrip(data[end - 1 : end])))
+    # The zero after 0xFF is a part of it.
+    start += data[start - 1] == 0xFF
     if end - start < _FILLER_BYTES:
-        return False
-    other = bytes([data[end - 1] ^ 0x33])
-    changed = data[:start] + other * (end - start) + data[end:]
-    try:
-        pixels, others = (simplejpeg.decode_jpeg(one, colours, strict=False) for one in (data, changed))
-    except ValueError:
-        return False
-    return not np.array_equal(pixels, others)
+        return None
+    return data[:start] + (b"\x5a" if data[end - 1] == 0x33 else b"\x33") * (end - start) + data[end:]
+
+
+def _next_restart(data: bytes, end: int) -> int:
+    """The marker of the restart that comes after the last one."""
+    *_, last = [_LAST_RESTART, *(data[found.start() + 1] for found in _RESTART.finditer(data, 0, end))]
+    return _FIRST_RESTART if last == _LAST_RESTART else last + 1

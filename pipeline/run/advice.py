@@ -13,7 +13,7 @@ from shard_embedder.pipeline.output.ledger import Counts
 from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.keys import FIRST_DOT
-from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out
+from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out, how_to_read
 
 
 def make_warnings(job: Job, counts: Counts, tally: Tally) -> list[str]:
@@ -36,7 +36,7 @@ def _archives(left_out: Mapping[str, int]) -> list[str]:
     number = format_count(sum(archives.values()), "file")
     return [
         f"{number} of the input may be shards and were not read: {format_left_out(archives)}. "
-        "Only plain .tar is read: decompress them, and run the same command again."
+        f"Only plain .tar is read: {how_to_read(archives)}; then run the same command again."
     ]
 
 

@@ -39,6 +39,7 @@ from shard_embedder.pipeline.shards.left_out import (
     add_left_out,
     archives_among,
     format_left_out,
+    how_to_read,
     is_hidden,
     is_tar,
 )
@@ -294,7 +295,7 @@ def _why_none(spec: str, left_out: Mapping[str, int], limits: StoreLimits) -> st
     """What is known of a spec that gave no shard."""
     archives = archives_among(left_out)
     if archives:
-        return f"; it holds {format_left_out(archives)}, and only plain {SUFFIX} is read: decompress them"
+        return f"; it holds {format_left_out(archives)}, and only plain {SUFFIX} is read: {how_to_read(archives)}"
     if "://" in spec:
         return _no_bucket(*locate(spec, limits), limits)
     if _has_wildcard(spec):

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 SUFFIX = ".tar"
-# What may hold a tar, and is not read.
-_ARCHIVES = (".tgz", ".tbz2", ".txz", ".tzst", ".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar")
+# What may hold a tar, and is not read; and the program that makes a `.tar` of it, where it is one compressed.
+_ARCHIVES = {
+    ".tgz": "gunzip", ".gz": "gunzip", ".tbz2": "bunzip2", ".bz2": "bunzip2", ".txz": "unxz", ".xz": "unxz",
+    ".tzst": "unzstd", ".zst": "unzstd", ".lz4": "unlz4", ".zip": None, ".7z": None, ".rar": None,
+}  # fmt: skip
 # A piece that begins with a dot, and is not `.` or `..`, which no listing should have.
 _HIDDEN_PIECE = re.compile(r"(?:^|/)\.(?!\.?(?:/|$))")
 _HIDDEN, _NO_EXTENSION, _OTHERS = "hidden", "without an extension", "of other kinds"
@@ -41,7 +44,15 @@ def add_left_out(left_out: Counter[str], path: str) -> None:
 
 def archives_among(left_out: Mapping[str, int]) -> dict[str, int]:
     """Those that may hold a tar."""
-    return {kind: count for kind, count in left_out.items() if kind.endswith(_ARCHIVES)}
+    return {kind: count for kind, count in left_out.items() if kind.endswith(tuple(_ARCHIVES))}
+
+
+def how_to_read(archives: Mapping[str, int]) -> str:
+    """What makes shards of archives, such as `decompress them with gunzip`."""
+    found = {program for end, program in _ARCHIVES.items() if any(kind.endswith(end) for kind in archives)}
+    programs = " or ".join(f"`{program}`" for program in sorted(filter(None, found)))
+    steps = [f"decompress them with {programs}"] if programs else []
+    return ", and ".join([*steps, *(["make a .tar of each other one"] if None in found else [])])
 
 
 def format_left_out(left_out: Mapping[str, int]) -> str:

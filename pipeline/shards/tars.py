@@ -61,6 +61,7 @@ _MAGIC = {
     b"<?": "an XML text",
     b'{"': "a JSON text",
 }
+_DECOMPRESS = {"gzip data": "gunzip", "bzip2 data": "bunzip2", "xz data": "unxz", "zstd data": "unzstd"}
 _SEARCH_BYTES = (2**12, 2**18)
 # So little is gone back over at any fault, to find a header that begins earlier than it should.
 _FREE_BYTES = 2 * BLOCK
@@ -266,4 +267,7 @@ def _looks_like(block: bytes, start: int) -> str:
     if start > 0:
         return ""
     kinds = [kind for magic, kind in _MAGIC.items() if block.lstrip()[: len(magic)] == magic]
-    return f"; it looks like {kinds[0]}, and only plain .tar is read" if kinds else ""
+    if not kinds:
+        return ""
+    advice = f": decompress it with `{_DECOMPRESS[kinds[0]]}`" if kinds[0] in _DECOMPRESS else ""
+    return f"; it looks like {kinds[0]}, and only plain .tar is read{advice}"

@@ -17,6 +17,7 @@ RULES = {
     "two-versions": "a shard's parts are of one version of it",
     "old-version": "a shard's parts are of its present version in the input",
     "shard-missing": "every shard of the input is in the output",
+    "shard-refused": "every shard of the input has a name that an output can have, and can be read piece by piece",
     "shard-broken": "a shard was read to its proven end",
     "errors-missing": "a part that counts errors has its errors file",
     "errors-alone": "an errors file belongs to a part, which counts errors",

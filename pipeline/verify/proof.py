@@ -29,7 +29,7 @@ from shard_embedder.pipeline.output.names import (
     version_tag,
 )
 from shard_embedder.pipeline.shards.find import Shard, find_shards
-from shard_embedder.pipeline.shards.left_out import archives_among, format_left_out
+from shard_embedder.pipeline.shards.left_out import SUFFIX, archives_among, format_left_out
 from shard_embedder.pipeline.shards.photos import PACKED, images_folder
 from shard_embedder.pipeline.verify.findings import Verdict
 from shard_embedder.pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
@@ -101,6 +101,8 @@ def _find_shards_by_name(
     archives = archives_among(found.left_out)
     if archives:
         verdict.notes.append(f"files of the input that may be shards and are not read: {format_left_out(archives)}")
+    for name, reason in found.refused:
+        verdict.add_finding(f"{name}{SUFFIX}", "shard-refused", reason)
     return {shard.name: shard for shard in found.shards}
 
 

@@ -24,7 +24,10 @@ FIRST = re.findall(r"^```python\n(.*?)^```", TESTED.partition("\n## ")[0], re.DO
 MODULES = {
     "PyArrow": "pyarrow", "DuckDB": "duckdb", "Polars": "polars", "pandas": "pandas",
     "Hugging Face datasets": "datasets", "LanceDB": "lancedb", "FAISS": "faiss", "Ray Data": "ray",
+    "Spark": "pyspark",
 }  # fmt: skip
+# Ray Data needs the tests' Ray, and Spark Java (`test_spark.py`).
+IN_THIS_PROCESS = [name for name in MODULES if name not in ("Ray Data", "Spark")]
 WIDENS = ("DuckDB", "FAISS", "Hugging Face datasets")
 
 
@@ -50,7 +53,7 @@ def run_code(name: str, output: Path, folder: Path) -> tuple[dict[str, Any], lis
     with contextlib.chdir(folder):
         for code in (*FIRST, CODE[name]):
             exec(compile(code, f"readers.md, {name}", "exec"), names)
-            if name == "Ray Data":  # whose workers stay in the folder where the tests' Ray was started
+            if name not in IN_THIS_PROCESS:  # but in the folder where its own processes were started
                 names["OUTPUT"] = str(folder / "embeddings")
     assert names["C"] == stored.shape[1]
     return names, [image_id.partition("|")[2] for image_id in ids], stored
@@ -86,7 +89,7 @@ def test_every_reader_of_the_table_has_code_that_is_run() -> None:
     assert "These need a server" in UNTESTED
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "Ray Data"])
+@pytest.mark.parametrize("name", IN_THIS_PROCESS)
 def test_the_same_ids_and_embeddings_arrive(name: str, output: Path, tmp_path: Path) -> None:
     pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install -e '.[readers]'")
     check(name, output, tmp_path)
@@ -147,7 +150,7 @@ def test_shards_of_any_name_are_read_under_their_true_name(name: str, oddly_name
     assert sorted(columns) == ["cls", "embedding", "image_id", "sample_index", "shard"]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "Ray Data"])
+@pytest.mark.parametrize("name", IN_THIS_PROCESS)
 def test_the_code_of_the_docs_reads_shards_of_any_name(name: str, oddly_named: Path, tmp_path: Path) -> None:
     pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install -e '.[readers]'")
     check(name, oddly_named, tmp_path)

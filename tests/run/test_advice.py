@@ -101,8 +101,9 @@ def test_files_that_may_be_shards_and_are_not_read_are_told_in_the_plan_and_warn
     assert report["samples"] == 2
     assert report["left_out_files"] == {".tar.gz": 2, ".tgz": 1, ".json": 1}
     (warning,) = report["warnings"]
-    assert warning.startswith(
-        "3 files of the input may be shards and were not read: 2 .tar.gz, 1 .tgz. Only plain .tar"
+    assert warning == (
+        "3 files of the input may be shards and were not read: 2 .tar.gz, 1 .tgz. Only plain .tar is read: "
+        "decompress them with `gunzip`; then run the same command again."
     )
     job = prepare_job(embed(tmp_path / "in", tmp_path / "out"))
     plan = make_plan(job.shards, job.config.output)

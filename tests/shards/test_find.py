@@ -134,7 +134,7 @@ def test_a_folder_of_archives_alone_is_told_what_to_do(tmp_path: Path) -> None:
         write_bytes(str(tmp_path), name, b"x")
     for spec in (str(tmp_path), f"{tmp_path}/*"):
         with pytest.raises(
-            InputError, match=r"; it holds 2 \.tar\.gz, and only plain \.tar is read: decompress them$"
+            InputError, match=r"; it holds 2 \.tar\.gz, and only plain \.tar is read: decompress them with `gunzip`$"
         ):
             find_shards([spec])
 
