@@ -21,6 +21,7 @@ from shard_embedder.pipeline.backbones.transform import Normalize
 from shard_embedder.pipeline.backbones.weights_spec import Weights
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
+from shard_embedder.pipeline.embedding.compiling import compiled
 from shard_embedder.pipeline.embedding.gpu import Gpu, lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.network import Network, Placement
 
@@ -191,7 +192,7 @@ class TorchRunner:
         self._is_compiled = placement.compiled
         if placement.compiled:
             mode = "default" if self.gpu is None else "reduce-overhead"
-            self._network = self._thread.submit(torch.compile, self._network, mode=mode, dynamic=False).result()
+            self._network = self._thread.submit(compiled, self._network, mode).result()
             # By the way that the work takes, and twice, as a graph is recorded in the second call.
             for _ in range(2):
                 self.embed(np.zeros((1, *crop, 3), np.uint8), np.zeros(1, np.int64))
