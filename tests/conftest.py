@@ -135,7 +135,7 @@ def one_thread() -> Iterator[None]:
 
 
 # Libraries set these when they are imported, pytest for each test, the job for its Ray.
-_OF_LIBRARIES = ("PYTEST_", "RAY_", "TORCHINDUCTOR_")
+_OF_LIBRARIES = ("PYTEST_", "PYTHONBREAKPOINT", "RAY_", "TORCHINDUCTOR_")
 _RAY, _SLOW, _OTHER = range(3)
 _KIND: dict[Path, int] = {}
 # What starts Ray, by itself or in a job.
