@@ -116,6 +116,14 @@ GOALS = (
         True,
         {"*": 0.85},
     ),
+    Goal(
+        "no-model",
+        "core-ms an image of decode alone / of the flow without a model",
+        "decode_all_core_ms_per_image",
+        "no_model_core_ms_per_image",
+        True,
+        {},
+    ),
     Goal("job", "whole job / ceiling of its stages", "job_images_per_s", "ceiling_images_per_s", True, {"*": 0.95}),
     Goal(
         "baselines",

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from benchmarks.cores import CoreWatch
 from benchmarks.memory import WORKERS
 from benchmarks.runs import Settings, print_result
 from shard_embedder.jobs.support.connection import connect
@@ -119,8 +120,10 @@ def no_model(settings: Settings) -> dict[str, Any]:
         whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
         decoded = read_and_decode(pending, SampleReader(config), decoder, resources)
         counted = decoded.map_batches(_count, num_cpus=resources.write_cpus, **whole)
-        rows = [row for batch in counted.iter_batches(prefetch_batches=0, **whole) for row in batch.to_pylist()]
-        return {"parts": [(row["time"], row["images"]) for row in rows], "decode_tasks": _decode_tasks(since)}
+        with CoreWatch() as watch:
+            rows = [row for batch in counted.iter_batches(prefetch_batches=0, **whole) for row in batch.to_pylist()]
+        parts = [(row["time"], row["images"]) for row in rows]
+        return {"parts": parts, "decode_tasks": _decode_tasks(since), "looks": watch.looks}
 
 
 _MEASUREMENTS = {"job": job, "tiny": tiny, "no_model": no_model}

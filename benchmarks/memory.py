@@ -61,24 +61,29 @@ def peaks(command: list[str], environment: Mapping[str, str], cwd: Path) -> tupl
 
 def _look(driver: int) -> Iterator[tuple[str, int]]:
     """Bytes of each process of interest below the driver."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with suppress(OSError):
-                children[int(_status(int(entry))["PPid"])].append(int(entry))
-    waiting = [driver]
-    while waiting:
-        pid = waiting.pop()
-        waiting += children[pid]
+    for pid, name in processes(driver):
         with suppress(OSError, KeyError):
-            name = Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
-            status = _status(pid)
-            own = int(status["RssAnon"].split()[0]) * 1024
+            own = int(_status(pid)["RssAnon"].split()[0]) * 1024
             if pid == driver:
                 yield _DRIVER, own
             for stage, worker in WORKERS.items():
                 if name.startswith("ray::") and worker in name:
                     yield stage, own
+
+
+def processes(root: int) -> Iterator[tuple[int, str]]:
+    """A process and all below it, each with its name."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with suppress(OSError):
+                children[int(_status(int(entry))["PPid"])].append(int(entry))
+    waiting = [root]
+    while waiting:
+        pid = waiting.pop()
+        waiting += children[pid]
+        with suppress(OSError):
+            yield pid, Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
 
 
 def _status(pid: int) -> dict[str, str]:

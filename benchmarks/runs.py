@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from benchmarks.cores import cores_in_use
 from benchmarks.memory import peaks
 from benchmarks.shards import photo_shards
 from shard_embedder.pipeline.core.config import Config
@@ -269,7 +270,13 @@ def no_model(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     window = steady([(when, int(rows)) for when, rows in result["parts"]])
     # Tasks decode side by side: those still at work when the window begins have done part of theirs.
     decoded = done_before(result["decode_tasks"], window.begin, window.num_before + window.num_images)
-    return {"no_model_images_per_s": window.rate(max(0.0, decoded - window.num_before), 1.0)}
+    rate = window.rate(max(0.0, decoded - window.num_before), 1.0)
+    cores = cores_in_use(result["looks"], window.begin, window.end)
+    found: Metrics = {"no_model_images_per_s": rate}
+    if cores:
+        found["no_model_core_ms_per_image"] = 1000 * sum(cores.values()) / rate
+        found |= {f"no_model_{kind}_core_ms_per_image": 1000 * used / rate for kind, used in cores.items()}
+    return found
 
 
 def job(settings: Settings, before: Mapping[str, Any]) -> Metrics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray
@@ -17,10 +18,12 @@ from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
 from shard_embedder.pipeline.embedding.embedder import Embedder, Source
 from shard_embedder.pipeline.output.parts import PartWriter
-from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.shards.find import Pending
 from shard_embedder.pipeline.shards.samples import SampleReader
+
+if TYPE_CHECKING:  # it loads torch, and each worker that reads, decodes or writes would take a second for that
+    from shard_embedder.pipeline.planning.job import Job
 
 # Small shards are read many to a task, and those of a huge input too: neither a task for every ten
 # images, nor a million tasks.

@@ -29,7 +29,7 @@ from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
 from shard_embedder.pipeline.embedding.device_resize import Group, Plan, plan_resizes, resize_group
 from shard_embedder.pipeline.embedding.embedder import PartPixels
-from shard_embedder.pipeline.embedding.gpu import lacks_memory, use_exact_fp32
+from shard_embedder.pipeline.embedding.gpu import Gpu, Span, lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.tries import counted_try
 
 # Groups whose pixels the device still makes, while the next one is decoded: each holds memory until it is done.
@@ -56,22 +56,24 @@ class DeviceDecoder:
 
     Threads take turns: `decoder` is of one thread, and so it is known which part was decoded when a process died. On
     a GPU all is done in two streams, beside what the backbone computes: while one resizes a group of images, the
-    other decodes the next.
+    other decodes the next. `gpu` is told how long; what its decoder does on the host meanwhile counts, too, since
+    no event can be recorded inside it.
 
     Raises:
         RuntimeError: the device decodes nothing, not even the JPEG that it is tried with.
     """
 
-    def __init__(self, decoder: Decoder, device: str) -> None:
+    def __init__(self, decoder: Decoder, device: str, gpu: Gpu | None = None) -> None:
         self._decoder = decoder
         self._preprocess = decoder.rules.preprocess
-        self._device = torch.device(device)
-        on_gpu = self._device.type == "cuda"
-        self._decodes = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._resizes = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._in_flight: deque[torch.cuda.Event] = deque()
+        self._gpu = Gpu(torch.device(device)) if gpu is None and torch.device(device).type == "cuda" else gpu
+        self._device = torch.device(device) if self._gpu is None else self._gpu.device
+        self._decodes = None if self._gpu is None else self._gpu.stream()
+        self._resizes = None if self._gpu is None else self._gpu.stream()
+        # Groups, each of which ends with its span.
+        self._in_flight: deque[Span] = deque()
         self._turn = threading.Lock()
-        if on_gpu:
+        if self._gpu is not None:
             # TF32 would round the weights of pixels to 10 bits.
             use_exact_fp32()
         # Else each image would be refused, and decoded on the CPU one after the other.
@@ -79,12 +81,12 @@ class DeviceDecoder:
 
     def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> PartPixels:
         """As `pipeline.embedding.embedder.Intake` does; the pixels are a tensor on the device."""
-        with self._turn, counted_try(part) as num_tries, _in_stream(self._resizes):
+        with self._turn, counted_try(part) as num_tries, self._in_stream(self._resizes):
             made = self._made(samples, rows, num_tries)
             if self._resizes is not None:
                 # They are computed with in another stream.
                 self._resizes.synchronize()
-                self._in_flight.clear()
+                self._finish(0)
             return made
 
     def _made(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], num_tries: int) -> PartPixels:
@@ -154,42 +156,48 @@ class DeviceDecoder:
     def _make(self, part: _Part, group: Group) -> None:
         """Decode and resize a group. Raises `RuntimeError` where the device refuses an image, or lacks the memory."""
         chosen = slice(group.start, group.end)
-        images = self._decoded(part.jpegs[chosen])
+        images, span = self._decoded(part.jpegs[chosen])
         for image, size in zip(images, part.sizes[chosen], strict=True):
             if image.shape != size:
                 raise RuntimeError(f"decoded to {tuple(image.shape)}, and its header says {size}")
-        made = resize_group(images, part.axes[chosen], group, self._preprocess)
-        part.pixels[part.places[chosen]] = made
-        if self._resizes is not None:
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            done.record(self._resizes)
-            self._in_flight.append(done)
+        part.pixels[part.places[chosen]] = resize_group(images, part.axes[chosen], group, self._preprocess)
+        if span is not None:
+            span.ended.record()
+            self._in_flight.append(span)
 
-    def _decoded(self, images: list[Tensor]) -> list[Tensor]:
-        """Each image as uint8 [3, H, W] on the device, for the stream that resizes. Raises `RuntimeError`."""
-        if self._decodes is None or self._resizes is None:
-            decoded: list[Tensor] = decode_jpeg(images, device=self._device)
-            return decoded
-        while len(self._in_flight) >= _IN_FLIGHT:
-            self._in_flight.popleft().synchronize()
+    def _decoded(self, images: list[Tensor]) -> tuple[list[Tensor], Span | None]:
+        """Each image as uint8 [3, H, W] on the device, for the stream that resizes, and when that began.
+
+        Raises `RuntimeError`.
+        """
+        if self._gpu is None or self._decodes is None or self._resizes is None:
+            return decode_jpeg(images, device=self._device), None
+        self._finish(_IN_FLIGHT - 1)
         # nvJPEG's hardware does not wait for the stream that it is given: memory that was freed there may be read by
         # what is still to run. That of images that are being resized is not given away before they are.
         self._decodes.synchronize()
-        with torch.cuda.stream(self._decodes):
-            decoded = decode_jpeg(images, device=self._device)
+        with self._gpu.using(self._decodes):
+            span = self._gpu.span()
+            decoded: list[Tensor] = decode_jpeg(images, device=self._device)
         self._resizes.wait_stream(self._decodes)
         for image in decoded:
             image.record_stream(self._resizes)
-        return decoded
+        return decoded, span
+
+    def _finish(self, most: int) -> None:
+        """Wait until at most so many groups are in flight."""
+        while self._gpu is not None and len(self._in_flight) > most:
+            span = self._in_flight.popleft()
+            span.ended.synchronize()
+            self._gpu.add_busy(span)
 
     def _free_memory(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
+        if self._gpu is not None:
+            self._gpu.synchronize()
+            self._gpu.free_cache()
 
-
-def _in_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
+    def _in_stream(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+        return nullcontext() if self._gpu is None or stream is None else self._gpu.using(stream)
 
 
 # What a device is tried with.

@@ -143,13 +143,12 @@ class Embedder:
         ends_process: bool = False,
     ) -> None:
         self._crop = network.preprocess.crop
-        self._intake = self._pixels if decoder is None else _device_intake(decoder, placement.device)
         self._field = embedding_field(shape, dtype)
         self._stored = np.dtype(dtype)
         self._runner = source.runner(network, placement)
         gpu = self._runner.gpu
-        # What the device does to decode has no batches to be timed by.
-        self._busy = _BusyTime(time.perf_counter if gpu is None or decoder is not None else lambda: gpu.busy_s)
+        self._intake = self._pixels if decoder is None else _device_intake(decoder, placement.device, gpu)
+        self._busy = _BusyTime(time.perf_counter if gpu is None else lambda: gpu.busy_s)
         self._ends_process = ends_process
         self._has_embedded = False
 
@@ -230,10 +229,10 @@ class Embedder:
         return pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), type=kind, mask=mask)
 
 
-def _device_intake(decoder: Decoder, device: str) -> Intake:
+def _device_intake(decoder: Decoder, device: str, gpu: Gpu | None) -> Intake:
     from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder  # noqa: PLC0415  whoever computes without torch shall not load it
 
-    return DeviceDecoder(decoder, device)
+    return DeviceDecoder(decoder, device, gpu)
 
 
 def _end_process(reason: str) -> NoReturn:

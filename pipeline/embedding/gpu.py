@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +23,60 @@ _NO_MEMORY = (
     "unable to find an engine",
 )
 
+# CUDA gives the time between two events as float32: of milliseconds, which count from an event made so long ago.
+_ORIGIN_S = 60.0
+# Spans end nearly in order: one that comes late meets some that are still known.
+_MOST_APART = 64
+
+
+class _Origin(NamedTuple):
+    """An event that has happened, at `ms` since the first of them."""
+
+    event: torch.cuda.Event
+    ms: float
+    made_s: float
+
+
+class Span(NamedTuple):
+    """Work on a device between two timed events, of which the second is recorded when all is launched."""
+
+    since: _Origin
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+
+
+class _Union:
+    """The length of what intervals cover together."""
+
+    def __init__(self) -> None:
+        self._apart: list[tuple[float, float]] = []
+        self._before = 0.0
+
+    def add(self, start: float, end: float) -> None:
+        apart = []
+        for one_start, one_end in self._apart:
+            if one_end < start or one_start > end:
+                apart.append((one_start, one_end))
+            else:
+                start, end = min(start, one_start), max(end, one_end)
+        self._apart = sorted([*apart, (start, end)])
+        if len(self._apart) > _MOST_APART:
+            first_start, first_end = self._apart.pop(0)
+            self._before += first_end - first_start
+
+    @property
+    def length(self) -> float:
+        return self._before + sum(end - start for start, end in self._apart)
+
 
 class Gpu:
     """A CUDA device of this process. `tests/embedding/simulated_gpu.py` has one that is as hostile as CUDA may be."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._busy_s = 0.0
+        self._busy = _Union()
         self._turn = threading.Lock()
+        self._since: _Origin | None = None
 
     def stream(self) -> torch.cuda.Stream:
         """A stream of its own."""
@@ -68,16 +116,31 @@ class Gpu:
         """What torch has held of it at most."""
         return torch.cuda.max_memory_reserved(self.device)
 
-    def add_busy(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> None:
-        """Count the time between two timed events of one stream, both of which have happened."""
+    def span(self) -> Span:
+        """A stretch of work that begins here, in the stream that this thread launches in."""
         with self._turn:
-            self._busy_s += began.elapsed_time(ended) / 1000.0
+            since = self._since
+            if since is None or time.monotonic() - since.made_s > _ORIGIN_S:
+                event = self.event(timed=True)
+                event.record()
+                event.synchronize()
+                ms = 0.0 if since is None else since.ms + since.event.elapsed_time(event)
+                since = self._since = _Origin(event, ms, time.monotonic())
+        began = self.event(timed=True)
+        began.record()
+        return Span(since, began, self.event(timed=True))
+
+    def add_busy(self, span: Span) -> None:
+        """Count a span that has ended. Time that several have in common counts once."""
+        since = span.since
+        with self._turn:
+            self._busy.add(*(since.ms + since.event.elapsed_time(event) for event in (span.began, span.ended)))
 
     @property
     def busy_s(self) -> float:
-        """Seconds in which it computed, by its own clock."""
+        """Seconds in which it was at work, by its own clock."""
         with self._turn:
-            return self._busy_s
+            return self._busy.length / 1000.0
 
     def is_broken(self) -> bool:
         """Whether this process can use it no more: after an illegal access, say, CUDA fails each call with that."""

@@ -21,7 +21,8 @@ from shard_embedder.pipeline.backbones.transform import Normalize
 from shard_embedder.pipeline.backbones.weights_spec import Weights
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
-from shard_embedder.pipeline.embedding.gpu import Gpu, lacks_memory, use_exact_fp32
+from shard_embedder.pipeline.embedding.compiling import compiled
+from shard_embedder.pipeline.embedding.gpu import Gpu, Span, lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.network import Network, Placement
 
 _CPU_BATCH, _GPU_BATCH, _LARGE_GPU_BATCH = 16, 128, 256
@@ -149,8 +150,8 @@ class _Batch(NamedTuple):
 
     features: Tensor  # in host memory, the padding's too
     rows: slice  # of the call that it belongs to, without the padding
-    # On a GPU, when it began to compute, and when the features are there; elsewhere they are there already.
-    times: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    # On a GPU, from its beginning until the features are there; elsewhere they are there already.
+    span: Span | None
 
 
 class TorchRunner:
@@ -191,7 +192,7 @@ class TorchRunner:
         self._is_compiled = placement.compiled
         if placement.compiled:
             mode = "default" if self.gpu is None else "reduce-overhead"
-            self._network = self._thread.submit(torch.compile, self._network, mode=mode, dynamic=False).result()
+            self._network = self._thread.submit(compiled, self._network, mode).result()
             # By the way that the work takes, and twice, as a graph is recorded in the second call.
             for _ in range(2):
                 self.embed(np.zeros((1, *crop, 3), np.uint8), np.zeros(1, np.int64))
@@ -259,19 +260,18 @@ class TorchRunner:
         images = self._copied(pixels, batch) if isinstance(pixels, np.ndarray) else self._gathered(pixels, batch)
         if self.gpu is None:
             return _Batch(self._network(images), place, None)
-        began, ended = self.gpu.event(timed=True), self.gpu.event(timed=True)
-        began.record()
+        span = self.gpu.span()
         features = self._network(images)
         host = self.gpu.pinned(features.shape, features.dtype)
         host.copy_(features, non_blocking=True)
-        ended.record()
-        return _Batch(host, place, (began, ended))
+        span.ended.record()
+        return _Batch(host, place, span)
 
     def _fetch(self, batch: _Batch, embedded: np.ndarray[Any, Any]) -> None:
         """Put a batch's embeddings into those of its call, when the device is done with them."""
-        if self.gpu is not None and batch.times is not None:
-            batch.times[1].synchronize()
-            self.gpu.add_busy(*batch.times)
+        if self.gpu is not None and batch.span is not None:
+            batch.span.ended.synchronize()
+            self.gpu.add_busy(batch.span)
         embedded[batch.rows] = batch.features.numpy()[: batch.rows.stop - batch.rows.start]
 
     def _copied(self, pixels: np.ndarray[Any, Any], batch: np.ndarray[Any, Any]) -> Tensor:

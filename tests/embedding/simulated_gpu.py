@@ -73,7 +73,7 @@ class SimulatedGpu(Gpu):
     # As `Gpu` has them.
 
     def stream(self) -> Any:
-        stream = Stream(self)
+        stream = Stream(self, len(self._streams))
         self._streams.append(stream)
         return stream
 
@@ -83,8 +83,10 @@ class SimulatedGpu(Gpu):
     @contextmanager
     def using(self, stream: Any) -> Iterator[None]:
         before, self._of_thread.stream = self.current_stream(), stream
-        yield
-        self._of_thread.stream = before
+        try:
+            yield
+        finally:
+            self._of_thread.stream = before
 
     def event(self, *, timed: bool = False) -> Any:
         return Event(self, timed)
@@ -145,8 +147,11 @@ class SimulatedGpu(Gpu):
 
     # Memory.
 
-    def allocate(self, stream: Stream, num_bytes: int) -> Any:
-        """Of the device: what the same stream has freed, if the streams that are recorded are done with it."""
+    def allocate(self, stream: Stream, num_bytes: int, writer: Stream | None = None) -> Any:
+        """Of the device: what the same stream has freed, if the streams that are recorded are done with it.
+
+        `writer` writes to it first, where that is another stream.
+        """
         with self._lock:
             freed = self._free.setdefault((id(stream), num_bytes), [])
             found = next((entry for entry in reversed(freed) if all(entry[1])), None)
@@ -154,7 +159,7 @@ class SimulatedGpu(Gpu):
             if found is not None:
                 freed[:] = [entry for entry in freed if entry is not found]
         # Whoever has it now may write to it as early as this.
-        self.launch(stream, lambda: memory.fill(_POISON))
+        self.launch(writer or stream, lambda: memory.fill(_POISON))
         return memory
 
     def free(self, stream: Stream, memory: Any, recorded: list[Stream]) -> None:
@@ -183,15 +188,16 @@ def _may_run(work: Work) -> bool:
 
 
 class Stream:
-    def __init__(self, gpu: SimulatedGpu) -> None:
-        self._gpu = gpu
+    def __init__(self, gpu: SimulatedGpu, number: int) -> None:
+        self._gpu, self._number = gpu, number
         self.queue: deque[Work] = deque()
 
     def mark(self) -> Done:
         return self._gpu.launch(self, lambda: None)
 
     def synchronize(self) -> None:
-        self._gpu.wait_for(self.mark())
+        if self._gpu.lacks != f"synchronize {self._number}":
+            self._gpu.wait_for(self.mark())
 
     def wait_stream(self, other: Stream) -> None:
         if self._gpu.lacks != "wait_stream":
