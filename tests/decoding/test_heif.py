@@ -21,7 +21,7 @@ from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.resize import resize_crop
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import ROOT, child_pid, encode, peak_memory_mib, photo
-from tests.decoding.test_decode import SMALL, part
+from tests.decoding.images import SMALL, part
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="the extra `heif` is not installed")
 RULES = DecodingRules(preprocess=SMALL, max_pixels=Config.max_pixels)
@@ -134,7 +134,7 @@ importlib.metadata.version = without
 _NODE = """
 import pickle
 from shard_embedder.pipeline.core.errors import ClusterError
-from tests.decoding.test_decode import part
+from tests.decoding.images import part
 decoder = pickle.loads(sys.stdin.buffer.read())
 try:
     next(decoder(part([b"x"])))
