@@ -104,6 +104,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_grows_with_pixels_as_the_rules_say(name: str) -> None:
     child.end()

@@ -91,6 +91,7 @@ def fuzz(seed: int, count: int, progress_path: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_no_broken_file_crashes_or_raises_anything_but_a_sample_error(tmp_path: Path) -> None:
     progress = tmp_path / "progress"
     command = [sys.executable, "-W", "ignore", "-m", __name__, str(FUZZ_SEED), str(FUZZ_INPUTS), str(progress)]

@@ -72,6 +72,7 @@ def reason_of(file: bytes, **rules: Any) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_number_of_pixels_is_looked_at_before_they_are_decoded() -> None:
     child.end()
     file = heic(photo(1, (3000, 3000)), quality=10)
@@ -81,6 +82,7 @@ def test_the_number_of_pixels_is_looked_at_before_they_are_decoded() -> None:
     assert peak_memory_mib(child_pid()) - before < 9
 
 
+@pytest.mark.slow
 def test_memory_grows_with_pixels_as_the_rules_say() -> None:
     child.end()
     file = heic(photo(1, (3000, 3000)).convert("RGBA"), quality=10)

@@ -116,6 +116,7 @@ def bombs() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_by_their_header_before_decoding() -> None:
     files = bombs()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -125,6 +126,7 @@ def test_bombs_are_refused_by_their_header_before_decoding() -> None:
     assert time.perf_counter() - start < 10
 
 
+@pytest.mark.slow
 def test_the_pixel_limit_is_the_users_above_pillows_own() -> None:
     before = Image.MAX_IMAGE_PIXELS
     file = encode(Image.new("1", (14_000, 13_700)), "PNG")

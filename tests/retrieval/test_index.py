@@ -149,6 +149,7 @@ print("both work")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", ["(convolve, search, convolve)", "(search, convolve, search)"])
 def test_faiss_and_torch_work_in_one_process_whichever_comes_first(steps: str) -> None:
     code = BESIDE.format(steps=steps)

@@ -62,6 +62,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_old_index_usable_and_the_next_run_goes_on(tmp_path: Path) -> None:
     output, index, values = tmp_path / "out", tmp_path / "index", clusters(6000, 256)
     store(output, "a", values[:2000])
