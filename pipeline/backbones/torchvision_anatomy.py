@@ -113,7 +113,7 @@ class _VitBackbone(_Stages):
         side = self.image_size
         if images.shape[-2:] != (side, side):
             raise ValueError(f"its position embedding is for images of {side}x{side}")
-        patches = self.conv_proj(images).flatten(2).transpose(1, 2)
+        patches = self.conv_proj(images).flatten(2).permute(0, 2, 1)
         class_token = self.class_token.expand(images.shape[0], -1, -1)
         tokens: Tensor = self.encoder(torch.cat([class_token, patches], dim=1))
         return tokens[:, 0]

@@ -5,123 +5,41 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torchvision import models
+from torch import nn
 
-from shard_embedder.pipeline.backbones import build_backbone, library_of, load_weights
-from shard_embedder.pipeline.backbones.torchvision_models import (
-    ALIASES,
-    BACKBONES,
-    find,
-    output_shape,
-    preprocess_for,
-    versions,
-)
-from shard_embedder.pipeline.backbones.weights import Weights
+from shard_embedder.pipeline.backbones import build_backbone, load_weights
+from shard_embedder.pipeline.backbones.torchvision_models import BACKBONES, output_shape
 from shard_embedder.pipeline.core.errors import BackboneError, WeightsError
+from tests.backbones.models import (
+    ALL,
+    HEADS,
+    LARGE,
+    SIDES,
+    SMALLEST,
+    Operations,
+    assert_same,
+    fed_to_classifier,
+    images,
+    model_without_values,
+    torchvision_model,
+    weights_of,
+)
 
-# The table of docs/backbones.md: name, second name, C, side of the feature map at 224.
-TABLE = [
-    ("resnet18", "resnet_18", 512, 7),
-    ("resnet34", "resnet_34", 512, 7),
-    ("resnet50", "resnet_50", 2048, 7),
-    ("resnet101", "resnet_101", 2048, 7),
-    ("resnet152", "resnet_152", 2048, 7),
-    ("resnet50_stride1", "resnet_50_modified_stride_1", 2048, 14),
-    ("resnext101_32x8d", None, 2048, 7),
-]
-NAMES = [(name, channels, side) for first, second, channels, side in TABLE for name in (first, second) if name]
-
-# torchvision's classifier of each architecture, found by asking its models and not our table.
-HEADS = ("classifier", "fc", "heads", "head")
-# Too large to be filled with values in a test: of these, shapes alone are checked, without memory. The
-# values of each one's class are checked on its smaller members. Name and C.
-HUGE = {"regnet_y_128gf": 7392, "regnet_y_32gf": 3712, "vit_h_14": 1280, "vit_l_16": 1024, "vit_l_32": 1024}
-# Seconds each: left to the whole test run.
-LARGE = {
-    "convnext_base", "convnext_large", "efficientnet_b6", "efficientnet_b7", "efficientnet_v2_l", "efficientnet_v2_m",
-    "resnet152", "regnet_x_16gf", "regnet_x_32gf", "regnet_y_16gf",
-    "resnext101_64x4d", "swin_b", "swin_v2_b", "vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn",
-    "vgg19", "wide_resnet101_2",
-}  # fmt: skip
-ALL = sorted(models.list_models(module=models))
-SIDES = {"maxvit_t": 224, "vit_b_16": 224, "vit_b_32": 224, "inception_v3": 80}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small inputs, and a machine shared with other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def images(count: int = 2, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
-    """Normalised images that differ from each other."""
-    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def torchvision_model(name: str, seed: int = 0, **options: Any) -> nn.Module:
-    """torchvision's own model with random weights; the global random state is not ours to change."""
-    if name in ("googlenet", "inception_v3"):
-        options = {"init_weights": True, **options}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = models.get_model(name, weights=None, **options)
-    return model.eval()
-
-
-def classifier_of(model: nn.Module) -> nn.Module:
-    return next(getattr(model, name) for name in HEADS if hasattr(model, name))
-
-
-def fed_to_classifier(model: nn.Module, x: Tensor) -> Tensor:
-    """What torchvision's own `forward` feeds its classifier, pooled where it is a map."""
-    seen: list[Tensor] = []
-    hook = classifier_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        model(x)
-    hook.remove()
-    return seen[0].mean((2, 3)) if seen[0].dim() == 4 else seen[0]
-
-
-def assert_same(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal up to rounding, relative to the size of `wanted`: random networks give 1e-15 as well as 1e6."""
-    assert got.shape == wanted.shape
-    assert wanted.std() > 0
-    assert (got - wanted).norm() <= tolerance * wanted.norm()
-
-
-def weights_of(model: nn.Module) -> Weights:
-    return Weights("test", "", model.state_dict())
-
-
-@pytest.mark.parametrize(("name", "channels", "side"), NAMES)
-def test_the_table_of_backbones_holds(name: str, channels: int, side: int) -> None:
-    assert output_shape(name, "pooled", (224, 224)) == (channels,)
-    assert output_shape(name, "map", (224, 224)) == (channels, side, side)
-
-
-def test_a_second_name_is_the_same_backbone() -> None:
-    assert {alias: find(alias) for alias in ALIASES} == {second: first for first, second, *_ in TABLE if second}
-    x = images(1, 40, 40)
-    with torch.no_grad():
-        assert torch.equal(build_backbone("resnet_18", "random:3")(x), build_backbone("resnet18", "random:3")(x))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
     "name",
     [
         "resnet18",
-        "resnet50_stride1",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet34", "resnet152", "resnext101_32x8d")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("resnet34", "resnet50_stride1", "resnet152", "resnext101_32x8d")
+        ),
     ],
 )
 def test_one_image_of_any_size_gives_pooled_features_and_a_map(name: str) -> None:
@@ -165,7 +83,7 @@ def test_stride_1_computes_what_torchvision_does_with_the_stride_changed() -> No
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in ALL if name not in HUGE],
+    [pytest.param(name, marks=[] if name in SMALLEST else [pytest.mark.slow]) for name in ALL if name not in LARGE],
 )
 def test_pooled_features_are_what_torchvision_feeds_its_classifier(name: str) -> None:
     model = torchvision_model(name)
@@ -183,15 +101,36 @@ def test_pooled_features_are_what_torchvision_feeds_its_classifier(name: str) ->
     assert not any(module.training for module in backbone.modules())
 
 
-@pytest.mark.parametrize(("name", "channels"), HUGE.items())
-def test_shapes_of_huge_architectures_are_those_of_their_papers(name: str, channels: int) -> None:
-    assert output_shape(name, "pooled", (224, 224)) == (channels,)
-    if not name.startswith("vit"):
-        assert output_shape(name, "map", (224, 224)) == (channels, 7, 7)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_largest_compute_what_torchvision_does_up_to_its_classifier(name: str) -> None:
+    """Without values: the same operations, in the same order, on the same parameters and results."""
+    model = model_without_values(name)
+    backbone = build_backbone(name, weights_of(model)).to("meta")
+    x = torch.zeros(2, 3, 224, 224, device="meta")
+    wanted, computed = Operations(model, x), Operations(backbone, x)
+    with wanted:
+        fed = fed_to_classifier(model, x)
+    with torch.no_grad(), computed:
+        features = backbone(x)
+    assert features.shape == fed.shape
+    count = wanted.said.index(Operations.CLASSIFIER)
+    assert count > 20
+    assert computed.said[:count] == wanted.said[:count]
+    assert {operation.partition("(")[0] for operation in computed.said[count:]} <= {"aten.view.default"}
+    head = tuple(f"{child}." for child in HEADS)
+    assert list(backbone.state_dict()) == [key for key in model.state_dict() if not key.startswith(head)]
+    assert backbone.num_features == backbone.out_channels == features.shape[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "channels"), [("alexnet", 256), ("densenet121", 1024), ("maxvit_t", 512), ("squeezenet1_1", 512)]
+    ("name", "channels"),
+    [
+        ("alexnet", 256),
+        ("densenet121", 1024),
+        pytest.param("maxvit_t", 512, marks=pytest.mark.slow),
+        ("squeezenet1_1", 512),
+    ],
 )
 def test_num_features_of_a_map_is_its_number_of_channels(name: str, channels: int) -> None:
     backbone = build_backbone(name, weights_of(torchvision_model(name)), "map")
@@ -203,21 +142,12 @@ def test_num_features_of_a_map_is_its_number_of_channels(name: str, channels: in
     assert feature_map.shape[1:] == output_shape(name, "map", (side, side))
 
 
-@pytest.mark.parametrize("name", sorted({*ALL} - {*HUGE} - {"vit_b_16", "vit_b_32"}))
-def test_every_architecture_but_vision_transformers_has_a_feature_map(name: str) -> None:
-    channels, height, width = output_shape(name, "map", (224, 224))
-    assert height == width >= 5
-    # VGG and AlexNet feed their classifier a grid of 7x7 and 6x6.
-    grid = {"alexnet": 36}.get(name, 49 if name.startswith("vgg") else 1)
-    assert output_shape(name, "pooled", (224, 224)) == (channels * grid,)
-
-
 def test_a_densenet_map_ends_in_the_relu_that_torchvision_applies_before_pooling() -> None:
     with torch.no_grad():
         assert build_backbone("densenet121", "random", "map")(images()).min() == 0
 
 
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.parametrize("name", ["googlenet", pytest.param("inception_v3", marks=pytest.mark.slow)])
 def test_random_weights_leave_the_input_as_torchvision_does_without_weights(name: str) -> None:
     model = torchvision_model(name, seed=7)
     x = images(2, 80, 80)
@@ -292,7 +222,12 @@ def test_a_backbone_trains_and_the_weights_it_was_built_from_stay() -> None:
 
 @pytest.mark.parametrize(
     ("name", "features"),
-    [("resnet18", "pooled"), ("resnet50_stride1", "map"), ("vit_b_32", "pooled"), ("googlenet", "pooled")],
+    [
+        ("resnet18", "pooled"),
+        pytest.param("resnet50_stride1", "map", marks=pytest.mark.slow),
+        pytest.param("vit_b_32", "pooled", marks=pytest.mark.slow),
+        pytest.param("googlenet", "pooled", marks=pytest.mark.slow),
+    ],
 )
 def test_a_backbone_exports_with_any_batch_and_gives_the_same(name: str, features: str) -> None:
     side = SIDES.get(name, 64)
@@ -306,56 +241,32 @@ def test_a_backbone_exports_with_any_batch_and_gives_the_same(name: str, feature
             assert_same(exported(x), backbone(x))
 
 
-def test_a_backbone_is_a_layer_that_pickles_copies_and_moves_like_any_module() -> None:
-    for name in ("resnet18", "vit_b_32", "squeezenet1_1"):
-        side = SIDES.get(name, 64)
-        backbone = build_backbone(name, weights_of(torchvision_model(name)))
-        x = images(1, side, side)
-        with torch.no_grad():
-            wanted = backbone(x)
-            for twin in (pickle.loads(pickle.dumps(backbone)), copy.deepcopy(backbone)):
-                assert torch.equal(twin(x), wanted)
-                assert (twin.num_features, twin.out_channels) == (backbone.num_features, backbone.out_channels)
-            half = copy.deepcopy(backbone).to(torch.bfloat16)(x.to(torch.bfloat16))
-        assert half.dtype == torch.bfloat16
-        assert nn.functional.cosine_similarity(half.float(), wanted).item() > 0.99
+SMALL_AND_LARGER = ["resnet18", "squeezenet1_1", pytest.param("vit_b_32", marks=pytest.mark.slow)]
 
 
-def test_its_state_dict_goes_back_into_torchvisions_model() -> None:
-    for name in ("resnet18", "vit_b_32", "maxvit_t"):
-        backbone = build_backbone(name, weights_of(torchvision_model(name)))
-        fresh = torchvision_model(name, seed=1)
-        missing, unexpected = fresh.load_state_dict(backbone.state_dict(), strict=False)
-        assert not unexpected
-        assert all(key.startswith(HEADS) for key in missing)
+@pytest.mark.parametrize("name", SMALL_AND_LARGER)
+def test_a_backbone_is_a_layer_that_pickles_copies_and_moves_like_any_module(name: str) -> None:
+    side = SIDES.get(name, 64)
+    backbone = build_backbone(name, weights_of(torchvision_model(name)))
+    x = images(1, side, side)
+    with torch.no_grad():
+        wanted = backbone(x)
+        for twin_of in (lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy):
+            twin = twin_of(backbone)
+            assert torch.equal(twin(x), wanted)
+            assert (twin.num_features, twin.out_channels) == (backbone.num_features, backbone.out_channels)
+        half = copy.deepcopy(backbone).to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    assert nn.functional.cosine_similarity(half.float(), wanted).item() > 0.99
 
 
-@pytest.mark.parametrize(
-    ("name", "near"),
-    [
-        ("resnet5", "resnet50"),
-        ("ResNet50", "resnet50"),
-        ("resnet-18", "resnet18"),
-        ("efficientnet", "efficientnet_b"),
-    ],
-)
-def test_an_unknown_name_lists_the_nearest_known_ones(name: str, near: str) -> None:
-    for call in (find, build_backbone, lambda name: output_shape(name, "pooled", (224, 224))):
-        with pytest.raises(BackboneError, match="unknown backbone") as caught:
-            call(name)
-        assert repr(name) in str(caught.value)
-        assert near in str(caught.value)
-
-
-def test_a_name_near_to_none_says_so() -> None:
-    with pytest.raises(BackboneError, match="no known one is near"):
-        find("???")
-
-
-def test_models_of_other_tasks_are_no_backbones() -> None:
-    assert set(BACKBONES) == {*ALL, "resnet50_stride1"}
-    with pytest.raises(BackboneError, match="unknown"):
-        find("maskrcnn_resnet50_fpn")
+@pytest.mark.parametrize("name", [*SMALL_AND_LARGER, pytest.param("maxvit_t", marks=pytest.mark.slow)])
+def test_its_state_dict_goes_back_into_torchvisions_model(name: str) -> None:
+    backbone = build_backbone(name, weights_of(torchvision_model(name)))
+    fresh = torchvision_model(name, seed=1)
+    missing, unexpected = fresh.load_state_dict(backbone.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.startswith(HEADS) for key in missing)
 
 
 def test_features_must_be_pooled_or_map() -> None:
@@ -369,24 +280,10 @@ def test_features_must_be_pooled_or_map() -> None:
 
 def test_a_vision_transformer_has_no_feature_map() -> None:
     with pytest.raises(BackboneError, match="vit_b_32 has no feature map"):
-        build_backbone("vit_b_32", weights_of(torchvision_model("vit_b_32")), "map")
+        build_backbone("vit_b_32", weights_of(model_without_values("vit_b_32")), "map")
 
 
-@pytest.mark.parametrize("name", ["vit_b_16", "maxvit_t"])
-@pytest.mark.parametrize("size", [(244, 244), (224, 256), (64, 64)])
-def test_a_fixed_size_architecture_says_which_size_it_takes(name: str, size: tuple[int, int]) -> None:
-    with pytest.raises(BackboneError) as caught:
-        output_shape(name, "pooled", size)
-    assert f"{name} does not take images of {size[0]}x{size[1]}" in str(caught.value)
-    assert "224x224" in str(caught.value)
-
-
-def test_images_too_small_for_an_architecture_are_refused() -> None:
-    with pytest.raises(BackboneError, match="alexnet does not take images of 16x16; its weights are for 224"):
-        output_shape("alexnet", "pooled", (16, 16))
-    assert output_shape("resnet18", "map", (16, 16)) == (512, 1, 1)
-
-
+@pytest.mark.slow
 def test_a_vision_transformer_takes_the_image_size_of_its_weights() -> None:
     model = torchvision_model("vit_b_32", image_size=96)
     weights = weights_of(model)
@@ -396,61 +293,3 @@ def test_a_vision_transformer_takes_the_image_size_of_its_weights() -> None:
     assert output_shape("vit_b_32", "pooled", (96, 96), weights) == (768,)
     with pytest.raises(BackboneError, match="position embedding is for images of 96x96"):
         output_shape("vit_b_32", "pooled", (224, 224), weights)
-
-
-def test_shapes_of_a_huge_model_take_no_memory() -> None:
-    before = {id(tensor) for tensor in _live_tensors()}
-    assert output_shape("vit_h_14", "pooled", (224, 224)) == (1280,)
-    assert sum(t.numel() for t in _live_tensors() if id(t) not in before) < 10**6
-
-
-def _live_tensors() -> list[Tensor]:
-    import gc
-
-    return [one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter) and one.device.type != "meta"]
-
-
-def test_preprocessing_is_that_of_the_weights() -> None:
-    first, second = (preprocess_for("resnet50", name) for name in ("IMAGENET1K_V1", "IMAGENET1K_V2"))
-    assert (first.resize, first.crop, first.interpolation) == (256, (224, 224), "bilinear")
-    assert (second.resize, second.crop) == (232, (224, 224))
-    assert first.mean == (0.485, 0.456, 0.406)
-    assert first.std == (0.229, 0.224, 0.225)
-    assert preprocess_for("resnet50_stride1", "DEFAULT") == preprocess_for("resnet50", "DEFAULT") == second
-    assert preprocess_for("resnet50", "random:1") == preprocess_for("resnet50", "some/file.pth") == second
-    assert preprocess_for("resnet50", "some/file.pth", "IMAGENET1K_V1") == first
-    assert preprocess_for("vit_h_14", "DEFAULT").crop == (518, 518)
-    assert preprocess_for("efficientnet_b0", "DEFAULT").interpolation == "bicubic"
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_every_published_preprocessing_is_understood(name: str) -> None:
-    for weights in models.get_model_weights(name):
-        preset, ours = weights.transforms(), preprocess_for(name, weights.name)
-        assert [ours.resize] == preset.resize_size
-        assert {*ours.crop} == {*preset.crop_size}
-        assert (ours.interpolation, list(ours.mean), list(ours.std)) == (
-            preset.interpolation.value,
-            list(preset.mean),
-            list(preset.std),
-        )
-
-
-def test_named_weights_and_another_preprocessing_are_refused() -> None:
-    with pytest.raises(WeightsError, match="bring their own preprocessing"):
-        preprocess_for("resnet50", "IMAGENET1K_V2", "IMAGENET1K_V1")
-    with pytest.raises(WeightsError, match="must be one of DEFAULT, IMAGENET1K_V1"):
-        preprocess_for("resnet18", "random", "IMAGENET1K_V9")
-
-
-def test_versions_name_what_computes() -> None:
-    assert library_of("resnet18").versions is versions
-    assert versions()["torch"] == torch.__version__
-    assert set(versions()) == {"torch", "torchvision"}
-
-
-def test_a_preprocessing_that_is_none_is_named_with_those_that_are() -> None:
-    message = "preprocess of resnet18 must be one of DEFAULT, IMAGENET1K_V1, got 'FOO'"
-    for weights in ("random:0", "IMAGENET1K_V1"):
-        with pytest.raises(WeightsError, match=f"^{message}$"):
-            preprocess_for("resnet18", weights, "FOO")

@@ -16,7 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from shard_embedder.pipeline.backbones import build_backbone, library_of, list_backbones
 from shard_embedder.pipeline.backbones.weights import Weights
 from shard_embedder.pipeline.core.errors import BackboneError
-from tests.backbones.test_backbones import images, torchvision_model, weights_of
+from tests.backbones.models import images, torchvision_model, weights_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def seen_at(module: nn.Module, layers: tuple[str, ...], x: Tensor) -> dict[str, 
         ("resnet18", ("layer2", "layer3")),
         ("resnet18", ("layer4", "layer1")),
         ("mobilenet_v2", ("features.3", "features.18")),
-        ("densenet121", ("features.denseblock2", "features.transition1.pool")),
+        pytest.param("densenet121", ("features.denseblock2", "features.transition1.pool"), marks=pytest.mark.slow),
         ("squeezenet1_1", ("features.2",)),
     ],
 )
@@ -57,6 +57,7 @@ def test_maps_are_what_the_layers_of_torchvisions_model_give(name: str, layers: 
     assert not backbone.training
 
 
+@pytest.mark.slow
 def test_maps_of_swin_have_channels_first() -> None:
     model = torchvision_model("swin_t")
     layers = ("features.1", "features.3", "norm", "permute")
@@ -131,7 +132,10 @@ def test_a_feature_pyramid_stands_on_it_and_its_transform_is_the_backbones() -> 
     ("name", "layers", "message"),
     [
         ("resnet18", ("layer2", "layr3"), "unknown layer 'layr3' of resnet18; the nearest known ones are layer3"),
-        ("vit_b_32", ("encoder",), r"layer 'encoder' of vit_b_32 must give a feature map .*, got \[N, 50, 768\]"),
+        pytest.param(
+            "vit_b_32", ("encoder",), r"layer 'encoder' of vit_b_32 must give a feature map .*, got \[N, 50, 768\]",
+            marks=pytest.mark.slow,
+        ),
         ("resnet18", (), "features must be pooled, map, or one layer or more, got"),
         ("resnet1", ("layer2",), "unknown backbone 'resnet1'"),
         ("timm/test_resnet", ("layer9",), "unknown layer 'layer9' of timm/test_resnet; .* are layer4"),

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import json
-import os
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +28,20 @@ from shard_embedder.pipeline.embedding.torch_runner import build_network
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
 from shard_embedder.pipeline.verify.proof import verify
 from shard_embedder.pipeline.verify.recompute import Recompute
-from tests.conftest import ROOT, encode, photo, write_shards
+from tests.conftest import encode, photo, write_shards
 from tests.embedding.test_parity import CENTRED, ENGINES, assert_parity, assorted, cosine, ours, source
 from tests.outputs import embed
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 
 from shard_embedder.pipeline.backbones.timm_models import find, output_shape, preprocess_for, versions  # noqa: E402  needs timm
+from tests.backbones.timm_files import redrawn  # noqa: E402  needs timm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Small ones of timm's own tests: a ResNet, a ConvNeXt, a plain vision transformer, one that pools by attention
 # as SigLIP does, and one with registers and layer scale as DINOv2 has.
 SMALL = ["test_resnet", "test_convnext", "test_vit", "test_vit3", "test_vit2"]
-
-
-def redrawn(architecture: str, **options: Any) -> Any:
-    """timm's own model with its classifier, in which no parameter is 0 or 1 throughout.
-
-    timm begins layer scales, last norms and biases so that a random network nearly is its stem, and embeddings
-    would agree whatever is behind that.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = timm.create_model(architecture, **options)
-        for key, value in model.state_dict().items():
-            if not value.is_floating_point():
-                continue
-            if key.endswith("running_var"):
-                value.uniform_(0.5, 1.5)
-            elif value.numel() > 1 and value.std() < 1e-6:
-                value.copy_(torch.randn_like(value) * 0.2 + (1.0 if value.flatten()[0] != 0 else 0.0))
-    return model.eval()
 
 
 def features_of(model: Any, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +67,9 @@ def saved(model: Any, folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[] if name == "test_vit3" else [pytest.mark.slow]) for name in SMALL]
+)
 def test_timms_own_vectors_come_out_of_a_weights_file(architecture: str, tmp_path: Path) -> None:
     backbone, images = f"timm/{architecture}", assorted()
     model = redrawn(architecture)
@@ -100,6 +79,7 @@ def test_timms_own_vectors_come_out_of_a_weights_file(architecture: str, tmp_pat
         assert_parity(ours(backbone, images, source(engine, backbone, weights), "fp32"), wanted, "fp32")
 
 
+@pytest.mark.slow
 def test_the_measure_can_fail(tmp_path: Path) -> None:
     """Other parameters, another pooling or another preprocessing show in the centred cosine."""
     images = assorted()
@@ -224,7 +204,7 @@ def test_a_feature_map_is_that_of_forward_features_with_channels_first(
     assert backbone.num_features == backbone.out_channels == shape[0]
 
 
-@pytest.mark.parametrize("name", ["timm/test_vit", "timm/crossvit_tiny_240"])
+@pytest.mark.parametrize("name", ["timm/test_vit", pytest.param("timm/crossvit_tiny_240", marks=pytest.mark.slow)])
 def test_tokens_are_no_feature_map(name: str) -> None:
     for call in (lambda: output_shape(name, "map", (240, 240)), lambda: build_backbone(name, "random", "map")):
         with pytest.raises(BackboneError, match=f"{name} has no .*map"):
@@ -349,111 +329,12 @@ def test_versions_name_timm() -> None:
     assert versions() == {"torch": torch.__version__, "timm": timm.__version__}
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What the Hugging Face hub answers where a repository has one file."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.wfile.write(self.answer())
-
-    def answer(self) -> bytes:
-        self.asked.append(f"{self.command} {self.path}")
-        data = self.files.get(self.path)
-        self.send_response(404 if data is None else 200)
-        if data is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.end_headers()
-            return b""
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        return data
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub() -> Iterator[Any]:
-    """A small server that speaks the hub's protocol."""
-    Hub.files, Hub.asked = {}, []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-LOAD = """
-import json, sys
-from shard_embedder.pipeline.backbones import load_weights
-from shard_embedder.pipeline.core.errors import WeightsError
-told = []
-for name, spec in json.loads(sys.argv[1]):
-    try:
-        weights = load_weights(name, spec)
-        told.append([weights.name, weights.sha256])
-    except WeightsError as error:
-        told.append(str(error))
-print(json.dumps(told))
-"""
-
-
-def test_timms_own_weights_come_from_the_hub_once(hub: Any, tmp_path: Path) -> None:
-    """In a process of its own: the hub's library reads its address when it is imported."""
-    data = save_safetensors(redrawn("test_resnet").state_dict())
-    torch.save(redrawn("test_vit").state_dict(), tmp_path / "old.bin")
-    old = (tmp_path / "old.bin").read_bytes()
-    Hub.files = {
-        "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors": data,
-        "/timm/test_vit.r160_in1k/resolve/main/pytorch_model.bin": old,
-    }
-    ask = [
-        ("timm/test_resnet", "DEFAULT"),
-        ("timm/test_resnet", "r160_in1k"),
-        ("timm/test_resnet.r160_in1k", "DEFAULT"),
-        ("timm/test_vit", "DEFAULT"),
-        ("timm/test_vit2", "DEFAULT"),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, json.dumps(ask)],
-        env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "home")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    *same, other, missing = json.loads(done.stdout.splitlines()[-1])
-    assert same == [["r160_in1k", hashlib.sha256(data).hexdigest()]] * 3
-    assert other == ["r160_in1k", hashlib.sha256(old).hexdigest()]
-    assert missing == "https://huggingface.co/timm/test_vit2.r160_in1k has no model.safetensors or pytorch_model.bin"
-    # Asked for and fetched once; then what is here is taken without asking.
-    asked = [line.partition(" ")[0] for line in Hub.asked if " /timm/test_resnet" in line]
-    assert asked == ["HEAD", "GET"]
-
-
-def test_where_no_download_is_possible_the_error_says_what_to_give_instead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError) as caught:
-        load_weights("timm/test_resnet", "DEFAULT")
-    for text in ("cannot download the weights timm/test_resnet.r160_in1k", "--weights its path", "random:SEED"):
-        assert text in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("backbone", "size"),
-    [("timm/test_vit3.r160_in1k", "64"), ("timm/eva02_tiny_patch14_336.mim_in22k_ft_in1k", "56")],
+    [
+        ("timm/test_vit3.r160_in1k", "64"),
+        pytest.param("timm/eva02_tiny_patch14_336.mim_in22k_ft_in1k", "56", marks=pytest.mark.slow),
+    ],
 )
 def test_an_output_is_verified_recomputed_and_searched_as_any_other(backbone: str, size: str, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=2, samples_each=4)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
-import os
 import pickle
 import random
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -22,55 +19,13 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 from torchvision import models
-from torchvision.models._api import BUILTIN_MODELS
 
 from shard_embedder.pipeline.backbones import build_backbone, load_weights
-from shard_embedder.pipeline.backbones.torchvision_models import BACKBONES, Entry, preprocess_for
-from shard_embedder.pipeline.backbones.weights import HASH_IN_NAME, StateDict, published, state_sha256
+from shard_embedder.pipeline.backbones.weights import state_sha256
 from shard_embedder.pipeline.core.errors import SettingsError, WeightsError
 from shard_embedder.pipeline.core.storage import locate
+from tests.backbones.weights_files import NAME, Touch, assert_loads, saved, torchvision_state, write
 from tests.conftest import ROOT
-
-NAME = "squeezenet1_1"  # small: 5 MB
-
-
-def torchvision_state(name: str = NAME, seed: int = 0, **options: Any) -> StateDict:
-    """State dict of torchvision's own model with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state: StateDict = models.get_model(name, weights=None, **options).state_dict()
-    return state
-
-
-def saved(content: Any, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-def write(path: Path, content: Any) -> str:
-    path.write_bytes(content if isinstance(content, bytes) else saved(content))
-    return str(path)
-
-
-def assert_loads(name: str, spec: str, wanted: StateDict) -> None:
-    """`spec` gives backbone `name` the parameters `wanted`, all of them, in fp32."""
-    state = build_backbone(name, spec).state_dict()
-    assert state
-    for key, value in state.items():
-        assert value.device.type == "cpu"
-        assert value.dtype == wanted[key].dtype
-        assert torch.equal(value, wanted[key]), key
-
-
-class Touch:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return (os.system, (f"touch {self.canary}",))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".PTH"])
@@ -184,6 +139,7 @@ def test_weights_of_another_precision_become_fp32(tmp_path: Path, dtype: torch.d
     assert_loads(NAME, path, {key: value.to(torch.float32) for key, value in stored.items()})
 
 
+@pytest.mark.slow
 def test_a_densenet_file_with_the_old_key_names_of_torchvisions_downloads_loads(tmp_path: Path) -> None:
     state = torchvision_state("densenet121")
     old = {
@@ -204,15 +160,21 @@ def test_an_mnasnet_file_loads_with_and_without_its_version(tmp_path: Path, name
     assert_loads(name, write(path, state if suffix == "pth" else save_safetensors(state)), state)
 
 
-@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-@pytest.mark.parametrize("auxiliary", [True, False])
+@pytest.mark.parametrize("name", ["googlenet", pytest.param("inception_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("auxiliary", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_auxiliary_classifiers_in_a_file_do_not_matter(tmp_path: Path, name: str, auxiliary: bool) -> None:
     state = torchvision_state(name, init_weights=True, aux_logits=auxiliary)
     assert any(key.lower().startswith("aux") for key in state) == auxiliary
     assert_loads(name, write(tmp_path / "w.pth", state), state)
 
 
-@pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_t", "vit_b_32", "maxvit_t", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "regnet_y_400mf",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin_t", "vit_b_32", "maxvit_t", "convnext_tiny")),
+    ],
+)
 def test_files_of_every_kind_of_architecture_load(tmp_path: Path, name: str) -> None:
     state = torchvision_state(name)
     assert_loads(name, write(tmp_path / "w.pth", state), state)
@@ -329,120 +291,6 @@ def test_state_sha256_sees_names_values_types_and_shapes() -> None:
     assert len({state_sha256(state) for state in states}) == len(states)
     first, second = torch.rand(2, 3), torch.rand(3)
     assert state_sha256({"a": first, "b": second}) == state_sha256({"b": second, "a": first.T.contiguous().T})
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty torch hub folder of this test's own."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    return tmp_path / "torch" / "hub" / "checkpoints"
-
-
-def publish(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Add an architecture `published` to torchvision and to our table, as torchvision adds its own.
-
-    The files of torchvision's real models cannot be made here: their names hold their own sha256.
-    """
-    real = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.value
-
-    class Published_Weights(models.WeightsEnum):  # noqa: N801  torchvision's way of naming them
-        IMAGENET1K_V1 = models.Weights(url=url, transforms=real.transforms, meta=real.meta)
-        DEFAULT = IMAGENET1K_V1
-
-    def published(*, weights: Published_Weights | None = None, **options: Any) -> nn.Module:
-        return models.squeezenet1_1(weights=weights, **options)
-
-    published.__annotations__["weights"] = Published_Weights
-    monkeypatch.setitem(BUILTIN_MODELS, "published", published)
-    monkeypatch.setitem(BACKBONES, "published", Entry("published"))
-
-
-@pytest.fixture
-def published_file(tmp_path: Path) -> Path:
-    """A weights file named as torchvision names its own."""
-    data = saved(torchvision_state(seed=5))
-    path = tmp_path / "site" / f"published-{hashlib.sha256(data).hexdigest()[:8]}.pth"
-    path.parent.mkdir()
-    path.write_bytes(data)
-    return path
-
-
-@pytest.mark.parametrize("spec", ["DEFAULT", "IMAGENET1K_V1"])
-def test_named_weights_are_downloaded_once_and_named_by_the_sha256_of_their_file(
-    spec: str, hub: Path, published_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish(monkeypatch, published_file.as_uri())
-    weights = load_weights("published", spec)
-    assert weights.name == "Published_Weights.IMAGENET1K_V1"
-    assert weights.sha256 == hashlib.sha256(published_file.read_bytes()).hexdigest()
-    assert [file.name for file in hub.iterdir()] == [published_file.name]
-    published_file.unlink()
-    assert load_weights("published", spec).sha256 == weights.sha256
-    assert_loads("published", spec, torchvision_state(seed=5))
-    assert preprocess_for("published", spec) == preprocess_for("squeezenet1_1", spec)
-
-
-def test_a_hub_folder_filled_beforehand_needs_no_network(
-    hub: Path, published_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish(monkeypatch, f"https://download.invalid/models/{published_file.name}")
-    hub.mkdir(parents=True)
-    published_file.rename(hub / published_file.name)
-    assert_loads("published", "DEFAULT", torchvision_state(seed=5))
-
-
-def test_a_file_in_the_hub_folder_that_torchvision_did_not_publish_is_refused(hub: Path) -> None:
-    hub.mkdir(parents=True)
-    path = hub / "squeezenet1_1-b8a52dc0.pth"
-    write(path, torchvision_state())
-    with pytest.raises(WeightsError, match=r"sha256 starts with b8a52dc0, but it is [0-9a-f]{64}; remove it"):
-        load_weights("squeezenet1_1", "DEFAULT")
-
-
-def test_a_published_file_is_loaded_without_executing_it(
-    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = saved({"extra": Touch(tmp_path / "canary")})
-    path = tmp_path / f"evil-{hashlib.sha256(data).hexdigest()[:8]}.pth"
-    publish(monkeypatch, Path(write(path, data)).as_uri())
-    with pytest.raises(WeightsError, match="loads without code"):
-        load_weights("published", "DEFAULT")
-    assert not (tmp_path / "canary").exists()
-
-
-def test_a_download_that_is_not_what_was_published_is_refused_and_not_kept(
-    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "published-00000000.pth"
-    publish(monkeypatch, Path(write(path, torchvision_state())).as_uri())
-    with pytest.raises(WeightsError, match="invalid hash value"):
-        load_weights("published", "DEFAULT")
-    assert list(hub.iterdir()) == []
-
-
-def test_where_no_download_is_possible_the_error_says_what_to_give_instead(
-    hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish(monkeypatch, "https://download.invalid/models/published-12345678.pth")
-    with pytest.raises(WeightsError) as caught:
-        load_weights("published", "DEFAULT")
-    for text in ("cannot download", "https://download.invalid", str(hub), "--weights a path", "random:SEED"):
-        assert text in str(caught.value)
-
-
-@pytest.mark.usefixtures("hub")
-def test_a_server_that_never_answers_is_given_up() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/published-12345678.pth"
-        with pytest.raises(WeightsError, match=r"cannot download .* timed out"):
-            published(url, "published", "torchvision", timeout_s=0.3)
-    assert socket.getdefaulttimeout() is None
-
-
-def test_every_file_of_torchvision_holds_its_hash_in_its_name() -> None:
-    for name in models.list_models(module=models):
-        for entry in models.get_model_weights(name):
-            assert HASH_IN_NAME.search(entry.url), entry.url
 
 
 @pytest.mark.parametrize(

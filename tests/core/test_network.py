@@ -370,6 +370,7 @@ def test_no_error_tells_a_secret(
     storage._filesystem.cache_clear()
 
 
+@pytest.mark.slow
 def test_files_are_listed_over_many_pages(network: FaultProxy, s3_url: str, direct: Any) -> None:
     names = [f"{number:04d}.tar" for number in range(1001)]
     direct.pipe({f"{s3_url}/{name}": b"" for name in names})

@@ -15,7 +15,7 @@ from shard_embedder.pipeline.decoding import child, jpeg, pillow
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import child_pid, encode, peak_memory_mib, photo
-from tests.decoding.test_decode import SMALL, progressive_bomb
+from tests.decoding.images import SMALL, progressive_bomb
 
 MIB = 2**20
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -104,6 +104,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_grows_with_pixels_as_the_rules_say(name: str) -> None:
     child.end()

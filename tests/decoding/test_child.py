@@ -26,7 +26,7 @@ from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from shard_embedder.pipeline.pages.previews import preview
 from tests.conftest import ROOT, child_pid, encode, photo, write_tar
-from tests.decoding.test_decode import every_format, with_orientation
+from tests.decoding.images import every_format, with_orientation
 
 PREPROCESS = Preprocess(64, (56, 48), "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 RULES = DecodingRules(preprocess=PREPROCESS, max_pixels=10_000)

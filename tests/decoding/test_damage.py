@@ -19,7 +19,7 @@ from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from shard_embedder.pipeline.output.settings import OutputSettings
 from tests.conftest import encode, photo
-from tests.decoding.test_decode import SMALL, every_format, pixels, png_chunk, with_orientation
+from tests.decoding.images import SMALL, every_format, pixels, png_chunk, with_orientation
 
 RULES = DecodingRules(preprocess=SMALL, max_pixels=4_000_000)
 END = b"\xff\xd9"

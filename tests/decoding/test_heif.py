@@ -21,7 +21,7 @@ from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.resize import resize_crop
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import ROOT, child_pid, encode, peak_memory_mib, photo
-from tests.decoding.test_decode import SMALL, part
+from tests.decoding.images import SMALL, part
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="the extra `heif` is not installed")
 RULES = DecodingRules(preprocess=SMALL, max_pixels=Config.max_pixels)
@@ -72,6 +72,7 @@ def reason_of(file: bytes, **rules: Any) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_the_number_of_pixels_is_looked_at_before_they_are_decoded() -> None:
     child.end()
     file = heic(photo(1, (3000, 3000)), quality=10)
@@ -81,6 +82,7 @@ def test_the_number_of_pixels_is_looked_at_before_they_are_decoded() -> None:
     assert peak_memory_mib(child_pid()) - before < 9
 
 
+@pytest.mark.slow
 def test_memory_grows_with_pixels_as_the_rules_say() -> None:
     child.end()
     file = heic(photo(1, (3000, 3000)).convert("RGBA"), quality=10)
@@ -134,7 +136,7 @@ importlib.metadata.version = without
 _NODE = """
 import pickle
 from shard_embedder.pipeline.core.errors import ClusterError
-from tests.decoding.test_decode import part
+from tests.decoding.images import part
 decoder = pickle.loads(sys.stdin.buffer.read())
 try:
     next(decoder(part([b"x"])))

@@ -32,7 +32,7 @@ from shard_embedder.pipeline.decoding.jpeg_forwarder import (
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, photo
-from tests.decoding.test_decode import SMALL, every_format, with_orientation
+from tests.decoding.images import SMALL, every_format, with_orientation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, photo
-from tests.decoding.test_decode import SMALL, pixels, png_chunk, with_orientation
+from tests.decoding.images import SMALL, pixels, png_chunk, with_orientation
 
 MIB = 2**20
 RULES = DecodingRules(preprocess=SMALL, max_pixels=4_000_000)

@@ -29,7 +29,7 @@ from shard_embedder.pipeline.output.parts import vectors
 from shard_embedder.pipeline.verify.proof import verify
 from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import Done, encode, photo, write_tar
-from tests.decoding.test_decode import FUZZ_SEED, mutate, with_orientation
+from tests.decoding.images import FUZZ_SEED, mutate, with_orientation
 from tests.outputs import embed
 
 SMALL = Preprocess(20, (16, 16), "bilinear", (0.5,) * 3, (0.5,) * 3)

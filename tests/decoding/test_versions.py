@@ -25,7 +25,7 @@ import PIL.Image
 PIL.__version__ = "12.3.0"
 from shard_embedder.pipeline.core.errors import ClusterError
 from shard_embedder.pipeline.decoding.decoder import Decoder
-from tests.decoding.test_decode import FILES, make_decoder, part
+from tests.decoding.images import FILES, make_decoder, part
 for decode in (lambda: next(make_decoder()(part([FILES["jpeg"]]))), lambda: make_decoder().decode(FILES["png"])):
     try:
         decode()

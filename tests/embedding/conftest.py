@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.memory import _memory_given_back_after_each_test, _only_new_objects_are_searched
+
+__all__ = ["_memory_given_back_after_each_test", "_only_new_objects_are_searched"]
+
 
 @pytest.fixture(autouse=True)
 def no_tries_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

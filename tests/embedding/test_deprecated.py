@@ -34,6 +34,7 @@ def test_openvino_graph_still_has_its_tracer_and_its_decoder() -> None:
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_torch_export_still_loses_networks_that_the_tracer_takes() -> None:
     """Why `pipeline.embedding.openvino_graph` does not use it; where this fails, it may be time."""
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")

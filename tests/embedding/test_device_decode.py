@@ -45,7 +45,7 @@ from shard_embedder.pipeline.planning.stored_source import StoredSource
 from shard_embedder.pipeline.verify.proof import verify
 from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import encode, photo, write_tar
-from tests.decoding.test_decode import every_format, part, with_orientation
+from tests.decoding.images import every_format, part, with_orientation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 SMALL = Preprocess(40, (32, 28), "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -105,6 +105,7 @@ def refused() -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_whatever_a_jpeg_is_broken_into_becomes_what_the_decoder_makes_of_it() -> None:
     # What is damaged inside its data only a decoder of the whole of it finds: a device has no such rule.
     cpu = decoder(accept_damaged=True)
@@ -235,7 +236,7 @@ def embedder(backbone: str, weights: Any, preprocess: Preprocess, cpu: Decoder |
     return Embedder(source, network, Placement(batch_size=16), shape=shape, dtype="float32", decoder=cpu)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("backbone", [pytest.param("resnet18", marks=pytest.mark.slow), "mobilenet_v2"])
 def test_embeddings_of_photos_agree_with_pil_and_the_weights_own_transforms(backbone: str, test_data: Path) -> None:
     from torchvision.models import get_model_weights
 

@@ -25,7 +25,7 @@ from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
 from shard_embedder.pipeline.embedding import device_decode
 from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
 from tests.conftest import ROOT, encode, photo
-from tests.decoding.test_decode import part, with_orientation
+from tests.decoding.images import part, with_orientation
 from tests.embedding.test_device_decode import (
     assert_alike,
     decoder,
@@ -203,6 +203,7 @@ print(found.num_refused, found.refusal)
 """
 
 
+@pytest.mark.slow
 def test_a_part_that_kills_its_process_twice_is_decoded_on_the_cpu(tmp_path: Path) -> None:
     paths = [tmp_path / f"{seed}.jpg" for seed in range(3)]
     for seed, path in enumerate(paths):

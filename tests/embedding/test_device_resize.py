@@ -18,7 +18,12 @@ from tests.embedding.test_device_decode import SMALL
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("resize", "crop", "mode"),
-    [(40, (32, 28), "center"), (31, (31, 31), "center"), (20, (32, 32), "center"), (33, (32, 20), "squash")],
+    [
+        (40, (32, 28), "center"),
+        pytest.param(31, (31, 31), "center", marks=pytest.mark.slow),
+        pytest.param(20, (32, 32), "center", marks=pytest.mark.slow),
+        (33, (32, 20), "squash"),
+    ],
 )
 def test_the_geometry_is_that_of_the_decoder(
     interpolation: str, resize: int, crop: tuple[int, int], mode: str

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 import torch
 
 from shard_embedder.pipeline.backbones import build_backbone, load_weights
@@ -36,17 +35,12 @@ from shard_embedder.pipeline.core.schema import (
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.embedding.embedder import Embedder, Source
 from shard_embedder.pipeline.embedding.network import Network, Placement
-from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, TorchRunner, build_network
-from shard_embedder.pipeline.planning.stored_source import StoredSource
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
+from tests.embedding.pictures import SIDE, pictures, preprocess, torch_state
 from tests.outputs import part_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SIDE = 64
 KEEP = (("caption", "string"),)
-
-
-def preprocess(backbone: str, side: int = SIDE) -> Preprocess:
-    return preprocess_for(backbone, "random").with_size((side, side))
 
 
 @pytest.fixture(params=["torch", "openvino"])
@@ -62,30 +56,38 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 ENGINE = {"name": "torch"}
 
 
+@lru_cache(maxsize=2)
+def random_source(engine: str, network: Network) -> Source:
+    """What computes `network` with random weights, converted once for the tests that follow on each other."""
+    return source_of(engine, network, load_weights(network.backbone, "random:0"))
+
+
+def source_of(engine: str, network: Network, weights: Weights) -> Source:
+    if engine == "torch":
+        return SharedWeights.of(weights)
+    from shard_embedder.pipeline.embedding.openvino_graph import convert
+
+    return convert(build_network(network, weights), network.preprocess.crop)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sources_given_back() -> Iterator[None]:
+    yield
+    random_source.cache_clear()
+
+
 def embedder(
     backbone: str = "resnet18", *, side: int = SIDE, weights: Weights | None = None, **options: Any
 ) -> Embedder:
     """An embedder as the flow makes one, with random weights, on the CPU."""
-    weights = weights or load_weights(backbone, "random:0")
     given = {"preprocess": preprocess(backbone, side), "dtype": "float32", "batch_size": 16} | options
     fields = ("features", "preprocess", "normalize")
     network = Network(backbone=backbone, **{name: given.pop(name) for name in fields if name in given})
     dtype = given.pop("dtype")
-    crop = network.preprocess.crop
-    source: Source = SharedWeights.of(weights)
-    if ENGINE["name"] == "openvino":
-        from shard_embedder.pipeline.embedding.openvino_graph import convert
-
-        source = convert(build_network(network, weights), crop)
-    shape = output_shape(backbone, network.features, crop)
+    name = ENGINE["name"]
+    source = random_source(name, network) if weights is None else source_of(name, network, weights)
+    shape = output_shape(backbone, network.features, network.preprocess.crop)
     return Embedder(source, network, Placement(**given), shape=shape, dtype=dtype)
-
-
-def pictures(count: int, seed: int = 0, side: int = SIDE) -> list[Any]:
-    """uint8 RGB of shape [side, side, 3], no two alike."""
-    rng = np.random.default_rng(seed)
-    base = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    return list(np.kron(base, np.ones((1, side // 4, side // 4, 1), np.uint8)))
 
 
 def part(pixels: list[Any], number: int = 0, side: int = SIDE) -> pa.Table:
@@ -136,7 +138,11 @@ def cosine(a: Any, b: Any) -> Any:
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize(
     ("backbone", "side", "precision", "count"),
-    [("resnet18", SIDE, "fp32", 16), ("resnet18", SIDE, "bf16", 16), ("vit_b_32", 224, "fp32", 4)],
+    [
+        ("resnet18", SIDE, "fp32", 16),
+        ("resnet18", SIDE, "bf16", 16),
+        pytest.param("vit_b_32", 224, "fp32", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_neither_padding_nor_neighbours_change_an_embedding_by_a_bit(
     backbone: str, side: int, precision: str, count: int
@@ -344,110 +350,6 @@ def test_reduced_precision_keeps_the_direction(precision: str, wanted: float) ->
     assert not np.array_equal(exact, reduced)
 
 
-def test_batches_that_do_not_fit_into_memory_are_halved_until_they_do() -> None:
-    pixels = np.stack(pictures(11))
-
-    def runner(batch_size: int, room: int) -> TorchRunner:
-        network = build_network(
-            Network(backbone="resnet18", preprocess=preprocess("resnet18")), load_weights("resnet18", "random:0")
-        )
-        tried: list[int] = []
-
-        def device_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            # The first batch always fits: memory may run out at any time.
-            tried.append(len(inputs[0]))
-            if len(inputs[0]) > room and len(tried) > 1:
-                raise torch.OutOfMemoryError(f"no room for {len(inputs[0])} images")
-
-        network.register_forward_pre_hook(device_memory)
-        return TorchRunner(network, (SIDE, SIDE), Placement(batch_size=batch_size))
-
-    rows = np.array([10, 3, 4, 5, 6, 7, 8, 9, 0])
-    halved = runner(8, room=3)
-    embedded = halved.embed(pixels, rows)
-    assert halved.batch_size == 2
-    assert np.array_equal(embedded, runner(2, room=2).embed(pixels, rows))
-    with pytest.raises(torch.OutOfMemoryError, match="no room for 1 images"):
-        runner(4, room=0).embed(pixels, rows)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU, found no g++")
-def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one() -> None:
-    from torch._dynamo.utils import counters
-
-    pixels, rows = np.stack(pictures(11)), np.array([10, 3, 4, 5, 6, 7, 8, 9, 0])
-
-    def runner(compiled: bool) -> TorchRunner:
-        network = build_network(
-            Network(backbone="resnet18", preprocess=preprocess("resnet18")), load_weights("resnet18", "random:0")
-        )
-        return TorchRunner(network, (SIDE, SIDE), Placement(batch_size=4, compiled=compiled))
-
-    eager = runner(False).embed(pixels, rows)
-    counters.clear()
-    fast = runner(True)
-    compiled = fast.embed(pixels, rows)
-    np.testing.assert_allclose(compiled, eager, rtol=1e-3, atol=1e-5)
-    assert np.array_equal(fast.embed(torch.from_numpy(pixels), rows), compiled)
-    assert np.array_equal(fast.embed(pixels, rows[4:]), compiled[4:])
-    assert counters["stats"]["unique_graphs"] >= 1
-
-
-def test_torch_computes_in_one_thread_whoever_asks() -> None:
-    network = build_network(
-        Network(backbone="squeezenet1_1", preprocess=preprocess("squeezenet1_1")),
-        load_weights("squeezenet1_1", "random:0"),
-    )
-    threads: list[int] = []
-    network.register_forward_hook(lambda *_: threads.append(threading.get_ident()))
-    runner = TorchRunner(network, (SIDE, SIDE), Placement(batch_size=4))
-    together = threading.Barrier(3)
-
-    def ask(_: int) -> int:
-        together.wait()
-        runner.embed(np.stack(pictures(4)), np.arange(4))
-        return threading.get_ident()
-
-    with ThreadPoolExecutor(3) as pool:
-        asked = set(pool.map(ask, range(3)))
-    assert len(asked) == len(threads) == 3
-    # CUDA graphs belong to the thread that recorded them.
-    assert len(set(threads)) == 1
-
-
-def test_num_threads_is_what_torch_uses() -> None:
-    embedder(num_threads=1)
-    assert torch.get_num_threads() == 1
-
-
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_shared_through_the_object_store_are_the_same(dtype: torch.dtype) -> None:
-    state = {key: value.to(dtype) if value.is_floating_point() else value
-             for key, value in torch_state("squeezenet1_1").items()}  # fmt: skip
-    weights = Weights("w.pth", "5" * 64, state)
-    shared = ray.get(StoredSource.put(SharedWeights.of(weights)).ref).get()
-    assert (shared.name, shared.sha256, shared.seed) == (weights.name, weights.sha256, None)
-    here, there = build_backbone("squeezenet1_1", weights), build_backbone("squeezenet1_1", shared)
-    for key, value in here.state_dict().items():
-        assert torch.equal(there.state_dict()[key], value)
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_random_weights_are_shared_by_their_seed_alone() -> None:
-    shared = ray.get(StoredSource.put(SharedWeights.of(load_weights("squeezenet1_1", "random:6"))).ref)
-    assert (shared.seed, shared.state) == (6, None)
-
-
-def torch_state(name: str) -> dict[str, torch.Tensor]:
-    from torchvision import models
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        state: dict[str, torch.Tensor] = models.get_model(name, weights=None).state_dict()
-    return state
-
-
 @pytest.mark.usefixtures("engine")
 def test_a_vector_without_direction_is_an_error_where_lengths_are_normalized() -> None:
     zeros = {key: torch.zeros_like(value) for key, value in torch_state("squeezenet1_1").items()}
@@ -455,3 +357,8 @@ def test_a_vector_without_direction_is_an_error_where_lengths_are_normalized() -
     ((_, samples),) = part_rows(actor(part(pictures(1))))
     assert samples.field(EMBEDDING).null_count == 1
     assert samples.field(REASON)[0].as_py().startswith("not finite")
+
+
+def test_num_threads_is_what_torch_uses() -> None:
+    embedder(num_threads=1)
+    assert torch.get_num_threads() == 1

@@ -196,6 +196,7 @@ def test_an_embedder_in_the_callers_process_raises_what_breaks_its_gpu(tmp_path:
             actor(part(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_process_of_its_own_ends_with_its_gpu_but_not_before_it_has_embedded_a_part(
     at: int, tmp_path: Path
@@ -237,6 +238,7 @@ def test_all_compiled_runners_of_a_process_share_one_thread() -> None:
     assert networks[0].seen.isdisjoint(networks[1].seen)
 
 
+@pytest.mark.slow
 def test_fp32_is_fp32_whatever_the_image_asks_for() -> None:
     code = (
         "import os, torch\n"

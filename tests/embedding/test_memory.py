@@ -54,6 +54,7 @@ def test_a_runner_that_nobody_holds_ends_with_its_threads(library: str) -> None:
     assert not set(threading.enumerate()) - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc: memory cannot be told")
 def test_the_tracer_keeps_no_weights_of_what_was_converted() -> None:
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")

@@ -40,6 +40,7 @@ print(json.dumps([asked, "openvino_telemetry" in sys.modules]))
 """
 
 
+@pytest.mark.slow
 def test_openvino_opens_no_connection_and_writes_nothing_to_the_home_folder(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
     environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}

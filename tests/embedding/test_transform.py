@@ -23,7 +23,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "timm/test_vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("efficientnet_b0", marks=pytest.mark.slow),
+        pytest.param("timm/test_vit", marks=pytest.mark.slow),
+    ],
+)
 def test_a_backbone_gives_what_the_jobs_embedder_gives(name: str, engine: str) -> None:
     if name.startswith("timm/"):
         pytest.importorskip("timm", reason="timm is not installed: pip install timm")

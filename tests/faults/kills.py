@@ -17,29 +17,40 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from benchmarks.memory import WORKERS
 from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
-from tests.conftest import ROOT, S3Server, encode, free_ports, photo, write_tar
+from tests.conftest import ROOT, S3Server
+from tests.faults.cluster import WATCH, Cluster, descendants, kill_tree, kill_worker, start_store, title
+from tests.faults.kill_plan import (
+    DECODE,
+    DRIVER,
+    EMBED,
+    KINDS,
+    NODE,
+    READ,
+    STORE,
+    WRITE,
+    Kill,
+    Load,
+    Plan,
+    Run,
+    make_plan,
+    table,
+)
 
-READ, DECODE, WRITE, EMBED = "read worker", "decode worker", "write worker", "embed actor"
-NODE, DRIVER, STORE, TWO = "node", "driver", "S3 server", "two at once"
-SINGLE = (READ, DECODE, WRITE, EMBED, NODE, DRIVER, STORE)
-KINDS = (*SINGLE, TWO)
 # What Ray calls the processes of a stage while they work for it.
 _TITLES = {
     kind: re.compile(f"ray::.*{re.escape(WORKERS[stage])}")
@@ -49,263 +60,9 @@ _TITLES = {
 STUCK_S = 240.0
 # How long a victim is looked for, once one was seen.
 _PATIENCE_S = 10.0
-# The share of kills that do not wait until the embed stage is up.
-_STARTING = 0.2
 # How many of the kills to come are looked at for one whose victims are there.
 _NEAR = 3
 _MAX_ATTEMPTS = 40
-# `ray start` turns 127.0.0.1 into the machine's address on its network; these stay on loopback.
-_HEAD, _NODE = "127.0.0.3", "127.0.0.2"
-_WATCH = Path(__file__).parent / "watch"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a job has to do: shards of equal samples, some of them broken images."""
-
-    num_shards: int = 48
-    samples_each: int = 40
-    image_bytes: int = 150_000
-    image_size: int = 128
-    part_rows: int = 8
-    backbone: str = "resnet18"
-
-    @property
-    def num_samples(self) -> int:
-        return self.num_shards * self.samples_each
-
-    @property
-    def options(self) -> list[str]:
-        """Options of the job; half of them as SLOWER in the tests of the job."""
-        return [
-            "--backbone", self.backbone, "--weights", "random:3", "--image-size", str(self.image_size),
-            "--device", "cpu", "--precision", "fp32", "--part-rows", str(self.part_rows),
-            "--batch-size", str(self.part_rows),
-        ]  # fmt: skip
-
-    def write(self, folder: Path) -> Path:
-        """Write the shards. Bytes after a JPEG's end make it heavy to read and light to decode."""
-        images = [encode(photo(i, (320, 240))).ljust(self.image_bytes, b"\0") for i in range(64)]
-        for shard in range(self.num_shards):
-            members = [
-                (f"{shard:03d}-{i:03d}.jpg", images[(7 * shard + i) % len(images)]) for i in range(self.samples_each)
-            ]
-            if shard % 4 == 0:
-                members[2] = (members[2][0], b"no image")
-            write_tar(folder / f"s-{shard:05d}.tar", members)
-        return folder
-
-    def rows(self) -> set[tuple[str, int, str]]:
-        """Shard, index and id of every sample."""
-        shards, samples = range(self.num_shards), range(self.samples_each)
-        return {(f"s-{shard:05d}", i, f"{shard:03d}-{i:03d}") for shard in shards for i in samples}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (OSError, IndexError):
-        return False
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def descendants(root: int) -> list[int]:
-    """Pids of a process and everything below it, parents first."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with suppress(OSError, IndexError):
-                parent = Path(f"/proc/{entry.name}/stat").read_text().rpartition(")")[2].split()[1]
-                children[int(parent)].append(int(entry.name))
-    found = [root]
-    for pid in found:
-        found += children[pid]
-    return found
-
-
-def kill_tree(root: int) -> None:
-    """SIGKILL a process and everything below it, as when their machine vanishes."""
-    for number in (signal.SIGSTOP, signal.SIGKILL):
-        # Stopped first, so that none starts another in between.
-        for pid in descendants(root):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
-def kill_worker(pid: int, title: re.Pattern[str]) -> bool:
-    """SIGKILL one process, if at that very moment it is at work for a stage."""
-    try:
-        os.kill(pid, signal.SIGSTOP)
-        # It cannot turn to other work now.
-        at_work = bool(title.match(_title(pid))) and _alive(pid)
-        os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
-    except ProcessLookupError:
-        return False
-    return at_work
-
-
-class Cluster:
-    """Two Ray nodes on this machine, of which the second may die."""
-
-    def __init__(self, environment: dict[str, str], log: Path, cpus_each: int = 1) -> None:
-        self.folder = tempfile.mkdtemp(prefix="r-", dir="/tmp")
-        # Another address of loopback than that of the S3 server, whose ports are free while it is down.
-        self.port, self._client_port = free_ports(2)
-        self.address = f"{_HEAD}:{self.port}"
-        self._environment = {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
-        self._environment.pop("RAY_ADDRESS", None)
-        self._log = log
-        self._cpus = f"--num-cpus={cpus_each}"
-        self.head: subprocess.Popen[bytes] | None = None
-        self.node: subprocess.Popen[bytes] | None = None
-
-    def _ray(self, *options: str) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", self._cpus, *options]
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
-                [*command, "--object-store-memory=100000000"],
-                env=self._environment, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-
-    def start(self) -> None:
-        """Start both nodes, and wait until they are there."""
-        self.head = self._ray(
-            "--head", f"--port={self.port}", f"--node-ip-address={_HEAD}", "--include-dashboard=false",
-            f"--ray-client-server-port={self._client_port}", f"--temp-dir={self.folder}",
-        )  # fmt: skip
-        _wait_for("the head", self._listens)
-        self.start_node()
-        _wait_for("both nodes", lambda: self.num_nodes() == 2)
-
-    def start_node(self) -> None:
-        """Start the second node; it joins while others work."""
-        self.node = self._ray(f"--address={self.address}", f"--node-ip-address={_NODE}")
-
-    def keep_node(self) -> None:
-        """Start the second node again where it did not come up: a busy machine may be too slow for Ray."""
-        if self.node is not None and self.node.poll() is not None:
-            self.start_node()
-
-    def kill_node(self) -> None:
-        """Kill the second node with all its workers."""
-        assert self.node is not None
-        kill_tree(self.node.pid)
-        self.node.wait()
-
-    def _listens(self) -> bool:
-        with suppress(OSError), socket.create_connection((_HEAD, self.port), 1):
-            return True
-        return False
-
-    def num_nodes(self) -> int:
-        """Nodes that the head takes for alive."""
-        from ray._raylet import GcsClient
-
-        with suppress(Exception):
-            return sum(node.state == 0 for node in GcsClient(address=self.address).get_all_node_info().values())
-        return 0
-
-    def stop(self) -> None:
-        """Kill what is left."""
-        for process in (self.node, self.head):
-            if process is not None and process.poll() is None:
-                kill_tree(process.pid)
-                process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _start_store(store: S3Server) -> None:
-    """Start it; again where another process has taken one of its ports meanwhile."""
-    for attempt in range(3):
-        try:
-            return store.start()
-        except RuntimeError:
-            store.stop()
-            if attempt == 2:
-                raise
-            time.sleep(5)
-
-
-def _wait_for(what: str, ready: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{what} did not come up within {seconds:.0f} s")
-        time.sleep(0.2)
-
-
-class Plan(NamedTuple):
-    """One kill to come: what, how long after it is seen, and for how long a server or node stays away.
-
-    `away_s` of infinity is a node that never comes back. Only some of the kills of a driver or server come while
-    the job still starts.
-    """
-
-    kinds: tuple[str, ...]
-    starting: bool
-    pause_s: float
-    linger_s: float
-    away_s: float
-
-    @property
-    def label(self) -> str:
-        return TWO if len(self.kinds) == 2 else self.kinds[0]
-
-
-def make_plan(num_kills: int, seed: int, spread_s: float, kinds: tuple[str, ...] = KINDS) -> list[Plan]:
-    """Kills of every kind in random order: two nodes and two drivers to three of any other."""
-    rng = random.Random(seed)
-    deck = [*kinds, *kinds, *(kind for kind in kinds if kind not in (NODE, DRIVER))]
-    labels = (deck * (num_kills // len(deck) + 1))[:num_kills]
-    rng.shuffle(labels)
-    # Two workers of short tasks are seldom there at once.
-    lasting = [kind for kind in kinds if kind in (EMBED, NODE, DRIVER, STORE)]
-
-    def two() -> tuple[str, ...]:
-        first = rng.choice(lasting)
-        return first, rng.choice([kind for kind in kinds if kind not in (first, TWO)])
-
-    return [
-        Plan(
-            two() if label == TWO else (label,),
-            starting=rng.random() < _STARTING,
-            pause_s=rng.uniform(0.0, spread_s),
-            linger_s=rng.uniform(0.0, 0.3),
-            away_s=rng.uniform(1.0, 5.0),
-        )
-        for label in labels
-    ]
-
-
-@dataclass
-class Kill:
-    """One kill that happened."""
-
-    label: str
-    kinds: tuple[str, ...]
-    at: float
-    survived: bool = True
-    again: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "embed": 0.0})
-
-
-@dataclass
-class Run:
-    """One output, made by one or more attempts of the same command."""
-
-    kills: list[Kill] = field(default_factory=list)
-    attempts: int = 1
-    gave_up: list[str] = field(default_factory=list)
-    more_passes: int = 0
-    problems: list[str] = field(default_factory=list)
-    wall_s: float = 0.0
-    begun: dict[str, int] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
 
 
 class Harness:
@@ -323,7 +80,7 @@ class Harness:
             "RAY_AUTH_MODE": "disabled",
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
             # This tree, wherever an editable install leads to.
-            "PYTHONPATH": f"{_WATCH}{os.pathsep}{ROOT}",
+            "PYTHONPATH": f"{WATCH}{os.pathsep}{ROOT}",
             "KILLS_WORK_LOG": str(self.work_log),
         }
         self.environment.pop("RAY_ADDRESS", None)
@@ -499,14 +256,14 @@ class Harness:
             node = self.cluster.node if self.cluster else None
             if node is None or node.poll() is not None:
                 return []
-            stages = [pid for pid in descendants(node.pid) if any(t.match(_title(pid)) for t in _TITLES.values())]
+            stages = [pid for pid in descendants(node.pid) if any(t.match(title(pid)) for t in _TITLES.values())]
             return [node.pid] if stages else []
         if self.cluster is None:
             roots = [self.driver]
         else:
             roots = [node for node in (self.cluster.head, self.cluster.node) if node is not None]
         pids = (pid for root in roots if root.poll() is None for pid in descendants(root.pid))
-        return [pid for pid in pids if _TITLES[kind].match(_title(pid))]
+        return [pid for pid in pids if _TITLES[kind].match(title(pid))]
 
     def _await(self, kinds: tuple[str, ...], deadline: float) -> bool:
         """Wait until there is something to kill of each kind, while the job lives."""
@@ -578,7 +335,7 @@ class Harness:
         if STORE in kinds or NODE in kinds:
             time.sleep(away_s if math.isfinite(away_s) else 0.0)
         if STORE in kinds:
-            _start_store(self.store)
+            start_store(self.store)
         if NODE in kinds:
             assert self.cluster is not None
             if math.isfinite(away_s):
@@ -591,7 +348,7 @@ class Harness:
         assert self.driver is not None
         roots = [self.driver, *((self.cluster.head, self.cluster.node) if self.cluster else ())]
         pids = (pid for root in roots if root is not None for pid in descendants(root.pid))
-        return "\n".join(f"  {pid} {_title(pid)[:100]}" for pid in pids if "ray::" in _title(pid))
+        return "\n".join(f"  {pid} {title(pid)[:100]}" for pid in pids if "ray::" in title(pid))
 
 
 def _file(data: bytes) -> Any:
@@ -609,23 +366,6 @@ def harness(load: Load, folder: Path, say: Callable[[str], None], *, local: bool
         yield made
     finally:
         made.stop()
-
-
-def table(runs: list[Run]) -> str:
-    """What each kind of kill did, as markdown."""
-    kills = [kill for run in runs for kill in run.kills]
-    lines = [
-        "| killed | kills | survived | decoded again | embedded again |",
-        "|---|---|---|---|---|",
-    ]
-    for label in (*KINDS, "all"):
-        some = [kill for kill in kills if label in ("all", kill.label)]
-        if not some:
-            continue
-        again = {stage: sum(kill.again[stage] for kill in some) / len(some) for stage in ("decode", "embed")}
-        survived = sum(kill.survived for kill in some)
-        lines.append(f"| {label} | {len(some)} | {survived} | {again['decode']:.1f} | {again['embed']:.1f} |")
-    return "\n".join(lines)
 
 
 def summary(runs: list[Run], load: Load) -> str:

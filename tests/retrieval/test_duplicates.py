@@ -21,7 +21,7 @@ from shard_embedder.pipeline.retrieval.duplicates import PAIRS_SCHEMA, draw_dupl
 from shard_embedder.pipeline.retrieval.index import open_index
 from tests.conftest import SmallDisk, encode, photo, write_tar
 from tests.outputs import embed
-from tests.retrieval.test_index import clusters, store
+from tests.retrieval.stored import clusters, store
 
 PHOTOS = 12
 

@@ -20,7 +20,7 @@ from shard_embedder.pipeline.retrieval.groups import Components, choose_kept
 from shard_embedder.pipeline.retrieval.index import open_index
 from tests.conftest import encode, photo, write_tar
 from tests.outputs import embed
-from tests.retrieval.test_index import clusters, store
+from tests.retrieval.stored import clusters, store
 
 Edges = list[tuple[int, int]]
 

@@ -348,6 +348,7 @@ for count in (1, 300):
 """
 
 
+@pytest.mark.slow
 def test_the_bytes_of_queries_do_not_stay_in_memory(index: Path, tmp_path: Path) -> None:
     """Those of 300 files of 2 MiB would be 600 MiB."""
     (tmp_path / "one.jpg").write_bytes(encode(photo(1)) + bytes(2**21))

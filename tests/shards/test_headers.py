@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shard_embedder.pipeline.shards.headers import BLOCK, parse_header, read_pax
-from tests.shards.test_tars import FORMATS, Bytes, pax, with_checksum
+from tests.shards.tar_bytes import FORMATS, Bytes, pax, with_checksum
 
 
 @settings(max_examples=400, deadline=None)

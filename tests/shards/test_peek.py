@@ -22,10 +22,8 @@ from shard_embedder.pipeline.shards.keys import Naming
 from shard_embedder.pipeline.shards.peek import Entry, TarReader, images, is_one_image, mean_sample_bytes
 from shard_embedder.pipeline.shards.tars import iter_members
 from tests.conftest import ROOT, sample_members, write_tar
-from tests.shards.test_tar_costs import BOMBS, check_bounds
-from tests.shards.test_tars import (
+from tests.shards.tar_bytes import (
     ALL,
-    CASES,
     END,
     FORMATS,
     LONG,
@@ -34,7 +32,6 @@ from tests.shards.test_tars import (
     B,
     Bytes,
     C,
-    Case,
     entry,
     flipped,
     gnu_times,
@@ -44,6 +41,8 @@ from tests.shards.test_tars import (
     pax,
     read,
 )
+from tests.shards.tar_cases import CASES, Case
+from tests.shards.test_tar_costs import BOMBS, check_bounds
 
 
 def shard_of(place: str, data: bytes) -> Shard:

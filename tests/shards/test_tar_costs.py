@@ -12,7 +12,7 @@ import pytest
 from shard_embedder.pipeline.core.errors import ShardError
 from shard_embedder.pipeline.shards.headers import BLOCK
 from shard_embedder.pipeline.shards.tars import WINDOW_BYTES, iter_members
-from tests.shards.test_tars import ALL, GARBAGE, PIECES_OF_TARS, WHOLE, Bytes, entry, header, members, with_checksum
+from tests.shards.tar_bytes import ALL, GARBAGE, PIECES_OF_TARS, WHOLE, Bytes, entry, header, members, with_checksum
 
 # What a shard may cost, whatever it holds. No clock decides, but what is read, and how often a function is called.
 READS_OF_EACH_BYTE = 12
