@@ -66,7 +66,7 @@ def test_nothing_that_a_failing_run_leaves_holds_a_secret(
             proxy.add("missing", r"/in/c-gone", "GET|HEAD", 10_000)
             proxy.add("denied", r"/out/embeddings/e-not-written", "PUT", 10_000)
             environment = {**server.environment, "AWS_ENDPOINT_URL": proxy.url, "RAY_TMPDIR": str(ray_folder)}
-            job = ("embed.py", "--input", "s3://bkt/in", "--output", "s3://bkt/out", *SMALL, "--max-passes", "2")
+            job = ("embed.py", "--input", "s3://bkt/in", "--output", "s3://bkt/out", *SMALL, "--max-passes", "1")
             failed = run_process(*job, **environment)
             wrong = {"AWS_SECRET_ACCESS_KEY": "Wrong/Secret+Key0123456789", "AWS_SESSION_TOKEN": "WrongToken=="}
             refused = run_process(*job, **{**environment, **wrong})
