@@ -123,6 +123,7 @@ def test_a_dry_run_packs_no_folder_of_images(run_job: RunJob, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_folder_of_images_is_packed_and_embedded(run_job: RunJob, tmp_path: Path) -> None:
     write_bytes(str(tmp_path), "photos/2024/a.b.jpg", encode(photo(1)))
     done = run_job("embed.py", "--input", "photos/", "--output", "out", *SMALL)
