@@ -198,7 +198,7 @@ class _Peaks:
 
     def __init__(self) -> None:
         self.mib: list[int] = []
-        self.most_mib = int(os.environ.get("EMBED_TEST_MOST_MIB", 2**40))
+        self.most_mib = float(os.environ.get("EMBED_TEST_MOST_MIB", "inf"))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
@@ -212,7 +212,7 @@ class _Peaks:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         each = " + ".join(map(str, self.mib))
-        more = f", more than {self.most_mib}" if sum(self.mib) > self.most_mib else ""
+        more = f", more than {self.most_mib:.0f}" if sum(self.mib) > self.most_mib else ""
         terminalreporter.write_line(f"peak memory of the test processes: {each} MiB{more}")
 
 
