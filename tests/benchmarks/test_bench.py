@@ -204,8 +204,8 @@ def test_a_small_run_measures_every_case(
     (tmp_path / "scratch" / "startup").mkdir(parents=True)
     code = bench.main([
         "stages", "decode", "large", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
-        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "288",
-        "--images-a-shard", "32", "--stage-images", "32", "--large-megapixels", "1", "--tiny-shards", "60",
+        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "512",
+        "--images-a-shard", "64", "--stage-images", "32", "--large-megapixels", "1", "--tiny-shards", "60",
         "--plan-shards", "2000", "--repeats", "1", "--output", str(tmp_path / "bench.json"),
         "--scratch", str(tmp_path / "scratch"),
     ])  # fmt: skip
@@ -233,5 +233,5 @@ def test_a_measurement_is_made_in_a_process_of_its_own(tmp_path: Path) -> None:
     changes = {"scratch": str(tmp_path / "scratch"), "plan_shards": 2000}
     found, seconds = bench_runs.run_module("benchmarks.plan", "plan", settings(**changes))
     assert found["plan_s"] < seconds
-    with pytest.raises(BenchError, match="TypeError: "):
-        bench_runs.run_module("benchmarks.plan", "plan", settings(**{**changes, "plan_shards": None}))
+    with pytest.raises(BenchError, match="KeyError: 'nothing'"):
+        bench_runs.run_module("benchmarks.stages", "nothing", settings(**changes))
