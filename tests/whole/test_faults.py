@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +22,7 @@ from shard_embedder.pipeline.run.passes import run
 from shard_embedder.pipeline.verify.proof import verify
 from tests.conftest import Done, S3Server, SmallDisk, start_ray, write_shard
 from tests.faults.proxy import FaultProxy
-from tests.outputs import UNHEARD, rows
+from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows
 
 RunJob = Callable[..., Done]
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
@@ -125,14 +124,28 @@ def test_a_job_through_faults_that_pass_ends_as_one_without_them(
 LASTING = [
     ("b-denied", "GET", "denied", "shard fault: not permitted to read it: PermissionError"),
     ("c-gone", "GET|HEAD", "missing", "shard fault: listed, but not found when it was read"),
-    ("d-busy", "GET", "slow_down", r"shard fault: reading bytes 0 to \d+ failed \d+ times in \d+ s, at last with"),
-    ("e-reset", "GET", "reset", r"shard fault: reading bytes 0 to \d+ failed \d+ times in \d+ s, at last with"),
-    ("f-stall", "GET", "stall", r"shard fault: reading bytes 0 to \d+ failed \d+ times in \d+ s, at last with"),
-    ("g-short", "GET", "short", r"shard fault: reading bytes 0 to \d+ failed \d+ times in \d+ s, at last with"),
 ]
-if os.environ.get("EMBED_TEST_FAULTS") != "all":
-    # Each of the others takes a worker for a minute, and is tried in test_network.py with less patience.
-    LASTING = LASTING[:2]
+# What is tried again for as long as a job's limits say.
+TRIED_AGAIN = {"d-busy": "slow_down", "e-reset": "reset", "f-stall": "stall", "g-short": "short"}
+
+
+def test_a_fault_that_outlasts_the_patience_of_a_job_is_named_when_that_ends(
+    proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
+) -> None:
+    shards = tmp_path / "in"
+    for number, (name, fault) in enumerate(TRIED_AGAIN.items()):
+        write_shard(shards / f"{name}.tar", 10 * number)
+        proxy.add(fault, rf"/in/{name}\.", "GET", times=10_000)
+    s3_server.filesystem().put(str(shards), f"{s3_url}/in", recursive=True)
+    job = job_for(f"{s3_url}/in", tmp_path / "out", max_passes=1)
+    impatient = replace(job, limits=StoreLimits(retry_s=1.0, request_timeout_s=0.5))
+    run(impatient, make_plan(job.shards, job.config.output), UNHEARD, IN_PROCESS)
+    errors = rows(tmp_path / "out", "errors")
+    assert [row["shard"] for row in errors] == [*TRIED_AGAIN], "one row a shard"
+    for row in errors:
+        assert re.match(
+            r"shard fault: reading bytes 0 to \d+ failed \d times in \d s, at last with", row["reason"]
+        ), row
 
 
 @pytest.mark.slow
