@@ -26,6 +26,7 @@ from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.schema import ERRORS_SCHEMA
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
 from shard_embedder.pipeline.output.settings import FORMAT
+from shard_embedder.pipeline.run import verdict
 from tests.conftest import ROOT, write_shards, write_tar
 from tests.infra.files import INFRA, KUBERAY, RAY, UV, documents, groups, options_of, options_of_main, options_of_ray
 from tests.outputs import embed
@@ -311,7 +312,8 @@ def test_the_page_of_the_output_names_what_is_stored(tmp_path):
 
 def test_the_runbook_has_every_exit_code_and_quotes_messages_that_exist():
     page = (ROOT / "docs" / "runbook.md").read_text()
-    codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
+    defined = {**vars(exit_codes), **vars(verdict)}
+    codes = {value for name, value in defined.items() if name.startswith("EXIT_")}
     for path in (ROOT / "jobs" / "submit.py", KUBERAY / "launch.py", ROOT / "jobs" / "verify.py"):
         codes |= {int(code) for code in re.findall(r"^_?EXIT_\w+ = (\d+)$", path.read_text(), re.MULTILINE)}
     told = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for code in cell.split(",")}
