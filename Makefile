@@ -13,7 +13,7 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
-# In two processes, a file in one of them: most tests wait for Ray to start. What has a Ray head of its own follows alone.
+# In two processes, a file in one of them: most tests wait for Ray to start. What has a Ray head of its own follows.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test check docs lint lock clean
@@ -58,7 +58,7 @@ check: lint
 
 test: lint
 	$(BIN)/pytest $(TWO) -m 'not alone'
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest $(TWO) -m alone
 
 # The packages of the extra are in no lock: nothing that is tested or installed needs them.
 docs: setup

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import runs
 from benchmarks.runs import Metrics, Settings
-from benchmarks.shards import photo_shards, tiny_shards
+from benchmarks.shards import LARGE_MEGAPIXELS, photo_shards, tiny_shards
 from shard_embedder.jobs.support.command import Parser, at_least, local_path, run_command
 from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK
 from shard_embedder.pipeline.core.config import Config
@@ -202,6 +202,13 @@ def parser() -> Parser:
         "--stage-images", type=at_least(1), default=512, metavar="N", help="photos of a stage alone (default: 512)"
     )
     top.add_argument(
+        "--large-megapixels",
+        type=at_least(1),
+        default=LARGE_MEGAPIXELS,
+        metavar="N",
+        help="of a photo of `large` (default: 12)",
+    )
+    top.add_argument(
         "--tiny-shards", type=at_least(1), default=10_000, metavar="N", help="of `tiny` (default: 10000)"
     )
     top.add_argument(
@@ -366,6 +373,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             precision=flags.precision,
             cores=num_cores(),
             stage_images=min(flags.stage_images, flags.images),
+            large_megapixels=flags.large_megapixels,
             plan_shards=flags.plan_shards,
             part_rows=Config.part_rows,
             sized=tuple(flags.sized),
@@ -379,7 +387,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
         full = parser()
         sized_down = {
             case
-            for case, option in (("tiny", "tiny_shards"), ("plan", "plan_shards"))
+            for case, option in (("large", "large_megapixels"), ("tiny", "tiny_shards"), ("plan", "plan_shards"))
             if getattr(flags, option) < full.get_default(option)
         }
         described = {
@@ -390,6 +398,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             "precision": flags.precision,
             "baseline_precision": "fp32",
             "stage_images": settings.stage_images,
+            "large_megapixels": flags.large_megapixels,
             "plan_shards": flags.plan_shards,
             "part_rows": settings.part_rows,
         }

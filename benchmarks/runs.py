@@ -66,6 +66,7 @@ class Settings:
     precision: str
     cores: int
     stage_images: int
+    large_megapixels: int
     plan_shards: int
     part_rows: int
     sized: tuple[str, ...]
@@ -108,7 +109,7 @@ def print_result(result: Mapping[str, Any]) -> None:
 def run_module(module: str, name: str, settings: Settings, **environment: str) -> tuple[dict[str, Any], float]:
     """Run a measurement of `module` as a process: its result, and the seconds that the process took."""
     start = time.time()
-    text = _run([sys.executable, "-m", module, name, settings.text()], **environment)
+    text = run_command([sys.executable, "-m", module, name, settings.text()], **environment)
     seconds = time.time() - start
     for line in reversed(text.splitlines()):
         if line.startswith(_RESULT):
@@ -123,7 +124,8 @@ def _environment(**changes: str) -> dict[str, str]:
     return {**clean, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **changes}
 
 
-def _run(command: list[str], **changes: str) -> str:
+def run_command(command: list[str], **changes: str) -> str:
+    """What a command prints, as a process. Raises `BenchError` where it fails."""
     done = subprocess.run(command, cwd=ROOT, env=_environment(**changes), capture_output=True, text=True, check=False)
     _check(command, done.returncode, done.stdout + done.stderr)
     return done.stdout
@@ -224,7 +226,7 @@ def decode(settings: Settings, before: Mapping[str, Any]) -> Metrics:
 
 
 def large(settings: Settings, before: Mapping[str, Any]) -> Metrics:
-    """One core: photos of 12 megapixels by our decoder, exactly and scaled."""
+    """One core: large photos by our decoder, exactly and scaled."""
     return run_module("benchmarks.stages", "large", settings)[0]
 
 
@@ -304,7 +306,7 @@ def baseline(settings: Settings, name: str) -> Metrics:
     if settings.image_size is not None:
         options += ["--image-size", str(settings.image_size)]
     start = time.time()
-    _run([sys.executable, "-m", f"benchmarks.baselines.{name}", *options])
+    run_command([sys.executable, "-m", f"benchmarks.baselines.{name}", *options])
     wall_s = time.time() - start
     window = steady(embedded_batches(output) or stored_parts(output))
     return {
@@ -363,10 +365,10 @@ def startup(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     photo_shards(shard, _STARTUP_IMAGES, _STARTUP_IMAGES)
     command = _embed_command(replace(settings, shards=str(shard)))
     if not (Path(settings.scratch) / "startup").exists():
-        _run([*command, "--output", str(settings.fresh("startup"))])
+        run_command([*command, "--output", str(settings.fresh("startup"))])
     output = settings.fresh("startup")
     start = time.time()
-    _run([*command, "--output", str(output)])
+    run_command([*command, "--output", str(output)])
     wall_s = time.time() - start
     first = min(path.stat().st_mtime for path in (output / "embeddings").iterdir())
     return {
@@ -379,7 +381,7 @@ def startup(settings: Settings, before: Mapping[str, Any]) -> Metrics:
 
 def _ray_init(options: str) -> float:
     start = time.time()
-    text = _run([sys.executable, "-c", _RAY_INIT.format(options)])
+    text = run_command([sys.executable, "-c", _RAY_INIT.format(options)])
     return float(text.split()[-1]) - start
 
 

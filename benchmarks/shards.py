@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ PHOTO_SIZE = (500, 375)
 PHOTO_BYTES = 107_000
 IMAGES_A_SHARD = 128
 # A phone's photo of 12 megapixels, and the quality that it is written with.
+LARGE_MEGAPIXELS = 12
 _LARGE_SIZE, _LARGE_QUALITY, _LARGE_COUNT = (4032, 3024), 85, 3
 # So many photos differ; a larger set repeats them under other keys.
 _MAX_DISTINCT = 256
@@ -66,12 +68,14 @@ def photo_shards(folder: Path, num_images: int, images_a_shard: int = IMAGES_A_S
     return _made(folder, {**wanted, "source": source}, make)
 
 
-def large_photos(num_bytes: int) -> list[bytes]:
-    """Photos of 12 megapixels: real ones scaled up, with as much grain as gives them so many bytes in the mean."""
+def large_photos(num_bytes: int, megapixels: int = LARGE_MEGAPIXELS) -> list[bytes]:
+    """Photos of so many megapixels: real ones scaled up, with grain that gives them so many bytes in the mean."""
     photos = list(itertools.islice(_sources()[1](), _LARGE_COUNT))
+    scale = math.sqrt(megapixels / LARGE_MEGAPIXELS)
+    size = round(_LARGE_SIZE[0] * scale), round(_LARGE_SIZE[1] * scale)
 
     def encoded(grain: float) -> list[bytes]:
-        views = (_view(photos, seed, grain, _LARGE_SIZE) for seed in range(_LARGE_COUNT))
+        views = (_view(photos, seed, grain, size) for seed in range(_LARGE_COUNT))
         return [_jpeg(view, _LARGE_QUALITY) for view in views]
 
     return encoded(_choose_grain(lambda grain: sum(map(len, encoded(grain))) / _LARGE_COUNT, num_bytes))

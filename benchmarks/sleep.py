@@ -25,17 +25,20 @@ class Start:
     num_actors: int
 
     def wait(self) -> None:
-        """Wait until as many processes as there are actors have come here.
+        """Wait until as many processes as there are actors have come here, one after the other on a busy machine.
 
         Raises:
-            TimeoutError: they have not within 120 s.
+            TimeoutError: for 120 s none came.
         """
         (self.folder / str(os.getpid())).touch()
-        deadline = time.monotonic() + _START_S
-        while (there := len(list(self.folder.iterdir()))) < self.num_actors:
-            if time.monotonic() > deadline:
+        there, deadline = 0, 0.0
+        while there < self.num_actors:
+            before, there = there, len(list(self.folder.iterdir()))
+            if there > before:
+                deadline = time.monotonic() + _START_S
+            elif time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"after {_START_S:.0f} s {there} of {self.num_actors} actors had something to embed"
+                    f"{there} of {self.num_actors} actors had something to embed, {_START_S:.0f} s long"
                 )
             time.sleep(0.02)
 

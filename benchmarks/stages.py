@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from PIL import Image
 from torchvision.models import get_model_weights
 
 from benchmarks.runs import LARGE_KB, Settings, print_result
-from benchmarks.shards import large_photos
+from benchmarks.shards import LARGE_MEGAPIXELS, large_photos
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.schema import IMAGE, REASON, part_rows
 from shard_embedder.pipeline.decoding.decoder import Decoder
@@ -33,7 +34,7 @@ from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
 from shard_embedder.pipeline.embedding.embedder import Embedder
 from shard_embedder.pipeline.embedding.network import Placement
 from shard_embedder.pipeline.output.parts import PartWriter
-from shard_embedder.pipeline.planning.engine import choose_engine
+from shard_embedder.pipeline.planning.engine import Engine, choose_engine
 from shard_embedder.pipeline.planning.job import Job, prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.planning.probe import precisions_here
@@ -52,14 +53,25 @@ class Stages:
     def __init__(self, settings: Settings, shards: str) -> None:
         self.settings = settings
         self.job, self.pending = _look_up(settings, shards)
-        config = self.job.config
-        self.reader = SampleReader(config)
+        self.reader = SampleReader(self.job.config)
         self.decoder = _decoder(self.job)
-        self.engine = choose_engine(self.job, self.pending, settings.device, precisions_here(settings.device))
-        self.precision = self.engine.precision
-        self.writer = PartWriter(
-            config, self.job.with_engine(self.engine.name, self.precision).fingerprint, self.job.shape
-        )
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What embeds, chosen as the job does; not for who only reads and decodes, as its trial takes seconds."""
+        device = self.settings.device
+        return choose_engine(self.job, self.pending, device, precisions_here(device))
+
+    @property
+    def precision(self) -> str:
+        """That of the engine."""
+        return self.engine.precision
+
+    @cached_property
+    def writer(self) -> PartWriter:
+        """The write stage."""
+        made = self.job.with_engine(self.engine.name, self.precision)
+        return PartWriter(made.config, made.fingerprint, made.shape)
 
     def decode(self, table: pa.Table) -> pa.Table:
         """Parts with pixels of parts with images."""
@@ -157,12 +169,12 @@ def decode(settings: Settings) -> dict[str, float | str]:
 
 
 def large(settings: Settings) -> dict[str, float | str]:
-    """One core, photos of 12 megapixels by their size in kB: the decoder, and the same with `--decode scaled`."""
+    """One core, large photos by their size in kB at 12 megapixels: the decoder, and it with `--decode scaled`."""
     rules = _look_up(settings, settings.shards)[0].rules
     decoders = {"exact": Decoder(rules), "scaled": Decoder(replace(rules, scaled=True))}
     results: dict[str, float | str] = {}
     for kb in LARGE_KB:
-        photos = large_photos(1000 * kb)
+        photos = large_photos(1000 * kb * settings.large_megapixels // LARGE_MEGAPIXELS, settings.large_megapixels)
         seconds = dict.fromkeys(decoders, 0.0)
         # Photo by photo in turn, so that what else happens on the machine meets both; the first round is not counted.
         for number, photo in enumerate(photos * (1 + _LARGE_ROUNDS)):

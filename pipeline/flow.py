@@ -64,10 +64,10 @@ class Stages:
             decoder=decoder if share else None,
         )
         return cls(
-            reader=SampleReader(config),
+            reader=SampleReader(config, job.limits),
             decoder=JpegForwarder(decoder, share) if share else decoder,
             embedder=embedder,
-            writer=PartWriter(config, job.fingerprint, job.shape),
+            writer=PartWriter(config, job.fingerprint, job.shape, job.limits),
         )
 
 

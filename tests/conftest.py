@@ -85,6 +85,12 @@ def write_shards(folder: Path, num_shards: int = 3, samples_each: int = 7) -> Pa
     return folder
 
 
+def write_shard(path: Path, seed: int, num_samples: int = 6, pad_bytes: int = 0) -> Path:
+    """A shard of photos with ids of its own; a hidden file, which is skipped, makes it as large as is asked for."""
+    members = [member for i in range(num_samples) for member in sample_members(f"{path.stem}-{i}", seed + i)]
+    return write_tar(path, members + ([(".pad", bytes(pad_bytes))] if pad_bytes else []))
+
+
 def child_pid() -> int:
     """The process that decodes for this one."""
     (found,) = (
@@ -145,9 +151,9 @@ _RAY_FIXTURES = {"ray_session", "run_process"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs Ray. Files that share one come first, then those with slow tests, then the short ones."""
     for item in items:
-        uses_ray = bool(_RAY_FIXTURES & {*getattr(item, "fixturenames", ())}) or "whole" in item.path.parts
-        if uses_ray:
+        if _RAY_FIXTURES & {*getattr(item, "fixturenames", ())}:
             item.add_marker("ray")
+        uses_ray = item.get_closest_marker("ray") is not None
         kind = _RAY if uses_ray else _SLOW if item.get_closest_marker("slow") else _OTHER
         _KIND[item.path] = min(kind, _KIND.get(item.path, _OTHER))
     items.sort(key=lambda item: _KIND[item.path])
@@ -188,22 +194,26 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 class _Peaks:
-    """The peak memory of each test process."""
+    """The peak memory of each test process; in sum at most EMBED_TEST_MOST_MIB, where that is set."""
 
     def __init__(self) -> None:
         self.mib: list[int] = []
+        self.most_mib = float(os.environ.get("EMBED_TEST_MOST_MIB", "inf"))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         self.mib.append(getattr(node, "workeroutput", {}).get("peak_mib", 0))
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self.mib.append(peak_memory_mib())
+        if sum(self.mib) > self.most_mib:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         each = " + ".join(map(str, self.mib))
-        terminalreporter.write_line(f"peak memory of the test processes: {each} MiB")
+        more = f", more than {self.most_mib:.0f}" if sum(self.mib) > self.most_mib else ""
+        terminalreporter.write_line(f"peak memory of the test processes: {each} MiB{more}")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -55,8 +55,11 @@ _NOTHING_STORED = {"num_embedded": 0, "reasons": [], "error_ids": [], "written_b
 class PartWriter:
     """Writes embedded parts below one output, and gives a receipt for each."""
 
-    def __init__(self, config: Config, fingerprint: Fingerprint, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: Config, fingerprint: Fingerprint, shape: tuple[int, ...], limits: StoreLimits = LIMITS
+    ) -> None:
         self._root = config.output
+        self._limits = limits
         self._keep = config.kept_columns
         self._dtype = config.dtype
         self._schema = embeddings_schema(shape, config.dtype, self._keep)
@@ -89,7 +92,7 @@ class PartWriter:
             fault = describe(error)
             # No run can store the part, and errors must not stay without it.
             with contextlib.suppress(OSError):
-                delete(self._root, [f"{ERRORS}/{part}"])
+                delete(self._root, [f"{ERRORS}/{part}"], self._limits)
         # The error is this shard's alone.
         return {
             **values,
@@ -190,7 +193,7 @@ class PartWriter:
             store_schema=True,
         )
         data = sink.getvalue()
-        write_bytes(self._root, name, data)
+        write_bytes(self._root, name, data, self._limits)
         return len(data)
 
 

@@ -156,7 +156,7 @@ class Trial:
     def images(self) -> Pixels:
         """uint8 of shape [N, H, W, 3]: those that can be decoded."""
         config = self._job.config
-        reader = SampleReader(replace(config, part_rows=-(-NUM_IMAGES // len(self._shards))))
+        reader = SampleReader(replace(config, part_rows=-(-NUM_IMAGES // len(self._shards))), self._job.limits)
         decoder = Decoder(self._job.rules)
         with ThreadPoolExecutor(len(self._shards)) as pool:
             fronts = pool.map(lambda shard: next(reader.parts(shard._replace(stored_parts=()))), self._shards)

@@ -13,6 +13,7 @@ from shard_embedder.pipeline.core.config import Config, Field, device_share
 from shard_embedder.pipeline.core.errors import InputError, NoShardError, StoredDataError
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.progress import Progress, no_progress
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
 from shard_embedder.pipeline.core.storage import join, locate, to_url
 from shard_embedder.pipeline.decoding.jpeg_forwarder import require_device_decoding
 from shard_embedder.pipeline.decoding.rules import DecodingRules
@@ -73,6 +74,8 @@ class Job:
     photos: Photos | None = None
     # The id of this run in its lease, report, metrics and lines.
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    # When its stages give up the store.
+    limits: StoreLimits = LIMITS
 
     @property
     def precision(self) -> str:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from shard_embedder.pipeline.core.config import Config, Field
 from shard_embedder.pipeline.core.errors import SampleError, ShardChangedError, ShardError
+from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
 from shard_embedder.pipeline.core.schema import (
     END_BROKEN,
     END_LAST,
@@ -51,8 +52,9 @@ _KEY, _ID = "key", "id"
 class SampleReader:
     """Reads shards by the rules of one job's `config`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, limits: StoreLimits = LIMITS) -> None:
         self._config = config
+        self._limits = limits
         self._naming = Naming(config.key, config.image_member)
         fields = [*config.keep, *([config.id] if config.id else [])]
         self._metadata = {item.member.lower() for item in fields}
@@ -78,7 +80,7 @@ class SampleReader:
         builder = _PartBuilder(shard, self._type, self._config.keep)
         fault: ShardError | None = None
         ignored = 0
-        with ShardStream(shard.url, shard.num_bytes, shard.version) as stream:
+        with ShardStream(shard.url, shard.num_bytes, shard.version, self._limits) as stream:
             try:
                 members = iter_members(stream, self._wanted, self._config.max_image_bytes)
                 for sample in iter_samples(members, self._naming, self._metadata):

@@ -19,6 +19,7 @@ from benchmarks import bench, stages
 from benchmarks import runs as bench_runs
 from benchmarks.runs import BenchError, Settings, Window, steady
 from benchmarks.shards import PHOTO_BYTES, PHOTO_SIZE, photo_shards, tiny_shards
+from shard_embedder.jobs import embed
 from shard_embedder.pipeline.core.config import Config
 from shard_embedder.pipeline.core.errors import InputError
 from shard_embedder.pipeline.core.schema import IMAGE, IMAGE_ID, part_rows
@@ -111,7 +112,8 @@ def test_the_ceiling_is_of_core_seconds_on_cpu_and_of_the_slower_on_a_gpu() -> N
 def settings(**changes: Any) -> Settings:
     values: dict[str, Any] = {
         "shards": "in", "tiny": "in", "scratch": "out", "backbone": "resnet18", "image_size": 64, "device": "cpu",
-        "precision": "auto", "cores": 2, "stage_images": 32, "plan_shards": 1, "part_rows": 1024, "sized": (),
+        "precision": "auto", "cores": 2, "stage_images": 32, "large_megapixels": 1, "plan_shards": 1,
+        "part_rows": 1024, "sized": (),
     }  # fmt: skip
     return Settings(**{**values, **changes})
 
@@ -170,7 +172,7 @@ def test_decoding_on_the_device_is_measured(tmp_path: Path) -> None:
     assert found["device_decode_forward_images_per_s"] > 0
 
 
-_run_module = bench_runs.run_module
+_run_module, _run_command = bench_runs.run_module, bench_runs.run_command
 
 
 def run_here(module: str, name: str, settings: Settings) -> tuple[dict[str, Any], float]:
@@ -183,19 +185,29 @@ def run_here(module: str, name: str, settings: Settings) -> tuple[dict[str, Any]
     return json.loads(json.dumps(found)), time.time() - start
 
 
+def command_here(command: list[str], **changes: str) -> str:
+    """The job in this process; any other command as it is. Of `memory` the job is a process all the same."""
+    if not command[1].endswith("embed.py"):
+        return _run_command(command, **changes)
+    assert embed.main(command[2:]) == 0
+    return ""
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session", "one_thread")
 def test_a_small_run_measures_every_case(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench_runs, "run_module", run_here)
+    monkeypatch.setattr(bench_runs, "run_command", command_here)
     # Where it is, the run that fills the caches has been.
     (tmp_path / "scratch" / "startup").mkdir(parents=True)
     code = bench.main([
         "stages", "decode", "large", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
-        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "704",
-        "--images-a-shard", "64", "--stage-images", "32", "--tiny-shards", "60", "--plan-shards", "2000",
-        "--repeats", "1", "--output", str(tmp_path / "bench.json"), "--scratch", str(tmp_path / "scratch"),
+        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "512",
+        "--images-a-shard", "64", "--stage-images", "32", "--large-megapixels", "1", "--tiny-shards", "60",
+        "--plan-shards", "2000", "--repeats", "1", "--output", str(tmp_path / "bench.json"),
+        "--scratch", str(tmp_path / "scratch"),
     ])  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0, printed.out + printed.err

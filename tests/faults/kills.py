@@ -286,7 +286,9 @@ class Harness:
             self._idle_since = time.monotonic()
         # In the order of the plan, or nearly: what is always there shall not be killed first.
         patient = time.monotonic() - self._idle_since < _PATIENCE_S
-        near = plans[:_NEAR] if patient else plans
+        # A node that never comes back is killed last.
+        coming_back = [plan for plan in plans if math.isfinite(plan.away_s)] or plans
+        near = coming_back[:_NEAR] if patient else coming_back
         plan = next((p for p in near if (under_way or p.starting) and all(map(self._at_work, p.kinds))), None)
         if plan is None:
             time.sleep(0.01)

@@ -174,6 +174,7 @@ def test_help_says_what_each_exit_code_means(command: str, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "\nexit codes:\n  " in said
     assert "\n  130  interrupted (143 by SIGTERM)" in said
+    assert command != "submit" or "--stop-on-interrupt" in said
 
 
 def test_without_a_terminal_progress_is_a_line_every_so_often(capsys: pytest.CaptureFixture[str]) -> None:

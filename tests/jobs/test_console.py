@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from shard_embedder.pipeline.core.formatting import format_size
 from shard_embedder.pipeline.core.writing import write_bytes
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.find import Pending
-from tests.conftest import encode, photo, sample_members, write_shards, write_tar
+from tests.conftest import encode, photo, write_shards
 
 
 def test_sizes_and_times_are_shown_as_people_say_them() -> None:
@@ -66,37 +64,6 @@ def test_cpus_are_a_problem_only_where_a_driver_shows_that_a_gpu_was_meant(tmp_p
 def lines_of(text: str) -> list[dict[str, Any]]:
     """Every line of a log as an object; one that is none raises."""
     return [json.loads(line) for line in text.splitlines()]
-
-
-@pytest.mark.slow
-def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(
-    run_process: Callable[..., Any], tmp_path: Path
-) -> None:
-    write_shards(tmp_path / "in", num_shards=2, samples_each=3)
-    write_tar(tmp_path / "in" / "bad.tar", [*sample_members("a", 1), ("b.jpg", b"no image")])
-    settings = ["--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", 64, "--precision", "fp32"]
-    options = ["--input", tmp_path / "in", "--output", tmp_path / "out", *settings]
-    done = run_process("embed.py", *options, EMBED_LOG_FORMAT="json")
-    assert done.returncode == 0, done.stderr
-    lines = lines_of(done.stdout)
-    events = [line["event"] for line in lines]
-    # Nobody asked for a GPU: that there is none is no problem.
-    warned = ["problem"] if has_unused_gpu("auto", "cpu") else []
-    progress = ["progress"] * (len(lines) - 5 - len(warned))
-    assert events == ["plan", "resources", *warned, "pass", *progress, "summary", "end"]
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {line["run"] for line in lines} == {report["run"]}
-    times = [datetime.fromisoformat(line["time"]) for line in lines]
-    assert times == sorted(times)
-    assert all(time.utcoffset() == timedelta(0) for time in times)
-    plan, resources, summary, end = lines[0], lines[1], lines[-2], lines[-1]
-    assert (plan["num_shards"], plan["num_pending"], plan["shape"]) == (3, 3, [512])
-    assert resources["device"] == "cpu"
-    assert {name: summary[name] for name in ("samples", "embedded", "errors", "balanced", "wall_s")} == {
-        name: report[name] for name in ("samples", "embedded", "errors", "balanced", "wall_s")
-    }
-    assert (end["level"], end["exit_code"]) == ("info", 0)
-    assert end["happened"] == "every sample is one stored row: 7 embeddings and 1 error for 8 samples"
 
 
 def test_brackets_and_colons_of_a_name_are_shown_as_they_are(

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shard_embedder.jobs.demo import claim_folder
+from shard_embedder.jobs.demo import choose_weights, claim_folder
 from shard_embedder.jobs.support.neighbours import (
     Neighbours,
     Score,
@@ -26,8 +23,8 @@ from shard_embedder.jobs.support.neighbours import (
     score,
 )
 from shard_embedder.jobs.support.photos import NUM_VIEWS, PHOTOS, augmented, make_views
-from shard_embedder.pipeline.core.errors import InputError
-from tests.conftest import ROOT, photo, write_shards
+from shard_embedder.pipeline.core.errors import InputError, WeightsError
+from tests.conftest import photo, write_shards
 
 GREEN, RED, BLACK = (26, 127, 55), (207, 34, 46), (31, 35, 40)
 
@@ -48,12 +45,6 @@ def test_each_photo_has_a_dozen_views_and_no_two_are_alike(views: Path) -> None:
             assert view.mode == "RGB"
             assert min(view.size) > 50
             assert max(view.size) <= 256
-
-
-def test_the_views_are_the_same_in_each_run(views: Path, tmp_path: Path) -> None:
-    make_views(tmp_path / "again")
-    for file in views.rglob("*.jpg"):
-        assert (tmp_path / "again" / file.relative_to(views)).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("size", [(300, 300), (500, 200), (150, 400)])
@@ -149,29 +140,20 @@ def test_a_folder_that_is_not_the_demos_own_is_left_alone(tmp_path: Path) -> Non
         (tmp_path / "demo" / "shards").mkdir(exist_ok=True)
 
 
-def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_were_asked_for(tmp_path: Path) -> None:
-    write_shards(tmp_path / "shards", num_shards=1, samples_each=1)
-    script = (
-        "import sys; from pathlib import Path; from shard_embedder.jobs.demo import choose_weights\n"
-        "from shard_embedder.pipeline.core.errors import WeightsError\n"
-        "shards, output = Path(sys.argv[1]), Path(sys.argv[2])\n"
-        "assert choose_weights('resnet18', None, shards, output) == 'random:0'\n"
-        "assert choose_weights('resnet18', 'random:7', shards, output) == 'random:7'\n"
-        "try: choose_weights('resnet18', 'DEFAULT', shards, output)\n"
-        "except WeightsError: print('refused')\n"
-    )
-    unreachable = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "shards"), str(tmp_path / "output")],
-        cwd=ROOT,
-        env={**os.environ, **unreachable, "TORCH_HOME": str(tmp_path), "no_proxy": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = " ".join(done.stdout.replace("│", "").split())
+def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, output = write_shards(tmp_path / "shards", num_shards=1, samples_each=1), tmp_path / "output"
+    for variable in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert choose_weights("resnet18", None, shards, output) == "random:0"
+    assert choose_weights("resnet18", "random:7", shards, output) == "random:7"
+    with pytest.raises(WeightsError):
+        choose_weights("resnet18", "DEFAULT", shards, output)
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert said.count("cannot download the weights") == said.count("RANDOM WEIGHTS. Every step runs") == 1
-    assert done.stdout.endswith("refused\n")
 
 
 @pytest.mark.slow
@@ -198,6 +180,9 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
     with Image.open(tmp_path / "my demo" / "contact-sheet.png") as sheet:
         assert sheet.width > 1000
         assert all(frames(sheet.convert("RGB")))
+    made_views = tmp_path / "my demo" / "views"
+    for file in views.rglob("*.jpg"):
+        assert (made_views / file.relative_to(views)).read_bytes() == file.read_bytes(), "the same in each run"
     written = {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")}
 
     assert "4 done, 0 pending" in demo()

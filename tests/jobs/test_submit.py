@@ -380,34 +380,3 @@ def test_a_cluster_that_is_not_there_is_told_apart_from_a_job_that_failed(start)
     _, err = job.communicate(timeout=60)
     assert job.returncode == 69
     assert "the cluster cannot be reached" in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--env", "EMBED_NOT_SET_ANYWHERE"], "--env must name a variable that is set, got EMBED_NOT_SET_ANYWHERE"),
-        (["--env", "AWS_SECRET_ACCESS_KEY"], "--env must not name a credential, got AWS_SECRET_ACCESS_KEY"),
-        (["--env", "HF_TOKEN"], "--env must not name a credential, got HF_TOKEN"),
-        (["--env", "EMBED_INPUT"], "--env must not name a URL with credentials, got EMBED_INPUT"),
-        (["--", "jobs/embed.py", "--input", "s3://key:sesame@bkt/in"], "the command must not carry credentials"),
-        (["--", "jobs/embed.py", "--weights=https://h/w?key=sesame"], "the command must not carry credentials"),
-        (["--", "env", "AWS_SECRET_ACCESS_KEY=sesame", "jobs/embed.py"], "the command must not carry credentials"),
-        (["--address", "http://me:sesame@127.0.0.1:nowhere"], "submit.py: the cluster cannot be reached"),
-        (["--backbone", "resnet50"], "unrecognized arguments: --backbone resnet50"),
-    ],
-)
-def test_wrong_usage_is_refused_before_anything_is_started(start, arguments, message):
-    secret_input = "s3://bkt/in?X-Amz-Signature=sesame"
-    job = start(*arguments, AWS_SECRET_ACCESS_KEY="sesame", HF_TOKEN="sesame", EMBED_INPUT=secret_input)
-    out, err = job.communicate(timeout=60)
-    assert job.returncode == (69 if "--address" in arguments else 2)
-    assert message in err
-    assert "sesame" not in out + err
-
-
-def test_help_says_what_each_exit_code_means(start):
-    job = start("--help")
-    out, _ = job.communicate(timeout=60)
-    assert job.returncode == 0
-    assert "exit codes:" in out
-    assert "--stop-on-interrupt" in out

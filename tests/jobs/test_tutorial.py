@@ -1,4 +1,8 @@
-"""The blocks of docs/tutorial.md, as they stand there, run one after the other in an empty folder."""
+"""The blocks of docs/tutorial.md, as they stand there, run one after the other in an empty folder.
+
+A shell runs them, but for `python jobs/...`: each of these is the same command in this process, which has imported
+all that it needs and has a Ray.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import _DATA, ROOT, encode, photo
+from tests.conftest import _DATA, ROOT, Done, encode, photo
 
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
 # Language and text of each block, in order.
@@ -46,9 +52,21 @@ def weights() -> str:
     return str(next((_DATA / "weights").glob("mobilenet_v2-*.pth"), "random:0"))
 
 
+# Asks for a command by its arguments, each ended by a zero byte, and an empty one; then shows what it printed.
+_PYTHON = """
+python() {
+    if [ "$1" = - ]; then command python -; return; fi
+    printf '%s\\0' "$@" '' >&"$ASK"
+    IFS= read -r code <&"$ANSWER"
+    cat "$PRINTED"
+    return "$code"
+}
+"""
+
+
 def script() -> str:
     """All that is to be typed, with a mark before each block."""
-    lines = ["set -e"]
+    lines = ["set -e", _PYTHON]
     for number, (language, text) in enumerate(BLOCKS):
         if language == "text":
             continue
@@ -92,31 +110,64 @@ def test_what_the_output_does_not_say_is_noticed() -> None:
     assert not is_told("row        60, 60 of them added now", output)
 
 
+def commands(asked: BinaryIO) -> Iterator[list[str]]:
+    """The arguments of each command that the shell asks for, until it ends."""
+    arguments: list[str] = []
+    text = b""
+    while byte := asked.read(1):
+        if byte != b"\0":
+            text += byte
+        elif text:
+            arguments.append(text.decode())
+            text = b""
+        else:
+            yield arguments
+            arguments = []
+
+
 @pytest.mark.slow
-def test_the_tutorial_runs_as_it_stands_and_prints_what_it_shows(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_session")
+def test_the_tutorial_runs_as_it_stands_and_prints_what_it_shows(
+    tmp_path: Path, run_job: Callable[..., Done]
+) -> None:
     for module in ("duckdb", "faiss"):
         pytest.importorskip(module, reason=f"{module} is not installed: pip install -e '.[index,readers]'")
     take_photos(tmp_path)
     # "All commands are run from the folder of this project": of that, only the commands are here.
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
-    done = subprocess.run(
-        ["bash", "-c", script()],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PHOTOS": str(tmp_path / "photos"),
-            "NEW_PHOTOS": str(tmp_path / "new photos"),
-            "WEIGHTS": weights(),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed_file, said = tmp_path / "printed.txt", tmp_path / "said.txt"
+    (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+    with said.open("wb") as output:
+        shell = subprocess.Popen(
+            ["bash", "-c", script()],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "PHOTOS": str(tmp_path / "photos"),
+                "NEW_PHOTOS": str(tmp_path / "new photos"),
+                "WEIGHTS": weights(),
+                "ASK": str(ask),
+                "ANSWER": str(answered),
+                "PRINTED": str(printed_file),
+            },
+            stdout=output,
+            stderr=output,
+            pass_fds=(ask, answered),
+        )
+    os.close(ask)
+    os.close(answered)
+    errors = ""
+    with open(asked, "rb", buffering=0) as asks, open(answer, "w") as answers:
+        for path, *arguments in commands(asks):
+            assert path.startswith("jobs/")
+            done = run_job(Path(path).name, *arguments)
+            printed_file.write_text(done.stdout)
+            errors += done.stderr
+            print(done.returncode, file=answers, flush=True)
+    assert shell.wait(60) == 0, errors[-3000:] + said.read_text()[-3000:]
     printed: dict[int, list[str]] = {}
-    for chunk in done.stdout.split(_MARK)[1:]:
+    for chunk in said.read_text().split(_MARK)[1:]:
         number, _, text = chunk.partition("\n")
         printed[int(number)] = text.splitlines()
     for number, (language, text) in enumerate(BLOCKS):

@@ -1,1 +1,1 @@
-"""Tests of whole jobs: faults, kills, clusters, docs and deployment."""
+"""Tests of whole jobs: faults, kills, clusters, and what the docs say of them."""

@@ -26,9 +26,10 @@ from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.schema import ERRORS_SCHEMA
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
 from shard_embedder.pipeline.output.settings import FORMAT
+from shard_embedder.pipeline.run import verdict
 from tests.conftest import ROOT, write_shards, write_tar
+from tests.infra.files import INFRA, KUBERAY, RAY, UV, documents, groups, options_of, options_of_main, options_of_ray
 from tests.outputs import embed
-from tests.whole.test_infra import INFRA, KUBERAY, RAY, RAY_COMMAND, UV, documents, groups, options_of
 
 DOCS = [
     ROOT / "README.md",
@@ -106,16 +107,15 @@ def test_every_make_target_and_test_that_the_docs_name_exists(doc):
 def known_options() -> frozenset[str]:
     known = set(OTHER_OPTIONS)
     texts = "\n".join(path.read_text() for path in DOCS)
-    for name in {*re.findall(r"(?<!tests/)\bjobs/\w+\.py", texts), "infra/kuberay/launch.py"}:
-        known |= options_of(sys.executable, ROOT / name)
-    known |= options_of("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "tests.faults.kills")
-    known |= options_of("env", f"PYTHONPATH={ROOT}", sys.executable, "-m", "benchmarks.bench")
+    jobs = {f"shard_embedder.jobs.{name}" for name in re.findall(r"(?<!tests/)\bjobs/(\w+)\.py", texts)}
+    for module in (*jobs, "benchmarks.bench", "tests.faults.kills"):
+        known |= options_of_main(importlib.import_module(module).main)
     for command in (("start",), ("up",), ("down",), ("dashboard",), ("status",), ("job", "submit"), ("job", "logs")):
-        known |= options_of(RAY_COMMAND, *command)
+        known |= options_of_ray(*command)
+    known |= options_of(sys.executable, KUBERAY / "launch.py")
     return frozenset(known | options_of("tar") | options_of(UV, "pip", "install"))
 
 
-@pytest.mark.slow
 @of_each_doc
 def test_every_option_that_the_docs_name_exists(doc):
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", doc.read_text())) - known_options() == set()
@@ -192,16 +192,16 @@ def known_variables() -> dict[str, Callable[[str], bool]]:
         embed |= set(re.findall(r'os\.environ\.get\("(EMBED_\w+)"', path.read_text()))
     of_aws = json.dumps([str(one) for one in botocore.configprovider.BOTOCORE_DEFAUT_SESSION_VARIABLES.values()])
     of_aws += " AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_ENDPOINT_URL"
-    of_ray = [path.read_bytes() for path in sorted(RAY.rglob("*.py"))]
     # What is set for a node is read there alone.
-    of_ray.append((RAY / "core" / "src" / "ray" / "raylet" / "raylet").read_bytes())
+    sources = (*RAY.rglob("*.py"), RAY / "core" / "src" / "ray" / "raylet" / "raylet")
+    of_ray = {name.decode() for path in sources for name in re.findall(rb"\bRAY_\w+", path.read_bytes())}
     ask = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     of_python = ask([sys.executable, "--help-env"]).stdout
     of_uv = ask([UV, "pip", "install", "--help"]).stdout
     return {
         "EMBED": lambda name: name in embed,
         "AWS": lambda name: name in re.findall(r"AWS_\w+", of_aws),
-        "RAY": lambda name: any(re.search(rb"\b%s\b" % name.encode(), source) for source in of_ray),
+        "RAY": lambda name: name in of_ray,
         "PYTHON": lambda name: name in re.findall(r"PYTHON\w+", of_python),
         "UV": lambda name: name in re.findall(r"UV_\w+", of_uv),
         # NVIDIA's container runtime reads them, which no package has.
@@ -312,7 +312,8 @@ def test_the_page_of_the_output_names_what_is_stored(tmp_path):
 
 def test_the_runbook_has_every_exit_code_and_quotes_messages_that_exist():
     page = (ROOT / "docs" / "runbook.md").read_text()
-    codes = {value for name, value in vars(exit_codes).items() if name.startswith("EXIT_")}
+    defined = {**vars(exit_codes), **vars(verdict)}
+    codes = {value for name, value in defined.items() if name.startswith("EXIT_")}
     for path in (ROOT / "jobs" / "submit.py", KUBERAY / "launch.py", ROOT / "jobs" / "verify.py"):
         codes |= {int(code) for code in re.findall(r"^_?EXIT_\w+ = (\d+)$", path.read_text(), re.MULTILINE)}
     told = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE) for code in cell.split(",")}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from shard_embedder.pipeline.core.config import parse
-from tests.whole.test_infra import INFRA, KUBERAY, documents, misspelt, walk
+from tests.infra.files import INFRA, KUBERAY, documents, misspelt, walk
 
 OVERLAY = INFRA / "overlay"
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.whole.test_infra import INFRA, check_texts, misspelt, passes, walk
+from tests.infra.files import INFRA, check_texts, misspelt, passes, walk
 
 KEYS_OF_ALERTS = {
     "": "groups",

@@ -1,7 +1,8 @@
-"""What is uploaded for a job, and how its log is shown: without a cluster."""
+"""What is submitted and refused, what is uploaded for a job, and how its log is shown: without a cluster."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ray._private.runtime_env.packaging import create_package
 from shard_embedder.jobs import submit
 from shard_embedder.jobs.support.upload import MAX_BYTES, check_size, upload_sizes
 from shard_embedder.pipeline.core.errors import SettingsError
+from tests.conftest import Done
 
 
 def test_a_working_folder_that_ray_would_refuse_is_told_with_what_is_large(tmp_path: Path) -> None:
@@ -52,3 +54,29 @@ def test_a_log_is_printed_line_by_line_without_secrets_and_commands(capsys: pyte
         log.write(text)
     log.end()
     assert capsys.readouterr().out == "a(pid 1) b\nreading s3://***@bkt/x\n\\x1b]0;t\\x07end\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env", "EMBED_NOT_SET_ANYWHERE"], "--env must name a variable that is set, got EMBED_NOT_SET_ANYWHERE"),
+        (["--env", "AWS_SECRET_ACCESS_KEY"], "--env must not name a credential, got AWS_SECRET_ACCESS_KEY"),
+        (["--env", "HF_TOKEN"], "--env must not name a credential, got HF_TOKEN"),
+        (["--env", "EMBED_INPUT"], "--env must not name a URL with credentials, got EMBED_INPUT"),
+        (["--", "jobs/embed.py", "--input", "s3://key:sesame@bkt/in"], "the command must not carry credentials"),
+        (["--", "jobs/embed.py", "--weights=https://h/w?key=sesame"], "the command must not carry credentials"),
+        (["--", "env", "AWS_SECRET_ACCESS_KEY=sesame", "jobs/embed.py"], "the command must not carry credentials"),
+        (["--address", "http://me:sesame@127.0.0.1:nowhere"], "submit.py: the cluster cannot be reached"),
+        (["--backbone", "resnet50"], "unrecognized arguments: --backbone resnet50"),
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_started(
+    run_job: Callable[..., Done], arguments: list[str], message: str
+) -> None:
+    secret_input = "s3://bkt/in?X-Amz-Signature=sesame"
+    done = run_job(
+        "submit.py", *arguments, AWS_SECRET_ACCESS_KEY="sesame", HF_TOKEN="sesame", EMBED_INPUT=secret_input
+    )
+    assert done.returncode == (69 if "--address" in arguments else 2)
+    assert message in done.stderr
+    assert "sesame" not in done.stdout + done.stderr
