@@ -17,8 +17,6 @@ from shard_embedder.pipeline.core.formatting import format_duration
 # A wait that goes on is reported this often.
 SAY_EVERY_S = 60.0
 _LOOK_EVERY_S = 5.0
-# So long without a stored part is worth a word.
-_QUIET_S = 300.0
 # A node with a named resource may hold any number of actors: the name is a place, not an amount.
 _SHARE = 0.001
 
@@ -189,15 +187,16 @@ class NodeWatch:
 
 
 class StallWatch:
-    """Says what the cluster has free when no part was stored for some minutes, and then every minute.
+    """Says what the cluster has free when no part was stored for `quiet_s` seconds, and then every minute.
 
     Ray reports no error when actors of two jobs hold all CPUs and neither can read, or when a node above Ray's memory
     threshold ends tasks again and again. Ray Data itself ends a flow in which nothing moves
     (`execution_no_progress_timeout_s`).
     """
 
-    def __init__(self, say: Callable[[str], object]) -> None:
+    def __init__(self, say: Callable[[str], object], quiet_s: float = 300.0) -> None:
         self._say = say
+        self._quiet_s = quiet_s
         self._since = time.monotonic()
         self._said = -math.inf
 
@@ -208,7 +207,7 @@ class StallWatch:
     def check(self) -> None:
         """Say how long nothing was stored, if it is time to."""
         now = time.monotonic()
-        if now - self._since < _QUIET_S or now - self._said < SAY_EVERY_S:
+        if now - self._since < self._quiet_s or now - self._said < SAY_EVERY_S:
             return
         self._said = now
         total, free = ray.cluster_resources(), ray.available_resources()
