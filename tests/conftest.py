@@ -140,8 +140,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# Libraries set these when they are imported, pytest for each test, the job for its Ray.
-_OF_LIBRARIES = ("PYTEST_", "RAY_", "PYTHONBREAKPOINT", "SPARK_", "TORCHINDUCTOR_")
+# What the job and its stores read. Libraries set others when they are imported.
+_OURS = ("AWS_", "EMBED_", "FSSPEC_", "HF_", "HOME", "RAY_ADDRESS", "TORCH_HOME")
 _RAY, _SLOW, _OTHER = range(3)
 _KIND: dict[Path, int] = {}
 # What starts Ray, by itself or in a job.
@@ -173,8 +173,8 @@ def _environment_kept(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     kept = before | S3Server.in_environment
     changed = {name for name in {*kept, *os.environ} if kept.get(name) != os.environ.get(name)}
-    changed = {name for name in changed if not name.startswith(_OF_LIBRARIES)}
-    assert not changed, f"{request.path.name} leaves a changed environment: {sorted(changed)}"
+    ours = sorted(name for name in changed if name.startswith(_OURS))
+    assert not ours, f"{request.path.name} leaves a changed environment: {ours}"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,7 +32,7 @@ def compiled(network: Callable[..., Any], mode: str) -> Callable[..., Any]:
                 broken = _broken_library(str(error))
                 if broken is None:
                     raise
-                broken.unlink()
+                broken.unlink(missing_ok=True)
         return call(*inputs)
 
     return mended

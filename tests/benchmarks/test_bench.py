@@ -202,9 +202,10 @@ def test_a_small_run_measures_every_case(
     monkeypatch.setattr(bench_runs, "run_command", command_here)
     # Where it is, the run that fills the caches has been.
     (tmp_path / "scratch" / "startup").mkdir(parents=True)
+    # Three read tasks: a rate needs two blocks that come one after the other, and two cores decode two at once.
     code = bench.main([
         "stages", "decode", "large", "no-model", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
-        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "512",
+        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "704",
         "--images-a-shard", "64", "--stage-images", "32", "--large-megapixels", "1", "--tiny-shards", "60",
         "--plan-shards", "2000", "--repeats", "1", "--output", str(tmp_path / "bench.json"),
         "--scratch", str(tmp_path / "scratch"),
