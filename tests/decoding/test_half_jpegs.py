@@ -10,7 +10,7 @@ from shard_embedder.pipeline.core.errors import SampleError
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from tests.conftest import encode, photo
-from tests.decoding.test_decode import SMALL
+from tests.decoding.images import SMALL
 
 DECODER = Decoder(DecodingRules(preprocess=SMALL, max_pixels=4_000_000))
 SCAN, END = b"\xff\xda", b"\xff\xd9"

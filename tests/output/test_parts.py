@@ -238,7 +238,9 @@ def test_a_part_without_rows_is_a_part(tmp_path: Path, shape: tuple[int, ...]) -
 def test_the_errors_are_stored_before_the_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     write = parts.write_bytes
-    monkeypatch.setattr(parts, "write_bytes", lambda root, name, data: order.append(name) or write(root, name, data))
+    monkeypatch.setattr(
+        parts, "write_bytes", lambda root, name, *rest: order.append(name) or write(root, name, *rest)
+    )
     writer(tmp_path)(embedded(["a", "b"], {0: "broken: x"}))
     assert order == [f"errors/{NAME}", f"embeddings/{NAME}"]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.schema import END_LAST, END_NONE, STAGES
 from shard_embedder.pipeline.planning.nodes import DeviceTime
-from shard_embedder.pipeline.planning.resources import divide
+from shard_embedder.pipeline.planning.resources import plan_stages
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.run.timeline import MAX_STEPS, Timeline
 
@@ -103,7 +103,7 @@ def test_images_that_a_device_refused_are_counted_with_what_it_said_of_the_first
 
 def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were_asked_for() -> None:
     nodes = [{"CPU": 8.0, "GPU": 1.0}]
-    resources, _ = divide(parse({"input": ["in"], "output": "out", "device": "cuda", "actors": "1:4"}), nodes)
+    resources, _ = plan_stages(parse({"input": ["in"], "output": "out", "device": "cuda", "actors": "1:4"}), nodes)
     tally = Tally(started=time.monotonic(), resources=resources)
     tally.add(receipt(embed_s=0.0))
     tally.started -= 100
@@ -115,7 +115,7 @@ def test_devices_are_busy_by_those_that_were_there_and_not_by_the_most_that_were
 
 def worked(after_s: float, **took: float) -> Tally:
     """A run of one device and a part of 40 images, stored so many seconds after the begin."""
-    resources, _ = divide(parse({"input": ["in"], "output": "out"}), [{"CPU": 2.0}])
+    resources, _ = plan_stages(parse({"input": ["in"], "output": "out"}), [{"CPU": 2.0}])
     tally = Tally(started=time.monotonic() - after_s)
     tally.resources = resources
     tally.devices = DeviceTime(resources.requests[0], 1, tally.started, [{"CPU": 64.0}])
