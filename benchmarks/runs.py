@@ -273,6 +273,8 @@ def no_model(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     # Tasks decode side by side: those still at work when the window begins have done part of theirs.
     decoded = done_before(result["decode_tasks"], window.begin, window.num_before + window.num_images)
     rate = window.rate(max(0.0, decoded - window.num_before), 1.0)
+    if rate <= 0:
+        raise BenchError("all was decoded before the first part was counted: give more --images")
     cores = cores_in_use(result["looks"], window.begin, window.end)
     found: Metrics = {"no_model_images_per_s": rate}
     if cores:

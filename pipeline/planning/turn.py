@@ -41,7 +41,8 @@ class Turn:
         while self._holder is None:
             try:
                 self._holder = holder.remote()
-            except ValueError as error:  # the name is taken
+            # Taken; of a job that died a moment ago Ray no longer knows what the actor was.
+            except (ValueError, AssertionError) as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise ClusterError(

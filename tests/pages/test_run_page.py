@@ -123,7 +123,7 @@ def test_the_console_has_the_shards_with_the_most_errors(
     Console().summary(report)
     told = capsys.readouterr().out
     assert "errors by shard\n  bad: 2 of 3 samples (67 %)\n" in told
-    assert re.search(r"speed +started in [\d.]+ s, then [\d.]+ images/s\n", told)
+    assert re.search(r"speed +started in [\w. ]+ s, then [\d.,]+ images/s\n", told)
     assert "million images" not in told
     many = {f"s{number}": {"errors": 1, "samples": 2_000, "share": 0.0005} for number in range(10)}
     Console().summary({**report, "errors_by_shard": many})
