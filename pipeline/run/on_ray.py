@@ -22,7 +22,7 @@ from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.nodes import DeviceTime, NodeWatch, StallWatch, alive_nodes
 from shard_embedder.pipeline.planning.probe import Gpus, choose_by_trial
 from shard_embedder.pipeline.planning.processors import fast_precisions, processors_of, without_openvino
-from shard_embedder.pipeline.planning.resources import plan_resources, wait_for_room
+from shard_embedder.pipeline.planning.resources import Resources, plan_resources, wait_for_room
 from shard_embedder.pipeline.planning.stored_source import StoredSource
 from shard_embedder.pipeline.planning.turn import Turn
 from shard_embedder.pipeline.run.executor import PassError, Prepared, Say
@@ -57,7 +57,14 @@ class OnRay:
         """As `Executor.prepare`."""
         resources = plan_resources(job.config, on_wait)
         self._take_turn(job, on_wait)
-        wait_for_room(resources, job.config.node_wait_s, on_wait)
+        try:
+            wait_for_room(resources, job.config.node_wait_s, on_wait)
+            return self._decide(job, pending, resources, since, on_wait)
+        except BaseException:
+            self._end_turn()
+            raise
+
+    def _decide(self, job: Job, pending: list[Pending], resources: Resources, since: float, on_wait: Say) -> Prepared:
         candidates = without = None
         if resources.device != "cuda":
             processors = processors_of(resources.actor_resource)
@@ -75,14 +82,17 @@ class OnRay:
 
     def close(self) -> None:
         """Give back the GPUs that were left out, and the turn."""
-        if self._turn is not None:
-            self._turn.end()
+        self._end_turn()
         if self._gpus is not None:
             self._gpus.give_back()
 
     def _take_turn(self, job: Job, on_wait: Say) -> None:
         if self._turn is not None:
             self._turn.take(max(_TURN_WAIT_S, job.config.node_wait_s or 0), on_wait)
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.end()
 
     @property
     def _left_out(self) -> Counter[str]:
@@ -107,8 +117,8 @@ class OnRay:
         def check() -> None:
             watch.check()
             stall.check()
-            if self._turn is not None and time.monotonic() > placed:
-                self._turn.end()
+            if time.monotonic() > placed:
+                self._end_turn()
 
         try:
             for receipt in watched(make_flow(pending, prepared.job, prepared.source, resources), check):
@@ -117,6 +127,8 @@ class OnRay:
             return
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             why = [_brief(error)]
+        finally:
+            self._end_turn()
         # The actors of the pass hold their GPUs until nothing holds them, as the frames of the error do.
         gc.collect()
         if gpus is not None:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,8 @@ def test_a_flow_ends_where_it_stands_when_it_is_watched_and_something_is_wrong(t
     """By what only Ray Data's own executor can do: this fails where that changes."""
     shards = write_shards(tmp_path / "in", num_shards=4, samples_each=2)
     job = job_for(shards, tmp_path / "out", part_rows=1)
-    prepared = OnRay().prepare(job, make_plan(job.shards, job.config.output).pending, time.monotonic(), print)
+    with closing(OnRay()) as executor:
+        prepared = executor.prepare(job, make_plan(job.shards, job.config.output).pending, time.monotonic(), print)
     # No node has that, and Ray waits for one for as long as it takes.
     nowhere = replace(prepared.resources, actor_resource="no-such-node")
     pending = make_plan(job.shards, job.config.output).pending
