@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -56,8 +55,8 @@ class _Sigterm:
 
 
 @contextmanager
-def _connected(console: Console, sigterm: _Sigterm) -> Iterator[bool]:
-    """Connect to Ray, and shut it down after the block unless it was there before. Gives whether others may use it.
+def _connected(console: Console, sigterm: _Sigterm) -> Iterator[None]:
+    """Connect to Ray, and shut it down after the block unless it was there before.
 
     While Ray starts, its own handler for SIGTERM would exit with 15. Afterwards Ray leaves the system's handler,
     which would kill the process while it holds the lease.
@@ -72,7 +71,7 @@ def _connected(console: Console, sigterm: _Sigterm) -> Iterator[bool]:
             sigterm.listen()
         if slow is not None:
             console.warning(slow)
-        yield was_there or "RAY_ADDRESS" in os.environ
+        yield
     finally:
         try:
             if not was_there:
@@ -163,13 +162,12 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
     watcher = Watcher(on_resources, on_pass, on_part, console.waiting, lease.confirm)
     # Ray shuts down before the lease is released, so that no worker writes after that.
     with console.progress(), choose_meanwhile(job, plan.pending) as choose, ExitStack() as stack:
-        is_shared = False
         if plan.pending:
             console.phase("starting Ray")
-            is_shared = stack.enter_context(_connected(console, sigterm))
+            stack.enter_context(_connected(console, sigterm))
             stack.enter_context(metrics.repeated())
             console.phase("trying the backbone")
-        report = run(job, plan, watcher, stack.enter_context(closing(OnRay(choose, is_shared=is_shared))))
+        report = run(job, plan, watcher, stack.enter_context(closing(OnRay(choose))))
     if plan.pending or not report["balanced"]:
         console.summary(report)
     else:

@@ -92,6 +92,7 @@ def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why
     Raises:
         ClusterError: the cluster lacks what a stage needs.
     """
+    deadline = time.monotonic() + (config.node_wait_s or 0)
     resources, lacking = plan_stages(config, alive_nodes())
 
     def missing_nodes() -> str | None:
@@ -99,34 +100,21 @@ def plan_resources(config: Config, on_wait: Callable[[str], object] = lambda why
         resources, lacking = plan_stages(config, alive_nodes())
         return lacking
 
-    if lacking is not None:
-        with _demand(resources):
-            _wait_while(missing_nodes, config.node_wait_s, on_wait)
-    return resources
-
-
-def wait_for_room(resources: Resources, node_wait_s: int | None, on_wait: Callable[[str], object]) -> None:
-    """Wait while other jobs hold what the stages need. `on_wait` is told, at once and every minute.
-
-    Raises:
-        ClusterError: they did so for `node_wait_s` seconds.
-    """
-
     def taken() -> str | None:
         return held_by_others(resources, ray.cluster_resources(), ray.available_resources())
 
+    if lacking is not None:
+        with _demand(resources):
+            _wait_while(missing_nodes, deadline, config.node_wait_s, on_wait)
     # A job that has just ended frees its resources a moment later.
-    _wait_while(taken, node_wait_s, on_wait, at_least_s=_SETTLE_S)
+    _wait_while(taken, max(deadline, time.monotonic() + _SETTLE_S), config.node_wait_s, on_wait)
+    return resources
 
 
 def _wait_while(
-    lacking: Callable[[], str | None],
-    wait_s: int | None,
-    on_wait: Callable[[str], object],
-    at_least_s: float = 0.0,
+    lacking: Callable[[], str | None], deadline: float, wait_s: int | None, on_wait: Callable[[str], object]
 ) -> None:
-    """Wait for up to `wait_s`, and say so, while something is `lacking`. Raises `ClusterError` after that."""
-    deadline = time.monotonic() + max(wait_s or 0, at_least_s)
+    """Wait, and say so, while something is `lacking`. Raises `ClusterError` at the `deadline`."""
     said = -SAY_EVERY_S
     while (what := lacking()) is not None:
         left = deadline - time.monotonic()

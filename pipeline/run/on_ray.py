@@ -6,7 +6,6 @@ import gc
 import queue
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,19 +21,14 @@ from shard_embedder.pipeline.planning.job import Job
 from shard_embedder.pipeline.planning.nodes import DeviceTime, NodeWatch, StallWatch, alive_nodes
 from shard_embedder.pipeline.planning.probe import Gpus, choose_by_trial
 from shard_embedder.pipeline.planning.processors import fast_precisions, processors_of, without_openvino
-from shard_embedder.pipeline.planning.resources import Resources, plan_resources, wait_for_room
+from shard_embedder.pipeline.planning.resources import plan_resources
 from shard_embedder.pipeline.planning.stored_source import StoredSource
-from shard_embedder.pipeline.planning.turn import Turn
 from shard_embedder.pipeline.run.executor import PassError, Prepared, Say
 from shard_embedder.pipeline.shards.find import Pending
 
 # Spot machines may stay away for many minutes.
 _NODE_WAIT_S = 1800
 _LOOK_EVERY_S = 1.0
-# Others may look for room on many nodes, and try many GPUs.
-_TURN_WAIT_S = 1800
-# After so long, the actors of a flow have their places.
-_PLACED_S = 10.0
 # For the threads of a flow that was ended.
 _END_WAIT_S = 10.0
 # The first line of an error, at the end of a traceback.
@@ -43,28 +37,15 @@ _CAUSED = "The above exception was the direct cause of the following exception:"
 
 
 class OnRay:
-    """Runs the flow (`pipeline.flow`). `choose` decides what computes; it may have begun before Ray was up.
+    """Runs the flow (`pipeline.flow`). `choose` decides what computes; it may have begun before Ray was up."""
 
-    With `is_shared`, other jobs may start on the cluster at the same time: they take turns.
-    """
-
-    def __init__(self, choose: Choose = choose_engine, *, is_shared: bool = True) -> None:
+    def __init__(self, choose: Choose = choose_engine) -> None:
         self._choose = choose
         self._gpus: Gpus | None = None
-        self._turn = Turn() if is_shared else None
 
     def prepare(self, job: Job, pending: list[Pending], since: float, on_wait: Say) -> Prepared:
         """As `Executor.prepare`."""
         resources = plan_resources(job.config, on_wait)
-        self._take_turn(job, on_wait)
-        try:
-            wait_for_room(resources, job.config.node_wait_s, on_wait)
-            return self._decide(job, pending, resources, since, on_wait)
-        except BaseException:
-            self._end_turn()
-            raise
-
-    def _decide(self, job: Job, pending: list[Pending], resources: Resources, since: float, on_wait: Say) -> Prepared:
         candidates = without = None
         if resources.device != "cuda":
             processors = processors_of(resources.actor_resource)
@@ -81,18 +62,9 @@ class OnRay:
         return Prepared(job, source, resources, devices, problems + notes)
 
     def close(self) -> None:
-        """Give back the GPUs that were left out, and the turn."""
-        self._end_turn()
+        """Give back the GPUs that were left out."""
         if self._gpus is not None:
             self._gpus.give_back()
-
-    def _take_turn(self, job: Job, on_wait: Say) -> None:
-        if self._turn is not None:
-            self._turn.take(max(_TURN_WAIT_S, job.config.node_wait_s or 0), on_wait)
-
-    def _end_turn(self) -> None:
-        if self._turn is not None:
-            self._turn.end()
 
     @property
     def _left_out(self) -> Counter[str]:
@@ -110,15 +82,10 @@ class OnRay:
             self._left_out,
         )
         stall = StallWatch(on_wait)
-        # The actors of the pass before have gone, and another job may not look until these have their places.
-        self._take_turn(prepared.job, on_wait)
-        placed = time.monotonic() + _PLACED_S
 
         def check() -> None:
             watch.check()
             stall.check()
-            if time.monotonic() > placed:
-                self._end_turn()
 
         try:
             for receipt in watched(make_flow(pending, prepared.job, prepared.source, resources), check):
@@ -127,8 +94,6 @@ class OnRay:
             return
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             why = [_brief(error)]
-        finally:
-            self._end_turn()
         # The actors of the pass hold their GPUs until nothing holds them, as the frames of the error do.
         gc.collect()
         if gpus is not None:

@@ -60,12 +60,12 @@ def kill_tree(root: int) -> None:
                 os.kill(pid, number)
 
 
-def kill_worker(pid: int, title: re.Pattern[str]) -> bool:
+def kill_worker(pid: int, pattern: re.Pattern[str]) -> bool:
     """SIGKILL one process, if at that very moment it is at work for a stage."""
     try:
         os.kill(pid, signal.SIGSTOP)
         # It cannot turn to other work now.
-        at_work = bool(title.match(title(pid))) and _alive(pid)
+        at_work = bool(pattern.match(title(pid))) and _alive(pid)
         os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
     except ProcessLookupError:
         return False
