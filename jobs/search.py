@@ -61,23 +61,21 @@ def parser() -> Parser:
 
 def show(hit: Hit, score: str, originals: Originals) -> None:
     """Print a query with its neighbours, by their files where they are here; `score` is what scores are called."""
-    found = originals.find((near.image_id, near.place) for near in hit.neighbours)
+    files = originals.files((near.image_id, near.place) for near in hit.neighbours)
     # Paths and ids may hold characters that a terminal would obey.
     print(f"{one_line(hit.query.name)}  {f'({score})' if hit.neighbours else '-'}")
     for rank, near in enumerate(hit.neighbours, 1):
         place = f"{one_line(near.shard)}[{near.sample_index}]"
-        original = found.get(near.place)
-        name = near.image_id if original is None or original.file is None else from_here(original.file)
+        name = from_here(files[near.place]) if near.place in files else near.image_id
         print(f"  {rank:>3}  {near.score:.6f}  {one_line(name)}  {place}")
 
 
 def as_dict(hit: Hit, originals: Originals) -> dict[str, object]:
     """A query with its neighbours, for JSON; `file` is the image's, where it is on this machine."""
-    found = originals.find((near.image_id, near.place) for near in hit.neighbours)
-    files = [original and original.file for original in (found.get(near.place) for near in hit.neighbours)]
+    files = originals.files((near.image_id, near.place) for near in hit.neighbours)
     neighbours = [
-        near._asdict() | {"file": None if file is None else printable(str(file))}
-        for near, file in zip(hit.neighbours, files, strict=True)
+        near._asdict() | {"file": printable(str(files[near.place])) if near.place in files else None}
+        for near in hit.neighbours
     ]
     return {"query": hit.query.name, "reason": hit.query.reason or None, "neighbours": neighbours}
 

@@ -45,9 +45,7 @@ class Images:
         placement = Placement(device=device_here("auto"), precision=recipe.settings.precision)
         return cls(SharedWeights.of(recipe.weights).runner(recipe.network, placement), recipe.settings.rules)
 
-    def __call__(
-        self, images: ImageLike | Sequence[ImageLike]
-    ) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float32]]]:
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> tuple[list[str], Vectors]:
         """Ids, and embeddings float32 [N, C]; of one image, [1, C]."""
         several = [images] if isinstance(images, (str, os.PathLike, bytes, PIL.Image.Image)) else list(images)
         if isinstance(images, np.ndarray) and images.ndim == 3:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from shard_embedder.pipeline.backbones import library_of
 from shard_embedder.pipeline.backbones.weights_spec import Weights
-from shard_embedder.pipeline.core.config import Config, Field, device_share
-from shard_embedder.pipeline.core.errors import InputError, NoShardError, StoredDataError
+from shard_embedder.pipeline.core.config import Config, device_share
+from shard_embedder.pipeline.core.errors import InputError, StoredDataError
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
@@ -33,11 +33,12 @@ from shard_embedder.pipeline.shards.find import Refused, Shard, ShardSet, find_s
 from shard_embedder.pipeline.shards.keys import HEIF_EXTENSIONS, printable
 from shard_embedder.pipeline.shards.photos import (
     PACKED,
+    PATH,
     PackingRules,
     Photos,
     compare_again,
     find_photos,
-    images_folder,
+    find_shards_or_images,
     local_folder,
     pack_photos,
 )
@@ -45,8 +46,6 @@ from shard_embedder.pipeline.shards.samples import bound_part_rows
 
 # If run.json is missing, at most so many parts are read for what made the output.
 _MAX_PARTS_ASKED = 100
-# The id of an image of a folder is its path.
-_PHOTO_ID = Field.parse("json:path")
 
 
 @dataclass(frozen=True)
@@ -166,12 +165,9 @@ def prepare_job(config: Config) -> Job:
 
 def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
     """The config, with its input as shards; these shards; and the folder of images, if the input is one."""
-    try:
-        return config, find_shards(config.input), None
-    except NoShardError:
-        folder = images_folder(config.input)
-        if folder is None:
-            raise
+    found = find_shards_or_images(config.input)
+    if isinstance(found, ShardSet):
+        return config, found, None
     output = local_folder(config.output)
     if output is None:
         raise InputError(
@@ -179,12 +175,12 @@ def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
             "with pack.py, copy the shards to the store, and name them as the input"
         )
     undecodable = () if heif_version() else HEIF_EXTENSIONS
-    photos = find_photos(folder, output, PackingRules(undecodable=undecodable))
+    photos = find_photos(found, output, PackingRules(undecodable=undecodable))
     if not photos.num_images:
-        raise InputError(f"input must hold images that can be decoded, got {str(folder)!r}: {_describe_heif(photos)}")
+        raise InputError(f"input must hold images that can be decoded, got {str(found)!r}: {_describe_heif(photos)}")
     packed = join(config.output, PACKED)
     shards = shards_below(packed) if photos.is_begun else []
-    config = replace(config, input=(packed,), id=config.id or _PHOTO_ID)
+    config = replace(config, input=(packed,), id=config.id or PATH)
     return config, ShardSet(packed, shards, [], photos.found.left_out), photos
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,17 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shard_embedder.pipeline.core.config import Field
-from shard_embedder.pipeline.core.errors import NoShardError, PipelineError
+from shard_embedder.pipeline.core.errors import PipelineError
 from shard_embedder.pipeline.core.schema import SAMPLE_INDEX
 from shard_embedder.pipeline.core.storage import join, locate
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 from shard_embedder.pipeline.output.names import EMBEDDINGS, Place
 from shard_embedder.pipeline.output.stored import StoredPart, list_stored, open_output
 from shard_embedder.pipeline.retrieval.index import Index, read_parts
-from shard_embedder.pipeline.shards.find import find_shards
-from shard_embedder.pipeline.shards.photos import images_folder
-
-_PATH = Field.parse("json:path")
+from shard_embedder.pipeline.shards.photos import PATH, find_shards_or_images
 
 
 class Input(NamedTuple):
@@ -39,14 +37,8 @@ def find_input(inputs: Sequence[str]) -> Input:
     """
     if not inputs:
         return Input((), None)
-    try:
-        find_shards(inputs)
-    except NoShardError:
-        folder = images_folder(inputs)
-        if folder is None:
-            raise
-        return Input((), folder)
-    return Input(inputs, None)
+    found = find_shards_or_images(inputs)
+    return Input((), found) if isinstance(found, Path) else Input(inputs, None)
 
 
 class Original(NamedTuple):
@@ -63,12 +55,12 @@ class Originals:
     """
 
     def __init__(
-        self, output: str, made: Fingerprint, parts: Callable[[], Iterable[StoredPart]], folder: Path | None = None
+        self, output: str, made: Fingerprint, parts: Callable[[], Sequence[StoredPart]], folder: Path | None = None
     ) -> None:
         named = folder or (Path(made.photos_folder) if made.photos_folder else None)
         self._folder = None if named is None else named.resolve()
         self._output = output
-        self._parts = parts
+        self._parts = functools.cache(parts)
         settings = made.settings
         self._is_id = settings.id is not None and _is_path(settings.id)
         self._column = next((field.column for field in settings.keep if _is_path(field)), None)
@@ -93,6 +85,12 @@ class Originals:
         else:
             return {}
         return {place: Original(path, self._file(path)) for place, path in paths.items()}
+
+    def files(self, rows: Iterable[tuple[str, Place]]) -> dict[Place, Path]:
+        """The files of rows, given as for `find`. Nothing is read where no folder of images is known."""
+        if self._folder is None:
+            return {}
+        return {place: one.file for place, one in self.find(rows).items() if one.file is not None}
 
     def _kept_paths(self, column: str, places: Iterable[Place]) -> dict[Place, str]:
         """The paths that are stored; none of an output that is no longer where it was."""
@@ -127,4 +125,4 @@ class Originals:
 
 
 def _is_path(field: Field) -> bool:
-    return (field.member, field.path, field.type) == (_PATH.member, _PATH.path, _PATH.type)
+    return (field.member, field.path, field.type) == (PATH.member, PATH.path, PATH.type)

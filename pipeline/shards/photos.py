@@ -20,11 +20,13 @@ from typing import NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 from webdataset import TarWriter
 
-from shard_embedder.pipeline.core.errors import InputError, OutputError, StoredDataError
+from shard_embedder.pipeline.core.config import Field
+from shard_embedder.pipeline.core.errors import InputError, NoShardError, OutputError, StoredDataError
 from shard_embedder.pipeline.core.formatting import format_count, format_size
 from shard_embedder.pipeline.core.groups import grouped
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.storage import locate
+from shard_embedder.pipeline.shards.find import ShardSet, find_shards
 from shard_embedder.pipeline.shards.left_out import SUFFIX
 from shard_embedder.pipeline.shards.pack import (
     HEADER,
@@ -39,6 +41,8 @@ from shard_embedder.pipeline.shards.pack import (
 
 # Below the output.
 PACKED = "packed"
+# Where an image is below its folder, which is its id; `make_sample` writes it.
+PATH = Field.parse("json:path")
 _PREFIX, _LIST_SUFFIX = "images-", ".json"
 # Beside the images themselves: three tar headers, a `.json`, and padding.
 _BYTES_BESIDE = 3072
@@ -116,10 +120,19 @@ class Photos:
         )
 
 
-def images_folder(inputs: Sequence[str]) -> Path | None:
-    """The folder of images on this machine that an input without shards is; None where it is none."""
-    folder = local_folder(inputs[0]) if len(inputs) == 1 else None
-    return folder if folder is not None and holds_images(folder) else None
+def find_shards_or_images(inputs: Sequence[str]) -> ShardSet | Path:
+    """The shards that inputs name; if they name none, the folder of images on this machine that they are.
+
+    Raises:
+        InputError: they name neither.
+    """
+    try:
+        return find_shards(inputs)
+    except NoShardError:
+        folder = local_folder(inputs[0]) if len(inputs) == 1 else None
+        if folder is None or not holds_images(folder):
+            raise
+        return folder
 
 
 def local_folder(url: str) -> Path | None:

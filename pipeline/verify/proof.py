@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from shard_embedder.pipeline.core.errors import NoShardError, StoreError
+from shard_embedder.pipeline.core.errors import StoreError
 from shard_embedder.pipeline.core.formatting import format_count, one_line
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.redact import describe
@@ -28,9 +28,9 @@ from shard_embedder.pipeline.output.names import (
     escape,
     version_tag,
 )
-from shard_embedder.pipeline.shards.find import Shard, find_shards
+from shard_embedder.pipeline.shards.find import Shard, ShardSet, find_shards
 from shard_embedder.pipeline.shards.left_out import SUFFIX, archives_among, format_left_out
-from shard_embedder.pipeline.shards.photos import PACKED, images_folder
+from shard_embedder.pipeline.shards.photos import PACKED, find_shards_or_images
 from shard_embedder.pipeline.verify.findings import Verdict
 from shard_embedder.pipeline.verify.parts import CheckedPart, Expected, check_part, read_expected
 from shard_embedder.pipeline.verify.recompute import Recompute, ShardPart, build_reference, draw_rows, recompute_rows
@@ -86,13 +86,9 @@ def verify(
 def _find_shards_by_name(
     inputs: Sequence[str], expected: Expected, verdict: Verdict, output: str
 ) -> dict[str, Shard]:
-    try:
-        found = find_shards(inputs)
-    except NoShardError:
-        if images_folder(inputs) is None:
-            raise
-        # As the job takes it: its images are packed there.
-        found = find_shards([join(output, PACKED)])
+    named = find_shards_or_images(inputs)
+    # The images of a folder are packed there.
+    found = named if isinstance(named, ShardSet) else find_shards([join(output, PACKED)])
     prefix = expected.made.input_prefix
     if found.prefix != prefix:
         verdict.notes.append(

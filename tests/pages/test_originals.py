@@ -14,6 +14,7 @@ from shard_embedder.jobs.duplicates import main as duplicates
 from shard_embedder.jobs.search import main as search
 from shard_embedder.pipeline.core.errors import NoShardError
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
+from shard_embedder.pipeline.output.stored import StoredPart
 from shard_embedder.pipeline.retrieval.build import build
 from shard_embedder.pipeline.retrieval.index import open_index
 from shard_embedder.pipeline.retrieval.originals import Input, Original, Originals, find_input
@@ -66,6 +67,18 @@ def test_a_search_of_a_folders_images_prints_their_files(here: Path, capsys: pyt
     (hit,) = json.loads(capsys.readouterr().out)
     for near in hit["neighbours"]:
         assert near["file"] == str(here / "photos" / near["image_id"])
+
+
+def test_no_part_is_read_for_files_that_no_folder_can_have(here: Path) -> None:
+    index = open_index("kept-index")
+    rows = [(image_id, (shard, number)) for image_id, shard, number in index.names([0, 1]).values()]
+
+    def parts() -> list[StoredPart]:
+        raise AssertionError("the parts are listed")
+
+    assert Originals(str(here / "kept"), index.facts.made, parts).files(rows) == {}
+    with pytest.raises(AssertionError, match="the parts are listed"):
+        Originals(str(here / "kept"), index.facts.made, parts, here / "photos").files(rows)
 
 
 def test_of_packed_shards_the_folder_is_named_and_the_kept_path_leads_to_the_file(
