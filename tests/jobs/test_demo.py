@@ -147,6 +147,8 @@ def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_w
     for variable in ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
+    # urllib looks for proxies once a process: now, and again after this test.
+    monkeypatch.setattr("urllib.request._opener", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert choose_weights("resnet18", None, shards, output) == "random:0"
     assert choose_weights("resnet18", "random:7", shards, output) == "random:7"
