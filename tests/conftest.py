@@ -142,19 +142,20 @@ def one_thread() -> Iterator[None]:
 
 # What the job and its stores read. Libraries set others when they are imported.
 _OURS = ("AWS_", "EMBED_", "FSSPEC_", "HF_", "HOME", "RAY_ADDRESS", "TORCH_HOME")
-_RAY, _SLOW, _OTHER = range(3)
+_HEAD, _RAY, _SLOW, _OTHER = range(4)
 _KIND: dict[Path, int] = {}
 # What starts Ray, by itself or in a job.
 _RAY_FIXTURES = {"ray_session", "run_process"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs Ray. Files that share one come first, then those with slow tests, then the short ones."""
+    """Mark what needs Ray. Files with Ray heads of their own come first, then those that share one, then slow."""
     for item in items:
-        if _RAY_FIXTURES & {*getattr(item, "fixturenames", ())}:
+        own_head = item.get_closest_marker("head") is not None
+        if own_head or _RAY_FIXTURES & {*getattr(item, "fixturenames", ())}:
             item.add_marker("ray")
         uses_ray = item.get_closest_marker("ray") is not None
-        kind = _RAY if uses_ray else _SLOW if item.get_closest_marker("slow") else _OTHER
+        kind = _HEAD if own_head else _RAY if uses_ray else _SLOW if item.get_closest_marker("slow") else _OTHER
         _KIND[item.path] = min(kind, _KIND.get(item.path, _OTHER))
     items.sort(key=lambda item: _KIND[item.path])
 

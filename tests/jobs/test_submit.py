@@ -23,7 +23,7 @@ import pytest
 
 from tests.conftest import ROOT, S3Server, free_ports, hearing_sigint, write_shards
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.head
 
 SUBMIT = ROOT / "jobs" / "submit.py"
 BINARIES = Path(sys.executable).parent

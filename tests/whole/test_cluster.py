@@ -41,7 +41,7 @@ from shard_embedder.pipeline.run.passes import Watcher, run
 from tests.conftest import ROOT, free_ports
 from tests.faults.kills import kill_tree
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.head
 
 _HEAD = "127.0.0.11"
 _WAIT_S = 600.0

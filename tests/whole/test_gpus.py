@@ -31,7 +31,7 @@ from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.head
 
 _WAIT_S = 300.0
 _BREAK_S = 60.0

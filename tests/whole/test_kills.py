@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.kills import DRIVER, KINDS, NODE, Load, Plan, Run, harness, make_plan, table
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.head
 
 # Of two kills at once this seed's are the embed actor and the S3 server, both there for longer than a moment.
 SEED = 27
