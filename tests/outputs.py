@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from shard_embedder.pipeline.core.config import Config, parse
-from shard_embedder.pipeline.core.schema import PART_FIELDS
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.embedding.embedder import Embedder
 from shard_embedder.pipeline.embedding.network import Placement
@@ -51,16 +49,6 @@ def rows(output: Path, folder: str = "embeddings") -> list[dict[str, Any]]:
     """Every row of a folder of the output, in the order of shards and samples."""
     found = [row for path in sorted((output / folder).rglob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     return sorted(found, key=lambda row: (row["shard"], -1 if row["sample_index"] is None else row["sample_index"]))
-
-
-def part_values(**given: Any) -> dict[str, Any]:
-    """What travels with a part between two stages, empty but for what is given."""
-    return {
-        field.name: _EMPTY.get(field.type, [] if pa.types.is_list(field.type) else 0) for field in PART_FIELDS
-    } | {"device_refusal": None, **given}
-
-
-_EMPTY = {pa.string(): "", pa.bool_(): False, pa.float64(): 0.0}
 
 
 def embed(folder: Path | str, output: Path | str, **settings: Any) -> Config:

@@ -156,6 +156,7 @@ def _answer(what: bytes, data: bytes | memoryview, rules: DecodingRules, size: i
                     _own.end()
                 break
             except _SilentError:
+                child.kill()
                 _own.end()
                 if attempt == _TRIES:
                     wait_s = _MAX_WAIT * rules.image_timeout_s
@@ -165,6 +166,7 @@ def _answer(what: bytes, data: bytes | memoryview, rules: DecodingRules, size: i
                 status = _own.end()
             except BaseException:
                 # Its answer would be taken for that to the next image.
+                child.kill()
                 _own.end()
                 raise
             if status == -signal.SIGPROF:

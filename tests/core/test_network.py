@@ -26,7 +26,7 @@ from tests.conftest import S3Server
 from tests.faults.proxy import FaultProxy
 
 # In place of 20 s and 60 s, so that the tests need not wait; the rules are the same.
-SHORT = StoreLimits(request_timeout_s=0.5, retry_s=15.0, chunk_bytes=30_000)
+SHORT = StoreLimits(request_timeout_s=0.5, retry_s=15.0, max_pause_s=0.1, chunk_bytes=30_000)
 # For faults that do not pass: with even less patience.
 ENDLESS = replace(SHORT, retry_s=0.3)
 # What a call may take then: that, one attempt more, and a busy machine.
@@ -106,7 +106,7 @@ def test_after_a_call_was_given_up_the_next_ones_get_one_attempt_until_one_succe
     network: FaultProxy, shard: Shard
 ) -> None:
     # Long enough for a second attempt on a busy machine.
-    whole = replace(SHORT, chunk_bytes=len(DATA), retry_s=4.0)
+    whole = replace(SHORT, chunk_bytes=len(DATA), retry_s=4.0, max_pause_s=8.0)
     fault = network.add("slow_down", r"a\.tar", "GET", times=10_000)
     for attempts in (2, 1, 1):
         before = network.count("GET", r"a\.tar")
@@ -251,6 +251,7 @@ def test_a_write_into_a_connection_that_nobody_reads_is_given_up(
     assert direct.info(f"{s3_url}/part")["size"] == len(data)
 
 
+@pytest.mark.slow
 def test_a_large_write_is_one_put(network: FaultProxy, s3_url: str) -> None:
     # s3fs would cut it into a multipart upload, of which a death leaves pieces behind.
     write_bytes(s3_url, "part", bytes(110 * 2**20))

@@ -22,7 +22,7 @@ from shard_embedder.pipeline.shards.find import find_shards
 from tests.conftest import ROOT, S3Server
 from tests.faults.odd_store import OddStore, Quirks
 
-LIMITS = StoreLimits(request_timeout_s=5.0, retry_s=1.0, settle_s=0.3)
+LIMITS = StoreLimits(request_timeout_s=5.0, retry_s=0.4, settle_s=0.3)
 UNSUPPORTED = [
     (501, "NotImplemented"),
     (400, "InvalidArgument"),
@@ -228,6 +228,7 @@ assert read_bytes(shard.url) == b"x"
 """
 
 
+@pytest.mark.slow
 def test_a_public_bucket_is_read_without_credentials(s3_server: S3Server) -> None:
     fs = s3_server.filesystem()
     fs.mkdir("public")

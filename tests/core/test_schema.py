@@ -22,7 +22,7 @@ from shard_embedder.pipeline.core.schema import (
     sample_type,
     with_payload,
 )
-from tests.outputs import part_values
+from tests.part_values import part_values
 
 
 def values(part: int) -> dict[str, object]:

@@ -8,14 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL.PngImagePlugin import PngInfo
 
@@ -25,8 +23,11 @@ from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
 from shard_embedder.pipeline.pages.previews import preview
+from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.passes import run
 from tests.conftest import ROOT, child_pid, encode, photo, write_tar
 from tests.decoding.images import every_format, with_orientation
+from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows
 
 PREPROCESS = Preprocess(64, (56, 48), "bilinear", (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 RULES = DecodingRules(preprocess=PREPROCESS, max_pixels=10_000)
@@ -45,11 +46,11 @@ ImageFile.ImageFile.load = faulty
 
 
 @pytest.fixture
-def faulty_pillow(tmp_path: Path) -> str:
-    """Value of PYTHONPATH with which Python processes have a Pillow that one image kills."""
+def faulty_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child has a Pillow that one image kills."""
     (tmp_path / "faulty").mkdir()
     (tmp_path / "faulty" / "sitecustomize.py").write_text(_FAULTY_PILLOW)
-    return f"{tmp_path / 'faulty'}{os.pathsep}{ROOT}"
+    monkeypatch.syspath_prepend(tmp_path / "faulty")
 
 
 def deadly(seed: int, comment: str = "deadly") -> bytes:
@@ -66,7 +67,7 @@ def _no_child() -> Iterator[None]:
 
 
 def png(seed: int, size: tuple[int, int] = (96, 80)) -> bytes:
-    return encode(photo(seed, size), "PNG")
+    return encode(photo(seed, size), "PNG", compress_level=1)
 
 
 def is_running(process: Path) -> bool:
@@ -103,10 +104,8 @@ def test_only_what_is_no_plain_jpeg_meets_the_child() -> None:
     assert child_pid() == first
 
 
-def test_an_image_that_kills_the_child_is_named_and_the_next_is_decoded(
-    faulty_pillow: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+@pytest.mark.usefixtures("faulty_pillow")
+def test_an_image_that_kills_the_child_is_named_and_the_next_is_decoded() -> None:
     decoder = Decoder(RULES)
     before = decoder.decode(png(1))
     with pytest.raises(SampleError, match="decoder crash: it died of the image 2 times: SIGSEGV"):
@@ -114,22 +113,21 @@ def test_an_image_that_kills_the_child_is_named_and_the_next_is_decoded(
     np.testing.assert_array_equal(decoder.decode(png(1)), before)
 
 
-def test_a_picture_of_an_image_that_kills_the_child_is_its_reason(
-    faulty_pillow: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+@pytest.mark.usefixtures("faulty_pillow")
+def test_a_picture_of_an_image_that_kills_the_child_is_its_reason() -> None:
     shown = preview(deadly(2))
     assert (shown.jpeg, shown.reason) == (None, "decoder crash: it died of the image 2 times: SIGSEGV")
     assert preview(png(1)).jpeg is not None
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_size_is_that_of_the_image_as_it_is_seen(orientation: int) -> None:
-    for format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
-        file = with_orientation(photo(1), orientation, format)
-        assert Decoder(RULES).upright_size(file) == ((80, 96) if orientation > 4 else (96, 80)), format
-        unturned = Decoder(replace(RULES, ignore_orientation=True))
-        assert unturned.upright_size(file) == (96, 80)
+def test_a_size_is_that_of_the_image_as_it_is_seen() -> None:
+    unturned = Decoder(replace(RULES, ignore_orientation=True))
+    for orientation in range(1, 9):
+        for format in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF"):
+            file = with_orientation(photo(1), orientation, format)
+            seen = (80, 96) if orientation > 4 else (96, 80)
+            assert Decoder(RULES).upright_size(file) == seen, (format, orientation)
+            assert unturned.upright_size(file) == (96, 80), (format, orientation)
     for broken in (b"", b"no image"):
         with pytest.raises(SampleError, match=r"empty|not an image"):
             Decoder(RULES).upright_size(broken)
@@ -173,9 +171,9 @@ def test_a_process_that_was_forked_has_a_child_of_its_own() -> None:
 def test_the_child_ends_with_its_parent() -> None:
     script = """
 import os, signal
-from shard_embedder.pipeline.decoding.decoder import Decoder
-from tests.decoding.test_child import RULES, child_pid, png
-Decoder(RULES).decode(png(1))
+from tests.conftest import child_pid, encode, photo
+from tests.decoding.images import make_decoder
+make_decoder().decode(encode(photo(1), "PNG"))
 print(child_pid(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -197,8 +195,8 @@ def test_the_time_of_the_child_counts() -> None:
     assert spent > 3 * here
 
 
-def test_a_child_that_has_stopped_is_given_up(faulty_pillow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(faulty_pillow.split(os.pathsep, maxsplit=1)[0])
+@pytest.mark.usefixtures("faulty_pillow")
+def test_a_child_that_has_stopped_is_given_up() -> None:
     decoder = Decoder(replace(RULES, image_timeout_s=0.1))
     expected = decoder.decode(png(1))
     with pytest.raises(SampleError, match="decoder timeout: no answer within 2 s, 2 times"):
@@ -227,27 +225,22 @@ def test_a_child_that_cannot_start_is_no_fault_of_the_image(monkeypatch: pytest.
         Decoder(RULES).decode(png(1))
 
 
-@pytest.mark.slow
-def test_an_image_that_kills_its_worker_costs_a_job_one_row(
-    run_process: Callable[..., Any], tmp_path: Path, faulty_pillow: str
-) -> None:
+@pytest.mark.usefixtures("faulty_pillow")
+def test_an_image_that_kills_its_worker_costs_a_job_one_row(tmp_path: Path) -> None:
     images = {f"k{i}": encode(photo(i)) for i in range(6)}
     for shard in ("a", "b"):
         write_tar(tmp_path / "in" / f"{shard}.tar", [(f"{key}.jpg", data) for key, data in images.items()])
     with_deadly = {**images, "k3": deadly(3)}
     write_tar(tmp_path / "in" / "c.tar", [(f"{key}.jpg", data) for key, data in with_deadly.items()])
-    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
-    job = ("embed.py", "--input", "in", "--output", "out", *small, "--precision", "fp32", "--part-rows", "2")
-    done = run_process(*job, PYTHONPATH=faulty_pillow)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "exit 0: every sample is one stored row" in done.stdout
-    errors = [row for path in (tmp_path / "out" / "errors").iterdir() for row in pq.read_table(path).to_pylist()]
-    (row,) = errors
+    job = job_for(tmp_path / "in", tmp_path / "out", part_rows=2)
+    report = run(job, make_plan(job.shards, job.config.output), UNHEARD, IN_PROCESS)
+    assert report["balanced"], "every sample is one stored row"
+    assert (report["samples"], report["embedded"], report["missing_shards"]) == (18, 17, [])
+    (row,) = rows(tmp_path / "out", "errors")
     assert (row["shard"], row["image_id"], row["stage"]) == ("c", "k3", "decode")
     assert row["reason"] == "decoder crash: it died of the image 2 times: SIGSEGV"
     vectors: dict[str, dict[str, list[float]]] = {"a": {}, "b": {}, "c": {}}
-    for path in (tmp_path / "out" / "embeddings").iterdir():
-        for row in pq.read_table(path).to_pylist():
-            vectors[row["shard"]][row["image_id"]] = row["embedding"]
+    for row in rows(tmp_path / "out"):
+        vectors[row["shard"]][row["image_id"]] = row["embedding"]
     assert vectors["a"] == vectors["b"]
     assert vectors["c"] == {key: value for key, value in vectors["a"].items() if key != "k3"}

@@ -37,7 +37,7 @@ from shard_embedder.pipeline.embedding.embedder import Embedder, Source
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
 from tests.embedding.pictures import SIDE, pictures, preprocess, torch_state
-from tests.outputs import part_values
+from tests.part_values import part_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEP = (("caption", "string"),)

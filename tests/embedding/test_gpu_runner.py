@@ -32,7 +32,7 @@ from tests.embedding.simulated_gpu import (
     features_of,
     simulated_runner,
 )
-from tests.outputs import part_values
+from tests.part_values import part_values
 
 CROP = (4, 5)
 SCHEDULES = [(seed, eagerness) for seed in range(20) for eagerness in (0.0, 0.3, 0.7)]

@@ -42,7 +42,7 @@ from shard_embedder.pipeline.embedding.embedder import Embedder, Source
 from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
 from tests.conftest import encode, photo
-from tests.outputs import part_values
+from tests.part_values import part_values
 
 ENGINES = ["torch", "openvino"]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -167,6 +167,7 @@ def test_a_plan_does_not_depend_on_the_order_of_the_listing(tmp_path: Path, monk
         assert planned(output) == before
 
 
+@pytest.mark.slow
 def test_twenty_thousand_shards_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     # A million must fit in 1 GiB with the shards themselves: 400 bytes each, and as much for the plan.
     num_shards, num_parts = 20_000, 3

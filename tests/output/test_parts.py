@@ -26,7 +26,7 @@ from shard_embedder.pipeline.output.parts import PartWriter, content_sha256, rea
 from tests.conftest import ROOT
 from tests.faults.odd_store import OddStore, Quirks
 from tests.output.test_fingerprint import made
-from tests.outputs import part_values
+from tests.part_values import part_values
 
 FINGERPRINT = made(versions="2")
 TAG = version_tag(1000, "etag")

@@ -149,6 +149,7 @@ def test_a_lease_of_any_content_is_watched_or_named(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_an_index_file_of_any_content_is_named(tmp_path: Path) -> None:
     values = {**INDEX, "made": made().to_json()}
     whole = json.dumps(values).encode()

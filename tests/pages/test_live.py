@@ -35,7 +35,16 @@ from shard_embedder.pipeline.pages.server import serving
 from shard_embedder.pipeline.retrieval.build import Options, build
 from shard_embedder.pipeline.retrieval.index import open_index
 from shard_embedder.pipeline.retrieval.search import search_images
-from tests.conftest import ROOT, encode, hearing_sigint, photo, sample_members, write_shards, write_tar
+from tests.conftest import (
+    ROOT,
+    encode,
+    hearing_sigint,
+    is_decoding_for,
+    photo,
+    sample_members,
+    write_shards,
+    write_tar,
+)
 from tests.decoding.test_bombs import SLOW
 from tests.outputs import embed
 from tests.pages.looking import _Reader
@@ -333,6 +342,8 @@ def test_a_slow_image_neither_stops_the_server_nor_its_end(number: int, code: in
         assert found, process.communicate()
         url = found[1]
         assert ask(f"{url}near", encode(photo(1), "PNG"))[0] == 200
+        (decoder,) = (one for one in Path("/proc").glob("[0-9]*") if is_decoding_for(one, process.pid))
+        before_s = processor_s(decoder)
         bomb = SLOW["TIFF that lists its strips 100,000 times"]()
         # More of them than are received at once.
         clients += [socket.create_connection(("127.0.0.1", urlsplit(url).port or 0)) for _ in range(6)]
@@ -340,7 +351,9 @@ def test_a_slow_image_neither_stops_the_server_nor_its_end(number: int, code: in
         senders = [threading.Thread(target=send, args=(client, head + bomb), daemon=True) for client in clients]
         for sender in senders:
             sender.start()
-        time.sleep(2)
+        while processor_s(decoder) < before_s + 0.2:
+            assert process.poll() is None
+            time.sleep(0.02)
         assert ask(f"{url}rows/3")[1]["jpeg"]
         begun = time.monotonic()
         process.send_signal(number)
@@ -353,6 +366,12 @@ def test_a_slow_image_neither_stops_the_server_nor_its_end(number: int, code: in
         process.communicate()
         for client in clients:
             client.close()
+
+
+def processor_s(process: Path) -> float:
+    """The processor time that a process of /proc has had."""
+    fields = (process / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def send(client: socket.socket, data: bytes) -> None:

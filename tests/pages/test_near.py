@@ -57,6 +57,7 @@ def test_without_a_pair_the_page_says_so(pairs: Path, tmp_path: Path) -> None:
     assert "No two embeddings are this similar." in read(draw(tmp_path, 0.9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 def test_it_looks_right_in_light_in_dark_and_on_a_phone(
     width: int, scheme: str, pairs: Path, browser: Browser, tmp_path: Path

@@ -97,6 +97,7 @@ def test_of_packed_shards_the_folder_is_named_and_the_kept_path_leads_to_the_fil
     assert "home/e%25f in images-00000 [" in re.sub("<wbr>", "", page)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "kept"])
 def test_pages_link_to_the_files_and_a_click_opens_one(name: str, here: Path, browser: Browser) -> None:
     assert search([f"{name}-index", QUERY, "--html", "near.html", "--input", "photos"]) == 0

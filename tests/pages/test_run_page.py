@@ -23,15 +23,14 @@ from shard_embedder.pipeline.pages.run_page import MAX_REASONS, draw_page, write
 from shard_embedder.pipeline.pages.speed import make_bins, spread
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
-from shard_embedder.pipeline.run.on_ray import OnRay
-from shard_embedder.pipeline.run.passes import Watcher, run
+from shard_embedder.pipeline.run.passes import run
 from shard_embedder.pipeline.run.report import make_report
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.find import Shard
 from shard_embedder.pipeline.shards.keys import Naming
 from tests.browser import Browser
 from tests.conftest import encode, photo, sample_members, write_shards, write_tar
-from tests.outputs import embed
+from tests.outputs import IN_PROCESS, UNHEARD, embed
 from tests.pages.looking import PICTURE, check_layout, check_looks, read
 
 _SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:0", "image_size": "64", "precision": "fp32"}
@@ -52,10 +51,10 @@ class Ran(NamedTuple):
 
 
 def ran(folder: Path | str, output: Path | str, **settings: Any) -> Ran:
-    """Run the job; what is done already takes no Ray."""
+    """Run the job in this process."""
     config = parse({**_SETTINGS, "part_rows": 3, "input": [str(folder)], "output": str(output), **settings})
     job = prepare_job(config)
-    report = run(job, make_plan(job.shards, job.config.output), Watcher(*[lambda *_: None] * 3), OnRay())
+    report = run(job, make_plan(job.shards, job.config.output), UNHEARD, IN_PROCESS)
     return Ran(report, {shard.name: shard for shard in job.shards})
 
 
@@ -66,7 +65,7 @@ def done(folder: Path | str, output: Path | str, **settings: Any) -> Ran:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, Ran]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     """A real run with errors and a broken shard: its folder, and what came of it."""
     folder = tmp_path_factory.mktemp("page")
     shards = write_shards(folder / "in", num_shards=4, samples_each=12)
@@ -369,6 +368,7 @@ _REACH = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "width", "scheme"), [
     ("light", 1280, "light"), ("dark", 1280, "dark"), ("phone", 390, "light"), ("phone-dark", 390, "dark"),
 ])  # fmt: skip

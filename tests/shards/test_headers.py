@@ -55,6 +55,7 @@ RECORDS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(RECORDS, st.integers(0, 2000), st.data())
 def test_pax_records_are_those_of_a_plain_parser_however_they_are_cut_into_pieces(

@@ -284,12 +284,22 @@ def test_an_image_that_vanishes_leaves_the_old_shards_and_no_others(tmp_path: Pa
     assert {path: path.read_bytes() for path in shards.iterdir()} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_pack_that_is_stopped_leaves_nothing_that_looks_like_a_shard(tmp_path: Path, number: int) -> None:
-    folder, shards = write_files(tmp_path / "in", "a.jpg"), tmp_path / "out"
-    for i in range(20_000):
+@pytest.fixture(scope="module")
+def thousands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that takes seconds to pack."""
+    folder = write_files(tmp_path_factory.mktemp("thousands"), "a.jpg")
+    for i in range(10_000):
         (folder / f"{i}.jpg").hardlink_to(folder / "a.jpg")
-    command = [sys.executable, ROOT / "jobs/pack.py", folder, shards, "--max-samples", "50"]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_pack_that_is_stopped_leaves_nothing_that_looks_like_a_shard(
+    thousands: Path, tmp_path: Path, number: int
+) -> None:
+    shards = tmp_path / "out"
+    command = [sys.executable, ROOT / "jobs/pack.py", thousands, shards, "--max-samples", "50"]
     with hearing_sigint():
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
