@@ -212,7 +212,7 @@ def run_demo(own_images: Path | None, folder: Path, backbone: str, weights: str 
         verdict = describe_score(stored, neighbours, "photo" if own_images is None else "folder")
         alarm = "random weights: neighbours mean little" if is_random else ""
         lines = [verdict, f"{backbone}, weights {Path(chosen).name}"]
-        draw_sheet(stored, neighbours, images, lines, alarm).save(sheet, optimize=True)
+        draw_sheet(stored, neighbours, images, lines, alarm).save(sheet)
         _OUT.print(f"\n{verdict}", style="bold", markup=False)
         pages = [sheet, *pages]
     else:

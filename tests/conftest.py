@@ -28,6 +28,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+# Ray reads it when it is imported. It forgets a gauge in two of these intervals, which are 10 s otherwise.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "5000")
 _DATA = Path(os.environ.get("EMBED_TEST_DATA", ROOT.parent / "shared"))
 
 
@@ -268,6 +270,9 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+_given: set[int] = set()
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that are free now, low enough for SeaweedFS to add 10000."""
     ports: list[int] = []
@@ -276,6 +281,9 @@ def free_ports(count: int) -> list[int]:
     candidate = 20000 + os.getpid() * 101 % 9000
     while len(ports) < count:
         candidate += 1
+        # Whoever got one before may not have bound it yet.
+        if candidate in _given:
+            continue
         pair = [socket.socket(), socket.socket()]
         try:
             pair[0].bind(("127.0.0.1", candidate))
@@ -288,6 +296,7 @@ def free_ports(count: int) -> list[int]:
         ports.append(candidate)
     for one in sockets:
         one.close()
+    _given.update(ports)
     return ports
 
 

@@ -37,16 +37,18 @@ LABEL = "app.kubernetes.io/name"
 ENDED = ("Complete", "Failed", "ValidationFailed")
 # The API server may be away for so long, as when it is upgraded.
 _PATIENCE_S = 900.0
+_RETRY_S = 5.0
 _COMMAND_FAILED = re.compile(r"failed with exit code (-?\d+)")
 
 
 class Api:
     """The RayJobs of one namespace."""
 
-    def __init__(self, url: str, credentials: Path, namespace: str) -> None:
+    def __init__(self, url: str, credentials: Path, namespace: str, every_s: float) -> None:
         self._url = f"{url}/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
         self._token = credentials / "token"
         authority = credentials / "ca.crt"
+        self._retry_s = min(_RETRY_S, every_s)
         self._tls = ssl.create_default_context(cafile=authority) if authority.exists() else None
 
     def call(self, method: str, path: str = "", body: Any = None) -> tuple[int, Any]:
@@ -71,7 +73,7 @@ class Api:
             if time.monotonic() > deadline:
                 raise fault
             print(f"the API server did not answer ({fault}); trying again", flush=True)
-            time.sleep(5)
+            time.sleep(self._retry_s)
 
 
 def with_image(manifest: dict[str, Any], image: str) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def main() -> int:
     # Not the Job's own name: KubeRay makes a Job of the RayJob's name, for submitting it.
     name = f"{job}-run"
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": uid}
-    api = Api(options.api, options.credentials, namespace)
+    api = Api(options.api, options.credentials, namespace, options.every_s)
     manifest = with_image(yaml.safe_load(options.manifest.read_text()), os.environ["IMAGE"])
     return start(api, manifest, name, owner) or wait(api, name, options.every_s)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
-from webdataset import TarWriter
 
 from shard_embedder.pipeline.core.config import Field
 from shard_embedder.pipeline.core.errors import InputError, NoShardError, OutputError, StoredDataError
@@ -245,6 +244,9 @@ def pack_photos(photos: Photos, on_progress: Progress = no_progress) -> None:
         )
     for leftover in photos.shards.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover)
+    # webdataset imports torch: see pack.py.
+    from webdataset import TarWriter  # noqa: PLC0415
+
     done = itertools.count(1)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=photos.shards) as temporary:
         for name, images in photos.to_write.items():

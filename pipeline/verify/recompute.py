@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from shard_embedder.pipeline.backbones import build_backbone
 from shard_embedder.pipeline.core.config import device_share
@@ -68,6 +67,9 @@ class Reference:
     """Computes the embedding of an encoded image with plain eager torch in fp32 on CPU."""
 
     def __init__(self, made: Fingerprint, spec: str | None) -> None:
+        # torch takes seconds to import: verify without --input does not need it.
+        import torch  # noqa: PLC0415
+
         recipe = recipe_of(made, spec)
         settings, network = recipe.settings, recipe.network
         preprocess = network.preprocess
@@ -85,6 +87,8 @@ class Reference:
 
     def embed(self, image: bytes) -> np.ndarray[Any, Any]:
         """float32 features [C] of an encoded image, a feature map's as [C * H * W]. Raises `SampleError`."""
+        import torch  # noqa: PLC0415
+
         pixels = torch.from_numpy(np.array(self._decoder.decode(image)))
         with torch.inference_mode():
             scaled = (pixels.permute(2, 0, 1).float() / 255.0 - self._mean) / self._std

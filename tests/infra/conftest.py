@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,11 +33,19 @@ def make_strict(schema: Any) -> Any:
     return strict
 
 
+@pytest.fixture(scope="session")
+def kubernetes_validate() -> Iterator[Any]:
+    """The package of this name. It reads a megabyte of schemas for each document: here once."""
+    package = pytest.importorskip("kubernetes_validate", reason="knows the schemas of Kubernetes' kinds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package.utils, "schema_contents", functools.cache(package.utils.schema_contents))
+        yield package
+
+
 @pytest.fixture(scope="module")
-def check_ray_kind(test_data) -> Callable[[dict[str, Any]], None]:
+def check_ray_kind(test_data, kubernetes_validate) -> Callable[[dict[str, Any]], None]:
     """Raise where KubeRay would not take a document, or drop a field of it."""
     jsonschema = pytest.importorskip("jsonschema", reason="checks manifests against KubeRay's schema")
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="knows the metadata of every kind")
     folder = test_data / "kuberay-crds"
     if not folder.is_dir():
         pytest.skip(f"no KubeRay custom resource definitions in {folder}")
@@ -50,7 +59,9 @@ def check_ray_kind(test_data) -> Callable[[dict[str, Any]], None]:
             validators[kind] = jsonschema.Draft202012Validator(schema)
 
     def check(document: dict[str, Any]) -> None:
-        validators[document["apiVersion"], document["kind"]].validate(document)
+        # The first error will do: `validate` looks for all, to tell the best.
+        for error in validators[document["apiVersion"], document["kind"]].iter_errors(document):
+            raise error
         plain = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": document["metadata"]}
         kubernetes_validate.validate(plain, kubernetes_validate.latest_version(), strict=True)
 
@@ -58,8 +69,7 @@ def check_ray_kind(test_data) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.fixture(scope="module")
-def check_core_kind() -> Callable[[dict[str, Any]], None]:
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="knows the schema of Kubernetes' kinds")
+def check_core_kind(kubernetes_validate) -> Callable[[dict[str, Any]], None]:
     return lambda document: kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 

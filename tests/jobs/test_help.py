@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import subprocess
 import sys
 from importlib import import_module
 
@@ -12,6 +13,7 @@ import pytest
 
 from shard_embedder.jobs.support.command import Parser
 from shard_embedder.jobs.support.help_text import wrap
+from tests.conftest import ROOT
 
 COMMANDS = ("embed", "verify", "pack", "index", "search", "serve", "duplicates", "submit", "demo")
 of_each_command = pytest.mark.parametrize("name", COMMANDS)
@@ -55,6 +57,16 @@ def test_a_default_is_told_by_one_word(name: str) -> None:
             continue
         if isinstance(default, str | int | float) and action.option_strings:
             assert "(default: " in str(action.help), action.option_strings
+
+
+def test_no_command_loads_torch_before_it_needs_it() -> None:
+    script = (
+        "import sys; from importlib import import_module\n"
+        f"for name in {COMMANDS}: import_module(f'shard_embedder.jobs.{{name}}').parser()\n"
+        "print(sorted({'torch', 'webdataset', 'ray.data'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_columns_keep_their_indent_and_what_is_to_be_copied_stays() -> None:

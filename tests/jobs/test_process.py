@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from shard_embedder.jobs.support.console import has_unused_gpu
+from shard_embedder.pipeline.verify.proof import verify
+from shard_embedder.pipeline.verify.recompute import Recompute
 from tests.conftest import sample_members, write_shards, write_tar
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -65,8 +67,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def test_a_project_with_folders_of_the_same_names_can_run_the_job(job: Job) -> None:
     assert job.done.returncode == 0, job.done.stdout + job.done.stderr
-    verified = ran(job.project, *_COMMAND, "verify", "out", "--input", "in")
+    # Without --input it does not load torch. That is done here, where it is loaded.
+    verified = ran(job.project, *_COMMAND, "verify", "out")
     assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert verify(str(job.project / "out"), [str(job.project / "in")], Recompute()).proven
 
 
 def test_rays_own_logs_are_on_disk(job: Job) -> None:
@@ -78,8 +82,9 @@ def test_a_log_for_machines_tells_a_run_from_its_plan_to_its_exit_code(job: Job)
     # Nobody asked for a GPU: that there is none is no problem.
     warned = ["problem"] * (job.has_small_shm + has_unused_gpu("auto", "cpu"))
     begun = ["plan", *warned[: job.has_small_shm], "resources", *warned[job.has_small_shm :], "pass"]
-    progress = ["progress"] * (len(events) - len(begun) - 2)
-    assert events == [*begun, *progress, "summary", "end"]
+    # Every 30 s, of which the start of Ray takes more than one on a busy machine.
+    assert [event for event in events if event != "progress"] == [*begun, "summary", "end"]
+    assert (events[0], *events[-2:]) == ("plan", "summary", "end")
     report = json.loads((job.project / "out" / "report.json").read_text())
     assert {line["run"] for line in job.lines} == {report["run"]}
     times = [datetime.fromisoformat(line["time"]) for line in job.lines]
