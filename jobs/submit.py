@@ -19,7 +19,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from shard_embedder.jobs.support.command import CommandError, Parser, run_command, tell
+from shard_embedder.jobs.support.command import CommandError, Parser, as_typed, run_command, tell
 from shard_embedder.jobs.support.exit_codes import EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
 from shard_embedder.jobs.support.upload import check_size
 from shard_embedder.pipeline.core.errors import SettingsError
@@ -356,7 +356,7 @@ class _LogPrinter:
 
 
 def _say(text: str) -> None:
-    tell(_PROG, text)
+    tell(as_typed(_PROG), text)
 
 
 def _submit_and_follow(options: argparse.Namespace, entrypoint: list[str], patience: Patience) -> int:

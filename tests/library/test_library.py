@@ -138,6 +138,7 @@ def test_a_folder_of_images_is_embedded_as_it_is_and_followed(tmp_path: Path) ->
     (images / "notes.txt").write_text("no image")
     run = embed(str(images), str(output), **settings)
     assert run.complete
+    assert run.report["input"] == [str(images)], "what was named, not where it is packed"
     assert [row["image_id"] for row in rows(output)] == ["2024/a.v1.jpg", "b.jpg", "c.png"]
     proof = verify(str(output), [str(output / "packed")], Recompute(None))
     assert (proof.proven, proof.notes) == (True, [])
@@ -172,7 +173,11 @@ def test_shards_in_a_folder_win_over_images(tmp_path: Path) -> None:
             "s3://bucket/out",
             "output must be on this machine where input is a folder of images, got s3://",
         ),
-        (["photos", "more"], "out", "no .tar shard found for input photos; a folder of images is packed by embed.py"),
+        (
+            ["photos", "more"],
+            "out",
+            "no .tar shard found for input photos; a folder of images must hold an image, and be the only input",
+        ),
         (["empty"], "out", "no .tar shard found for input empty"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from shard_embedder.pipeline.output.stored import StoredPart
 from shard_embedder.pipeline.retrieval.build import build
 from shard_embedder.pipeline.retrieval.index import open_index
 from shard_embedder.pipeline.retrieval.originals import Input, Original, Originals, find_input
+from shard_embedder.pipeline.shards.find import find_shards
 from shard_embedder.pipeline.shards.pack import PackConfig, find_images, pack
 from tests.browser import Browser
 from tests.conftest import encode, photo, write_tar
@@ -67,6 +69,19 @@ def test_a_search_of_a_folders_images_prints_their_files(here: Path, capsys: pyt
     (hit,) = json.loads(capsys.readouterr().out)
     for near in hit["neighbours"]:
         assert near["file"] == str(here / "photos" / near["image_id"])
+
+
+def test_the_shards_of_a_page_are_listed_once(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[str] = []
+    listing = os.scandir
+
+    def count(folder: str) -> object:
+        listed.append(str(folder))
+        return listing(folder)
+
+    monkeypatch.setattr(os, "scandir", count)
+    assert search(["kept-index", QUERY, "--input", "shards", "--html", str(tmp_path / "near.html")]) == 0
+    assert listed.count(str(here / "shards")) == 1
 
 
 def test_no_part_is_read_for_files_that_no_folder_can_have(here: Path) -> None:
@@ -156,6 +171,6 @@ def test_an_input_is_shards_or_a_folder_of_images_as_for_the_job(made: Path, tmp
     assert find_input([]) == Input((), None)
     assert find_input([str(made / "photos")]) == Input((), made / "photos")
     shards = [str(made / "shards")]
-    assert find_input(shards) == Input(shards, None)
+    assert find_input(shards) == Input(find_shards(shards).shards, None)
     with pytest.raises(NoShardError):
         find_input([str(tmp_path)])
