@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,9 +51,14 @@ def to_type(script: str) -> str:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Names commands as they are typed, and breaks no line at a hyphen."""
+
     def add_argument(self, action: argparse.Action) -> None:
         action.help = action.help and as_typed(action.help)
         super().add_argument(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):

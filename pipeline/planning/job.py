@@ -177,7 +177,7 @@ def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
     if output is None:
         raise InputError(
             f"output must be on this machine where input is a folder of images, got {config.output}: pack the images "
-            "into shards with the command pack, copy these to the store, and name them as the input"
+            "into shards with the pack command, copy these to the store, and name them as the input"
         )
     undecodable = () if heif_version() else HEIF_EXTENSIONS
     photos = find_photos(found, output, PackingRules(undecodable=undecodable))

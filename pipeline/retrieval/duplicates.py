@@ -224,11 +224,11 @@ def _reserve(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
 
 def _indexed(stored: Output, index: Index) -> list[StoredPart]:
     if index.facts.made.digest != stored.made.digest or index.facts.metric != "cosine":
-        raise OutputError(f"the index must be of {stored.url} with metric cosine; make one with the command index")
+        raise OutputError(f"the index must be of {stored.url} with metric cosine; make one with the index command")
     parts = read_parts(index.folder)
     if {part.name for part in parts} != {part.name for part in list_stored(stored)}:
         raise OutputError(
-            f"the index does not hold the parts of {stored.url} as they are: run the command index again"
+            f"the index does not hold the parts of {stored.url} as they are: run the index command again"
         )
     return parts
 

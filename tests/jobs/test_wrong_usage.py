@@ -13,7 +13,10 @@ from tests.conftest import ROOT
 _RUN = """
 import sys
 from importlib import import_module
-code = import_module(f"shard_embedder.jobs.{sys.argv[1]}").main(sys.argv[2:])
+try:
+    code = import_module(f"shard_embedder.jobs.{sys.argv[1]}").main(sys.argv[2:])
+except SystemExit as stop:
+    code = stop.code
 print(code, *({"torch", "faiss", "ray", "openvino"} & {*sys.modules}))
 """
 
@@ -30,6 +33,8 @@ print(code, *({"torch", "faiss", "ray", "openvino"} & {*sys.modules}))
         (["duplicates", "nowhere"], "nowhere is not an output"),
         (["duplicates", "nowhere", "--threshold", "2"], "threshold must be above 0"),
         (["pack", "nowhere", "shards"], "FOLDER must be a folder of images, got 'nowhere'"),
+        (["embed", "--device", "mps"], "argument --device: invalid choice: 'mps'"),
+        (["embed", "photos", "out"], "photos out; shards or photos are named by --input, and the result by --output"),
         (["pack", "empty", "shards"], "FOLDER must hold images"),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 import shard_embedder
 from shard_embedder import build_backbone, embed, embed_images
 from shard_embedder.pipeline.core.config import parse
-from shard_embedder.pipeline.core.errors import InputError, SampleError, SettingsError
+from shard_embedder.pipeline.core.errors import InputError, PipelineError, SampleError, SettingsError
 from shard_embedder.pipeline.output.parts import vectors
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.verify.proof import verify
@@ -82,6 +82,19 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingsError, match="device must be one that this machine has, got 'cuda'"):
             call()
+
+
+def test_settings_that_do_not_exist_are_named() -> None:
+    for wrong, told in (
+        ({"device": "mps"}, "device must be one of auto, cuda, cpu, got 'mps'"),
+        ({"precision": "auto"}, "precision must be one of fp32, bf16, fp16, got 'auto'"),
+        (
+            {"features": ("layer2", "layer3")},
+            r"features must be pooled or map, got \('layer2', 'layer3'\)",
+        ),
+    ):
+        with pytest.raises(PipelineError, match=told):
+            embed_images(photo(0), **{**SETTINGS, **wrong})
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
