@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 
 from shard_embedder.pipeline.backbones import library_of, load_weights
+from shard_embedder.pipeline.backbones.base import check_features
 from shard_embedder.pipeline.backbones.transform import ImageLike, decode_image
 from shard_embedder.pipeline.core.config import AUTO, PRECISIONS, Config
 from shard_embedder.pipeline.core.errors import InputError, SettingsError
@@ -96,6 +97,7 @@ def embed_images(
         InputError: an image is not found, or an array is not uint8 [H, W, 3].
         SampleError: an image cannot be decoded.
     """
+    check_features(features)
     if precision not in _PRECISIONS:
         raise SettingsError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
     library = library_of(backbone)
