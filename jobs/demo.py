@@ -234,10 +234,11 @@ def run_demo(own_images: Path | None, folder: Path, backbone: str, weights: str 
         markup=False,
     )
     _OUT.print(f"open  {', '.join(map(from_here, pages))}", markup=False)
-    _OUT.print(f"next  {_next_step(own_images, folder, backbone, RANDOM if is_random else weights)}", markup=False)
+    _OUT.print(f"next  {next_step(own_images, folder, backbone, RANDOM if is_random else weights)}", markup=False)
 
 
-def _next_step(own_images: Path | None, folder: Path, backbone: str, weights: str | None) -> str:
+def next_step(own_images: Path | None, folder: Path, backbone: str, weights: str | None) -> str:
+    """What to do after the demo, with a command that can be typed as the demo was."""
     if weights == RANDOM:
         return f"use trained weights: {_again(backbone, weights=f'path/to/{backbone}.pth')}"
     if own_images is None:

@@ -116,6 +116,7 @@ class Console:
             f"shards    {plan.num_done} done, {len(plan.pending)} pending"
             + (f" ({', '.join(more)})" if more else "")
             + f", {format_size(plan.pending_bytes)} to read"
+            + (f"; {len(job.photos.to_write)} to pack" if job.photos is not None and job.photos.to_write else "")
         )
         if job.config.limit is not None and job.config.limit < len(plan.pending):
             now = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])

@@ -203,8 +203,9 @@ def pack_input(job: Job, on_progress: Progress = no_progress) -> Job:
     """
     if job.photos is None:
         return job
-    pack_photos(compare_again(job.photos), on_progress)
-    return replace(job, shards=job.list_shards())
+    photos = compare_again(job.photos)
+    pack_photos(photos, on_progress)
+    return replace(job, shards=job.list_shards(), photos=replace(photos, to_write={}))
 
 
 def match_output(job: Job) -> Job:
