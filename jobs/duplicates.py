@@ -214,6 +214,7 @@ def _run(flags: argparse.Namespace) -> int:
         )
         with write_whole(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        out.print(f"written to {flags.html}")
     return EXIT_OK
 
 

@@ -115,6 +115,8 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
         text = search_page(index, hits, shards, page, originals)
         with write_whole(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        if not flags.json:
+            print(f"written to {one_line(flags.html)}")
     return EXIT_SOME_FAILED if num_failed else EXIT_OK
 
 

@@ -71,7 +71,9 @@ def test_a_search_of_a_folders_images_prints_their_files(here: Path, capsys: pyt
         assert near["file"] == str(here / "photos" / near["image_id"])
 
 
-def test_the_shards_of_a_page_are_listed_once(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shards_of_a_page_are_listed_once(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     listed: list[str] = []
     listing = os.scandir
 
@@ -82,6 +84,7 @@ def test_the_shards_of_a_page_are_listed_once(here: Path, tmp_path: Path, monkey
     monkeypatch.setattr(os, "scandir", count)
     assert search(["kept-index", QUERY, "--input", "shards", "--html", str(tmp_path / "near.html")]) == 0
     assert listed.count(str(here / "shards")) == 1
+    assert capsys.readouterr().out.endswith(f"\nwritten to {tmp_path}/near.html\n")
 
 
 def test_no_part_is_read_for_files_that_no_folder_can_have(here: Path) -> None:
@@ -103,7 +106,7 @@ def test_of_packed_shards_the_folder_is_named_and_the_kept_path_leads_to_the_fil
     # Nothing says where the files are: the ids stand there.
     assert "photos/" not in "".join(capsys.readouterr().out.splitlines()[1:])
     assert search(["kept-index", QUERY, "--input", "photos", "--html", "near.html"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[1:-1]
     assert sorted(line.split("  ")[-2] for line in lines) == sorted(f"photos/{name}" for name in NAMES[1:])
     page = (here / "near.html").read_text()
     # Pictures come from the shards, which are found by themselves.
