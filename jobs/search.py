@@ -87,8 +87,8 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
     from shard_embedder.pipeline.retrieval.originals import Originals  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.query_files import find_images  # noqa: PLC0415
 
-    images = find_images(flags.images)
     shards, folder = check_page_options(flags)
+    images = find_images(flags.images)
     index = open_index(flags.index)
     originals = Originals.of_index(index, folder)
 
