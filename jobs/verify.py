@@ -106,7 +106,7 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
     rows = [
         ("shards", f"{verdict.shards}{broken}"),
         ("parts", f"{verdict.parts}, {format_size(verdict.num_bytes)} with their errors"),
-        ("samples", f"{verdict.samples}: {verdict.embedded} embedded, {verdict.errors} errors"),
+        ("samples", f"{verdict.samples}: {verdict.embedded} embedded, {format_count(verdict.errors, 'error')}"),
         *([("unused", f"{verdict.unused_images} image members without a row")] if verdict.unused_images else []),
         ("tars", f"{verdict.tars_compared} compared{none}" if with_input else "not compared: no --input"),
         ("recomputed", f"{verdict.recomputed} embeddings{lowest}"),
