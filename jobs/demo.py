@@ -20,7 +20,7 @@ import rich.console
 import rich.panel
 import rich.text
 
-from shard_embedder.jobs.support.command import CommandError, Parser, from_here, local_path, run_command
+from shard_embedder.jobs.support.command import CommandError, Parser, from_here, local_path, run_command, to_type
 from shard_embedder.jobs.support.exit_codes import EXIT_OK, EXIT_USAGE
 from shard_embedder.jobs.support.neighbours import describe_score, draw_sheet, find_neighbours, read_stored
 from shard_embedder.jobs.support.photos import NUM_VIEWS, make_views
@@ -37,6 +37,7 @@ NEAR = 0.7
 # Small shards for the photos, so that there are some.
 VIEWS_A_SHARD = 64
 IMAGES_A_SHARD = 1000
+BACKBONE = "resnet18"
 RANDOM = "random:0"
 DOWNLOAD_TIMEOUT_S = 30
 KEEP = ("cls", "json:class", "json:path")
@@ -58,7 +59,7 @@ _EXIT_CODES = {
 
 def run_job(name: str, *arguments: str) -> None:
     """Run one of `jobs/`, and show how a user does. Raises `CommandError` with its exit code if it fails."""
-    _OUT.print(f"$ python jobs/{name} {shlex.join(arguments)}", style="cyan", markup=False)
+    _OUT.print(f"$ {to_type(name)} {shlex.join(arguments)}", style="cyan", markup=False)
     command = import_module(f"shard_embedder.jobs.{Path(name).stem}")
     # The demo has its own settings, and its files are on this machine only.
     kept = {key: os.environ.pop(key) for key in [*os.environ] if key.startswith("EMBED_") or key == "RAY_ADDRESS"}
@@ -129,7 +130,7 @@ def _show_notice(fault: str, backbone: str) -> None:
     text = (
         f"{fault}\n\nThe demo goes on with RANDOM WEIGHTS. Every step runs as usual, but NEIGHBOURS MEAN LITTLE: "
         "these weights were never trained, and see light and coarse texture only. Near-duplicates are left out. "
-        f"For real neighbours: make demo WEIGHTS=path/to/{backbone}.pth"
+        f"For real neighbours: {_again(backbone, weights=f'path/to/{backbone}.pth')}"
     )
     panel = rich.panel.Panel.fit(rich.text.Text(text), title="RANDOM WEIGHTS", style="bold yellow", padding=(1, 2))
     rich.console.Console(highlight=False, width=80).print("", panel)
@@ -233,17 +234,32 @@ def run_demo(own_images: Path | None, folder: Path, backbone: str, weights: str 
         markup=False,
     )
     _OUT.print(f"open  {', '.join(map(from_here, pages))}", markup=False)
-    _OUT.print(f"next  {_next_step(own_images, folder, backbone, is_random)}", markup=False)
+    _OUT.print(f"next  {next_step(own_images, folder, backbone, RANDOM if is_random else weights)}", markup=False)
 
 
-def _next_step(own_images: Path | None, folder: Path, backbone: str, is_random: bool) -> str:
-    if is_random:
-        return f"use trained weights: make demo WEIGHTS=path/to/{backbone}.pth"
+def next_step(own_images: Path | None, folder: Path, backbone: str, weights: str | None) -> str:
+    """What to do after the demo, with a command that can be typed as the demo was."""
+    if weights == RANDOM:
+        return f"use trained weights: {_again(backbone, weights=f'path/to/{backbone}.pth')}"
     if own_images is None:
-        return "use your own photos: make demo IMAGES=path/to/photos"
+        return f"use your own photos: {_again(backbone, weights=weights, images='path/to/photos')}"
     index = shlex.quote(from_here(folder / "index"))
     output = shlex.quote(from_here(folder / "output"))
-    return f"search by photo: jobs/index.py {output} {index} && jobs/search.py {index} PHOTO"
+    search = f"{to_type('search.py')} {index} PHOTO" + (
+        "" if weights is None else f" --weights {shlex.quote(weights)}"
+    )
+    return f"search by photo: {to_type('index.py')} {output} {index} && {search}"
+
+
+def _again(backbone: str, *, weights: str | None, images: str | None = None) -> str:
+    """The command that runs the demo again, as it was typed, with other weights or images."""
+    # make takes no backbone.
+    by_make = backbone == BACKBONE and to_type("demo.py").startswith("python ")
+    names = ("WEIGHTS=", "IMAGES=") if by_make else ("--weights ", "--images ")
+    parts = [f"{name}{shlex.quote(value)}" for name, value in zip(names, (weights, images), strict=True) if value]
+    if by_make:
+        return " ".join(["make demo", *parts])
+    return " ".join([to_type("demo.py"), *([] if backbone == BACKBONE else [f"--backbone {backbone}"]), *parts])
 
 
 def _step(number: int, text: str) -> None:
@@ -270,7 +286,7 @@ def parser() -> Parser:
         default=Path("demo"),
         help="folder for all results (default: demo)",
     )
-    top.add_argument("--backbone", metavar="NAME", default="resnet18", help="as for embed.py (default: resnet18)")
+    top.add_argument("--backbone", metavar="NAME", default=BACKBONE, help=f"as for embed.py (default: {BACKBONE})")
     top.add_argument(
         "--weights", metavar="W", help="as for embed.py (default: DEFAULT, or random:0 if it cannot be downloaded)"
     )

@@ -28,6 +28,7 @@ from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_US
 from shard_embedder.jobs.support.progress import plain_console, show_progress
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.formatting import format_count
+from shard_embedder.pipeline.core.writing import write_whole
 
 if TYPE_CHECKING:
     from shard_embedder.pipeline.retrieval.duplicates import DuplicateCounts
@@ -168,7 +169,6 @@ def describe_groups(found: DuplicateCounts, groups: GroupCounts) -> list[str]:
 
 def _run(flags: argparse.Namespace) -> int:
     # PyArrow takes a while to import: --help and usage errors do not need it.
-    from shard_embedder.pipeline.pages.near import duplicates_page  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.duplicates import draw_duplicates, find_duplicates, tags_of  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.group_files import GroupFiles  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.index import open_index  # noqa: PLC0415
@@ -178,7 +178,7 @@ def _run(flags: argparse.Namespace) -> int:
     pairs = flags.pairs if flags.pairs is not None or wants_groups else PAIRS_FILE
     _check_options(flags, pairs)
     shards, folder = check_page_options(flags)
-    group_files = GroupFiles(groups=flags.groups, drop=flags.drop, keep_one=flags.keep_one, inputs=shards)
+    group_files = GroupFiles(groups=flags.groups, drop=flags.drop, keep_one=flags.keep_one, shards=shards)
     index = None if flags.index is None else open_index(flags.index)
     out = plain_console()
     with show_progress(out) as on_progress:
@@ -202,6 +202,9 @@ def _run(flags: argparse.Namespace) -> int:
         if path is not None:
             out.print(f"written to {path}")
     if flags.html:
+        # It imports torch, which takes seconds: the rest does not need it.
+        from shard_embedder.pipeline.pages.near import duplicates_page  # noqa: PLC0415
+
         drawn = draw_duplicates(pairs, PAGE_ROWS, PAGE_NEAR)
         tags = tags_of(flags.output)
         page = Path(flags.html)
@@ -209,7 +212,9 @@ def _run(flags: argparse.Namespace) -> int:
         text = duplicates_page(
             flags.output, found, flags.threshold, drawn, lines[1:], shards, tags.get, page, originals
         )
-        page.write_text(text, encoding="utf-8")
+        with write_whole(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        out.print(f"written to {flags.html}")
     return EXIT_OK
 
 

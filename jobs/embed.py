@@ -237,7 +237,13 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job, and return its exit code."""
-    flags = vars(parser().parse_args(arguments))
+    top = parser()
+    options, unknown = top.parse_known_args(arguments)
+    if unknown:
+        places = not any(argument.startswith("-") for argument in unknown)
+        told = "; shards or photos are named by --input, and the result by --output" if places else ""
+        top.error(f"unrecognized arguments: {' '.join(unknown)}{told}")
+    flags = vars(options)
     console = make_console(flags["log_format"] or os.environ.get("EMBED_LOG_FORMAT", "text"))
     try:
         config = gather(flags, os.environ)

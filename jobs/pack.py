@@ -68,7 +68,7 @@ def _print_summary(config: PackConfig, found: Found, packed: Packed) -> None:
     num_heif = sum(image.extension in HEIF_EXTENSIONS for image in found.images)
     if num_heif and heif_version() is None:
         print(
-            f"HEIC   {format_count(num_heif, 'image')} of these, for which embed.py needs pillow-heif: {INSTALL_HEIF}"
+            f"HEIC   {format_count(num_heif, 'image')} of these, for which the job needs pillow-heif: {INSTALL_HEIF}"
         )
     if found.left_out:
         print(describe_left_out(found.left_out))

@@ -25,6 +25,7 @@ from shard_embedder.jobs.support.command import (
 )
 from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from shard_embedder.pipeline.core.formatting import one_line
+from shard_embedder.pipeline.core.writing import write_whole
 from shard_embedder.pipeline.shards.keys import printable
 
 if TYPE_CHECKING:
@@ -81,17 +82,21 @@ def as_dict(hit: Hit, originals: Originals) -> dict[str, object]:
 
 
 def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
-    # torch takes seconds to import: --help and usage errors do not need it.
-    from shard_embedder.pipeline.embedding.queries import QueryEmbedder, find_images  # noqa: PLC0415
-    from shard_embedder.pipeline.pages.near import search_page  # noqa: PLC0415
+    # PyArrow takes a while to import: --help does not need it.
     from shard_embedder.pipeline.retrieval.index import open_index  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.originals import Originals  # noqa: PLC0415
-    from shard_embedder.pipeline.retrieval.search import score_name, search_images  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.query_files import find_images  # noqa: PLC0415
 
     shards, folder = check_page_options(flags)
     images = find_images(flags.images)
     index = open_index(flags.index)
     originals = Originals.of_index(index, folder)
+
+    # torch takes seconds to import: wrong usage does not need it.
+    from shard_embedder.pipeline.embedding.queries import QueryEmbedder  # noqa: PLC0415
+    from shard_embedder.pipeline.pages.near import search_page  # noqa: PLC0415
+    from shard_embedder.pipeline.retrieval.search import score_name, search_images  # noqa: PLC0415
+
     embedder = QueryEmbedder(index.facts.made, flags.weights, flags.device)
     hits: list[Hit] = []
     num_failed = 0
@@ -107,7 +112,11 @@ def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
         print(json.dumps([as_dict(hit, originals) for hit in hits], indent=2, ensure_ascii=False))
     if flags.html:
         page = Path(flags.html)
-        page.write_text(search_page(index, hits, shards, page, originals), encoding="utf-8")
+        text = search_page(index, hits, shards, page, originals)
+        with write_whole(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        if not flags.json:
+            print(f"written to {one_line(flags.html)}")
     return EXIT_SOME_FAILED if num_failed else EXIT_OK
 
 

@@ -42,12 +42,17 @@ def parser() -> Parser:
 
 
 def _run(flags: argparse.Namespace, tell: Callable[[str], None]) -> int:
-    # torch takes seconds to import: --help and usage errors do not need it.
-    from shard_embedder.pipeline.pages.live import open_live_search  # noqa: PLC0415
-    from shard_embedder.pipeline.pages.server import serving  # noqa: PLC0415
+    # PyArrow takes a while to import: --help does not need it.
+    from shard_embedder.pipeline.retrieval.index import open_index  # noqa: PLC0415
     from shard_embedder.pipeline.retrieval.originals import find_input  # noqa: PLC0415
 
-    live = open_live_search(flags.index, find_input(flags.input).shards, flags.weights, flags.device)
+    index, shards = open_index(flags.index), find_input(flags.input).shards
+
+    # torch takes seconds to import: wrong usage does not need it.
+    from shard_embedder.pipeline.pages.live import open_live_search  # noqa: PLC0415
+    from shard_embedder.pipeline.pages.server import serving  # noqa: PLC0415
+
+    live = open_live_search(index, shards, flags.weights, flags.device)
     with serving(live, flags.host, flags.port) as served:
         if not served.is_loopback:
             tell(f"whoever reaches {served.url} sees the images of the index")

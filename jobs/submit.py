@@ -19,7 +19,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from shard_embedder.jobs.support.command import CommandError, Parser, run_command, tell
+from shard_embedder.jobs.support.command import CommandError, Parser, as_typed, run_command, tell
 from shard_embedder.jobs.support.exit_codes import EXIT_OK, EXIT_TERMINATED, EXIT_USAGE
 from shard_embedder.jobs.support.upload import check_size
 from shard_embedder.pipeline.core.errors import SettingsError
@@ -140,6 +140,16 @@ def check_entrypoint(entrypoint: list[str]) -> None:
             raise SettingsError(f"the command {REFUSAL}; Ray shows the command of a job")
 
 
+def check_script(entrypoint: list[str], working_dir: str) -> None:
+    """Raise `SettingsError` if the command is a script that is not in the folder to upload."""
+    script = entrypoint[0]
+    if script.endswith(".py") and not os.path.isfile(os.path.join(working_dir, script)) and not os.path.isabs(script):
+        raise SettingsError(
+            f"the command {script} must be in --working-dir, got {working_dir!r}: name a clone, or run the command "
+            "that is installed on the cluster: -- shard-embedder embed ..."
+        )
+
+
 def connect(address: str | None, patience: Patience) -> JobSubmissionClient:
     """A client of the cluster at `address`.
 
@@ -179,6 +189,7 @@ def submit(
         raise SettingsError(f"--submission-id must be of letters, digits, '.', '_' and '-', got {submission_id!r}")
     if not os.path.isdir(working_dir):
         raise SettingsError(f"--working-dir must be a folder, got {working_dir!r}")
+    check_script(entrypoint, working_dir)
     check_size(working_dir, EXCLUDES)
     runtime_env = {
         "working_dir": working_dir,
@@ -356,7 +367,7 @@ class _LogPrinter:
 
 
 def _say(text: str) -> None:
-    tell(_PROG, text)
+    tell(as_typed(_PROG), text)
 
 
 def _submit_and_follow(options: argparse.Namespace, entrypoint: list[str], patience: Patience) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import rich.console
 
@@ -27,6 +26,7 @@ from shard_embedder.jobs.support.progress import plain_console, show_progress
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.formatting import format_count, format_size, one_line
 from shard_embedder.pipeline.core.storage import join
+from shard_embedder.pipeline.core.writing import write_whole
 from shard_embedder.pipeline.verify.findings import RULES, Verdict
 from shard_embedder.pipeline.verify.proof import THREADS, verify
 from shard_embedder.pipeline.verify.recompute import RECOMPUTE_IMAGES, Recompute
@@ -106,7 +106,7 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
     rows = [
         ("shards", f"{verdict.shards}{broken}"),
         ("parts", f"{verdict.parts}, {format_size(verdict.num_bytes)} with their errors"),
-        ("samples", f"{verdict.samples}: {verdict.embedded} embedded, {verdict.errors} errors"),
+        ("samples", f"{verdict.samples}: {verdict.embedded} embedded, {format_count(verdict.errors, 'error')}"),
         *([("unused", f"{verdict.unused_images} image members without a row")] if verdict.unused_images else []),
         ("tars", f"{verdict.tars_compared} compared{none}" if with_input else "not compared: no --input"),
         ("recomputed", f"{verdict.recomputed} embeddings{lowest}"),
@@ -122,14 +122,14 @@ def show(verdict: Verdict, out: rich.console.Console, *, with_input: bool) -> No
         )
     if any(finding.rule == "shard-refused" for finding in verdict.findings):
         out.print(
-            "MEND  rename the refused shards, or host them where byte ranges are answered; then run embed.py again"
+            "MEND  rename the refused shards, or host them where byte ranges are answered; then run the job again"
         )
     if verdict.broken_shards:
         out.print("MEND  replace the broken shards, where it was not the network that failed: a run reads them again")
     if verdict.mended_by_a_run:
         then = "then run" if verdict.to_delete() else "run"
         which = "" if with_input else " of the shards that its input still names; --input tells of the others"
-        out.print(f"MEND  {then} embed.py again, as it was run: it makes what is missing{which}")
+        out.print(f"MEND  {then} the job again, as it was run: it makes what is missing{which}")
     wrong = f"NOT PROVEN: {format_count(len(verdict.findings), 'finding')} in {verdict.output}"
     out.print(f"proven: {verdict.output}" if verdict.proven else wrong)
 
@@ -152,7 +152,8 @@ def _write_json(verdict: Verdict, path: str) -> None:
     if path == "-":
         sys.stdout.write(text)
     else:
-        Path(path).write_text(text, encoding="utf-8")
+        with write_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,10 @@ import numpy as np
 import PIL.Image
 
 from shard_embedder.pipeline.backbones import library_of, load_weights
+from shard_embedder.pipeline.backbones.base import check_features
 from shard_embedder.pipeline.backbones.transform import ImageLike, decode_image
-from shard_embedder.pipeline.core.config import Config
-from shard_embedder.pipeline.core.errors import InputError
+from shard_embedder.pipeline.core.config import AUTO, PRECISIONS, Config
+from shard_embedder.pipeline.core.errors import InputError, SettingsError
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.decoding.rules import DecodingRules
@@ -23,6 +24,7 @@ from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, device
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
+_PRECISIONS = tuple(precision for precision in PRECISIONS if precision != AUTO)
 # Images in memory at once.
 _BATCH = 64
 
@@ -81,7 +83,7 @@ def embed_images(
         weights: `DEFAULT`, a name, a path, a URL, or `random:SEED`.
         preprocess: whose preprocessing to use for weights from a file or random.
         image_size: (height, width) that the backbone sees; None for that of its weights.
-        features: `pooled` for [N, C], `map` for [N, C, H, W].
+        features: `pooled` for [N, C], `map` for [N, C, H, W]. `build_backbone` gives the maps of several layers.
         normalize: scale each embedding to L2 length 1.
         device: `cpu`, `cuda`, or `auto`.
         precision: `fp32`, `bf16` or `fp16`.
@@ -91,10 +93,13 @@ def embed_images(
 
     Raises:
         BackboneError, WeightsError: unknown, or cannot be had.
-        SettingsError: the device is cuda, and there is none.
+        SettingsError: device or precision is none of these, or the device is cuda where there is none.
         InputError: an image is not found, or an array is not uint8 [H, W, 3].
         SampleError: an image cannot be decoded.
     """
+    check_features(features)
+    if precision not in _PRECISIONS:
+        raise SettingsError(f"precision must be one of {', '.join(_PRECISIONS)}, got {precision!r}")
     library = library_of(backbone)
     name = library.find(backbone)
     prepared: Preprocess = library.preprocess_for(name, weights, preprocess)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +22,8 @@ from shard_embedder.pipeline.core.redact import show
 if TYPE_CHECKING:
     from shard_embedder.pipeline.retrieval.originals import Input
 
-_SCRIPT = "shard-embedder "
+_INSTALLED = "shard-embedder "
+_NAMES = re.compile(r"(?<![\w/.])(embed|verify|pack|index|search|serve|duplicates|submit|demo)\.py\b")
 
 
 class CommandError(Exception):
@@ -34,6 +37,28 @@ class CommandError(Exception):
 def tell(prog: str, message: object) -> None:
     """Print a message of a command to standard error, without secrets."""
     print(f"{prog}: {show(str(message))}", file=sys.stderr, flush=True)
+
+
+def as_typed(text: str) -> str:
+    """Our own `text` with the names of commands as they are typed here: embed.py, or shard-embedder embed."""
+    return _NAMES.sub(rf"{_INSTALLED}\1", text) if sys.argv[0].startswith(_INSTALLED) else text
+
+
+def to_type(script: str) -> str:
+    """How to run a command here: `python jobs/embed.py`, or `shard-embedder embed`."""
+    typed = as_typed(script)
+    return f"python jobs/{script}" if typed == script else typed
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Names commands as they are typed, and breaks no line at a hyphen."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        action.help = action.help and as_typed(action.help)
+        super().add_argument(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,9 +80,7 @@ class Parser(argparse.ArgumentParser):
         if exit_codes:
             lines = "".join(f"  {code:<4} {meaning}\n" for code, meaning in exit_codes.items())
             epilog += f"\nexit codes:\n{lines}  130  interrupted (143 by SIGTERM){left}"
-        # As it was typed: embed.py, or shard-embedder embed.
-        typed = sys.argv[0]
-        prog = typed if typed.startswith(_SCRIPT) else prog
+        prog = as_typed(prog)
         if examples:
             lines = "".join(f"  {prog} {arguments}\n" for arguments in examples)
             epilog = f"{'example' if len(examples) == 1 else 'examples'}:\n{lines}\n{epilog.lstrip()}"
@@ -65,9 +88,9 @@ class Parser(argparse.ArgumentParser):
         width = shutil.get_terminal_size().columns - 2
         super().__init__(
             prog,
-            description=wrap(description or "", width),
-            epilog=wrap(epilog.strip("\n"), width),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            description=wrap(as_typed(description or ""), width),
+            epilog=wrap(as_typed(epilog.strip("\n")), width),
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
             **options,
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from shard_embedder.jobs.support.command import as_typed
 from shard_embedder.jobs.support.progress import LINE_EVERY_S, plain_console, show_progress
 from shard_embedder.pipeline.core.config import AUTO
 from shard_embedder.pipeline.core.formatting import format_count, format_duration, format_share, format_size
@@ -100,7 +101,7 @@ class Console:
         others = [f"{name} {value}" for name, value in job.config.not_default().items() if name not in _SHOWN_APART]
         if others:
             say(f"settings  {', '.join(others)}")
-        say(f"input     {' '.join(job.config.input)}: {format_count(len(job.shards), 'shard')}")
+        say(f"input     {' '.join(job.named_input)}: {format_count(len(job.shards), 'shard')}")
         if job.left_out:
             num_left_out = format_count(sum(job.left_out.values()), "file")
             what = ".tar" if job.photos is None else "image"
@@ -115,6 +116,7 @@ class Console:
             f"shards    {plan.num_done} done, {len(plan.pending)} pending"
             + (f" ({', '.join(more)})" if more else "")
             + f", {format_size(plan.pending_bytes)} to read"
+            + (f"; {len(job.photos.to_write)} to pack" if job.photos is not None and job.photos.to_write else "")
         )
         if job.config.limit is not None and job.config.limit < len(plan.pending):
             now = sum(shard.num_bytes for shard in plan.pending[: job.config.limit])
@@ -347,7 +349,7 @@ class Console:
         """One error, on standard error. An error that ends the run has an exit code."""
         ends = "" if exit_code is None else f"exit {exit_code}: "
         plain_console(stderr=True).print(
-            f"embed.py: {ends}{message}", style=None if exit_code is None else "bold red"
+            f"{as_typed('embed.py')}: {ends}{message}", style=None if exit_code is None else "bold red"
         )
 
     def end(self, exit_code: int) -> None:

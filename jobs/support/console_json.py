@@ -71,7 +71,7 @@ class JsonConsole(Console):
             precision=job.precision,
             config_file=self.config_file,
             settings=job.config.not_default(),
-            input=list(job.config.input),
+            input=list(job.named_input),
             output=job.config.output,
             is_new=job.is_new,
             num_shards=len(job.shards),

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -57,10 +58,27 @@ def write_bytes(root: str, name: str, data: bytes, limits: StoreLimits = LIMITS)
 
         with_retries(f"writing {name}", put, limits)
         return
-    with _named(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with _temporary(root, data) as temporary:
-            os.replace(temporary, path)
+    with _temporary(root, path, data) as temporary:
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def write_whole(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside the local file `path`, which takes its place if the block ends without an error.
+
+    A device or a pipe is written to as it is: there is nothing to replace.
+    """
+    whole = Path(os.path.realpath(path))
+    if whole.exists() and not whole.is_file():
+        yield whole
+        return
+    temporary = whole.with_name(f".{whole.name}.{os.getpid()}")
+    try:
+        with name_in_errors(whole, temporary):
+            yield temporary
+            os.replace(temporary, whole)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def refuses_name(error: OSError) -> bool:
@@ -117,17 +135,15 @@ def _create_unconditionally(root: str, name: str, data: bytes, limits: StoreLimi
 
 def _create_local(root: str, path: str, data: bytes) -> bool:
     """By a link to a finished file, which fails where the name is taken."""
-    with _named(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with _temporary(root, data) as temporary:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                return _create_without_links(temporary, path)
+    with _temporary(root, path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_without_links(temporary, path)
     return True
 
 
@@ -142,29 +158,35 @@ def _create_without_links(temporary: str, path: str) -> bool:
 
 
 @contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Name `path` in an error of its disk: the system itself does not say which disk is full."""
+def name_in_errors(path: str | Path, temporary: str | Path | None = None) -> Iterator[None]:
+    """Name `path` in an error of its disk: the system itself does not say which disk is full.
+
+    An error that names another file than `temporary`, through which `path` is written, stays as it is.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or error.filename not in (None, temporary, str(temporary)):
             raise
-        raise OSError(error.errno, error.strerror, path) from error
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 @contextlib.contextmanager
-def _temporary(root: str, data: bytes) -> Iterator[str]:
-    """`data` on its disk, in a file below `root`/.tmp that is gone at the end, unless it was renamed."""
+def _temporary(root: str, path: str, data: bytes) -> Iterator[str]:
+    """`data` on its disk, in a file below `root`/.tmp that is gone at the end, unless it became `path`."""
     temporary = os.path.join(os.path.abspath(root), TEMPORARY_FOLDER, uuid.uuid4().hex)
-    os.makedirs(os.path.dirname(temporary), exist_ok=True)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
+        with name_in_errors(path, temporary):
+            for file_path in (path, temporary):
+                os.makedirs(os.path.dirname(file_path), exist_ok=True)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        # What stands in the place of a folder has no files in it.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(temporary)
 
 

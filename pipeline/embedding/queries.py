@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from shard_embedder.pipeline.core.errors import InputError, SampleError
+from shard_embedder.pipeline.core.errors import SampleError
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.embedding.embedder import Embedder
 from shard_embedder.pipeline.embedding.network import Placement
@@ -17,7 +16,7 @@ from shard_embedder.pipeline.embedding.recipe import recipe_of
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, device_here
 from shard_embedder.pipeline.output.fingerprint import Fingerprint
 from shard_embedder.pipeline.output.stored import PIECE_BYTES
-from shard_embedder.pipeline.shards.keys import IMAGE_EXTENSIONS, printable
+from shard_embedder.pipeline.shards.keys import printable
 
 BATCH_SIZE = 16
 _NOT_FINITE = "not finite: the embedding has NaN or infinite values"
@@ -34,34 +33,6 @@ class Query(NamedTuple):
     def name(self) -> str:
         """The path as text: bytes that are not UTF-8 are \\xNN, as in ids."""
         return printable(str(self.path))
-
-
-def find_images(paths: Sequence[str]) -> list[Path]:
-    """The image files that `paths` name: files as they are, folders by the extensions of their files.
-
-    Raises:
-        InputError: a path is empty or not there, or a folder has no image.
-    """
-    found: list[Path] = []
-    if "" in paths:
-        # To Path this would be the current folder.
-        raise InputError("a path to an image must not be empty, got ''")
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(
-                Path(folder, name)
-                for folder, _, names in os.walk(path)
-                for name in names
-                if name.lower().rpartition(".")[2] in IMAGE_EXTENSIONS and not name.startswith(".")
-            )
-            if not inside:
-                raise InputError(f"no image in {path}: looked for {', '.join(IMAGE_EXTENSIONS[:9])} and rarer ones")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise InputError(f"image {path} not found")
-    return found
 
 
 class QueryEmbedder:

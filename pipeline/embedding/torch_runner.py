@@ -19,6 +19,7 @@ from shard_embedder.pipeline.backbones import build_backbone
 from shard_embedder.pipeline.backbones.base import Backbone
 from shard_embedder.pipeline.backbones.transform import Normalize
 from shard_embedder.pipeline.backbones.weights_spec import Weights
+from shard_embedder.pipeline.core.config import DEVICES
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.embedding.compiling import compiled
@@ -36,8 +37,10 @@ def device_here(asked: str) -> str:
     """`cpu` or `cuda`, where `auto` is the GPU that torch sees, if any.
 
     Raises:
-        SettingsError: the device is cuda, and there is none.
+        SettingsError: it is neither of these, or cuda where there is none.
     """
+    if asked not in DEVICES:
+        raise SettingsError(f"device must be one of {', '.join(DEVICES)}, got {asked!r}")
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
         raise SettingsError("device must be one that this machine has, got 'cuda': torch sees no GPU here")

@@ -48,7 +48,7 @@ from shard_embedder.pipeline.output.settings import canonical_json
 ROW_GROUP_ROWS = 1024
 _FOOTER_BYTES = 16 * 2**10
 _MAGIC = b"PAR1"
-_REMEDY = "delete it, and run embed.py again to make it anew"
+_REMEDY = "delete it, and run the job again, which makes it anew"
 _NOTHING_STORED = {"num_embedded": 0, "reasons": [], "error_ids": [], "written_bytes": 0, "write_s": 0.0}
 
 

@@ -97,7 +97,7 @@ def list_stored(output: Output) -> list[StoredPart]:
     if twice:
         raise OutputError(
             f"{format_count(len(twice), 'shard')} stored in two versions, such as {twice[0]!r}: a run has replaced "
-            "a shard and is not done; run embed.py to its end first"
+            "a shard and is not done; run the job to its end first"
         )
     return [part for _, part in sorted(found)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -16,8 +15,9 @@ from shard_embedder.pipeline.output.names import Place
 from shard_embedder.pipeline.pages.html import data_url, render, show
 from shard_embedder.pipeline.pages.previews import Preview, preview, shown
 from shard_embedder.pipeline.pages.stored_images import StoredImages
-from shard_embedder.pipeline.retrieval.index import Index, open_index
+from shard_embedder.pipeline.retrieval.index import Index
 from shard_embedder.pipeline.retrieval.search import score_name
+from shard_embedder.pipeline.shards.find import Shard
 
 # Of each answer. The page shows as many of them as its slider says.
 MAX_NEAR = 50
@@ -119,20 +119,18 @@ class LiveSearch:
 
 
 def open_live_search(
-    folder: str | Path, inputs: Sequence[str] = (), weights: str | None = None, device: str = "auto"
+    index: Index, shards: Sequence[Shard] = (), weights: str | None = None, device: str = "auto"
 ) -> LiveSearch:
-    """Searches of the index in a folder, whose images are read from the shards of `inputs`.
+    """Searches of an index whose images are read from `shards`.
 
-    Where it names none, they are looked for where they were embedded.
+    Without any, they are looked for where they were embedded.
 
     Raises:
-        OutputError, SettingsError: as `open_index` does.
         InputError: no shard is found.
         WeightsError, SettingsError: as `QueryEmbedder` does.
     """
-    index = open_index(folder)
     made = index.facts.made
-    stored = StoredImages(inputs, made.settings.naming, index.tag, made.input_prefix)
+    stored = StoredImages(shards, made.settings.naming, index.tag, made.input_prefix)
     # One image at a time: a batch would take as long as all of its images.
     return LiveSearch(index, QueryEmbedder(made, weights, device, batch_size=1), stored)
 

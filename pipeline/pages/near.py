@@ -20,6 +20,7 @@ from shard_embedder.pipeline.retrieval.duplicates import DuplicateCounts, Duplic
 from shard_embedder.pipeline.retrieval.index import Index, Neighbour
 from shard_embedder.pipeline.retrieval.originals import Original, Originals
 from shard_embedder.pipeline.retrieval.search import Hit, score_name
+from shard_embedder.pipeline.shards.find import Shard
 
 
 def duplicates_page(
@@ -28,24 +29,24 @@ def duplicates_page(
     threshold: float,
     drawn: list[Duplicates],
     notes: list[str],
-    inputs: Sequence[str],
+    shards: Sequence[Shard],
     tag_of: Callable[[str], str | None],
     page: Path | None = None,
     originals: Originals | None = None,
 ) -> str:
-    """A page of rows with their near-duplicates, whose images are read from the shards of `inputs`.
+    """A page of rows with their near-duplicates, whose images are read from `shards`.
 
-    Where it names none, they are looked for where they were embedded. `notes` say how far the pairs can be trusted.
+    Without any, they are looked for where they were embedded. `notes` say how far the pairs can be trusted.
     `page` is where the page will be stored: it links to the pages there, and to the files that `originals` finds.
 
     Raises:
-        InputError: the inputs name no shard.
+        OutputError: no output.
     """
     made = open_output(output).made
     of_place = {one.place: one.image_id for one in drawn} | {
         near.place: near.image_id for one in drawn for near in one.near
     }
-    pictures = previews(inputs, made.settings.naming, of_place, tag_of, made.input_prefix)
+    pictures = previews(shards, made.settings.naming, of_place, tag_of, made.input_prefix)
     named = _Named.of(of_place, pictures, page, originals)
     rows = [[named.tile("image", one.image_id, one.place), *_tiles(one.near, "cosine", named)] for one in drawn]
     numbers = [
@@ -60,21 +61,18 @@ def duplicates_page(
 def search_page(
     index: Index,
     hits: Sequence[Hit],
-    inputs: Sequence[str],
+    shards: Sequence[Shard],
     page: Path | None = None,
     originals: Originals | None = None,
 ) -> str:
-    """A page of the queries with their neighbours, whose images are read from the shards of `inputs`.
+    """A page of the queries with their neighbours, whose images are read from `shards`.
 
-    Where it names none, they are looked for where they were embedded. `page` is where the page will be stored: it
-    links to the pages there, and to the files that `originals` finds.
-
-    Raises:
-        InputError: the inputs name no shard.
+    Without any, they are looked for where they were embedded. `page` is where the page will be stored: it links to
+    the pages there, and to the files that `originals` finds.
     """
     facts = index.facts
     of_place = {near.place: near.image_id for hit in hits for near in hit.neighbours}
-    pictures = previews(inputs, facts.made.settings.naming, of_place, index.tag, facts.made.input_prefix)
+    pictures = previews(shards, facts.made.settings.naming, of_place, index.tag, facts.made.input_prefix)
     named = _Named.of(of_place, pictures, page, originals)
     rows = [
         [

@@ -87,26 +87,21 @@ def preview(image: bytes, side: int = SIDE) -> Preview:
 
 
 def previews(
-    inputs: Sequence[str],
+    shards: Sequence[Shard],
     naming: Naming,
     places: Iterable[Place],
     tag_of: Callable[[str], str | None],
     prefix: str,
 ) -> dict[Place, Preview]:
-    """Previews of samples in the shards that `inputs` name, a reason where one cannot be had.
+    """Previews of samples in `shards`, a reason where one cannot be had.
 
-    Where `inputs` name none, the shards are those below `prefix`, where they lay when they were embedded. `tag_of`
-    gives the version of a shard that was embedded: of a shard that has changed since, nothing is shown. A shard is
-    read once, to the last sample wanted of it.
-
-    Raises:
-        InputError: the inputs name no shard.
+    Without any, the shards are those below `prefix`, where they lay when they were embedded. `tag_of` gives the
+    version of a shard that was embedded: of a shard that has changed since, nothing is shown. A shard is read once,
+    to the last sample wanted of it.
     """
     try:
-        stored = StoredImages(inputs, naming, tag_of, prefix)
+        stored = StoredImages(shards, naming, tag_of, prefix)
     except InputError as error:
-        if inputs:
-            raise
         return dict.fromkeys(places, Preview(None, str(error)))
     wanted: dict[str, set[int]] = defaultdict(set)
     for name, index in places:

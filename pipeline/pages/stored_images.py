@@ -9,7 +9,7 @@ from functools import lru_cache
 from shard_embedder.pipeline.core.errors import InputError, ShardError
 from shard_embedder.pipeline.core.redact import describe
 from shard_embedder.pipeline.output.names import Place, version_tag
-from shard_embedder.pipeline.shards.find import Shard, find_shards, shards_below
+from shard_embedder.pipeline.shards.find import Shard, shards_below
 from shard_embedder.pipeline.shards.keys import Naming
 from shard_embedder.pipeline.shards.peek import open_tar
 from shard_embedder.pipeline.shards.stream import ShardStream
@@ -22,21 +22,19 @@ _REMEMBERED = 64
 class StoredImages:
     """Reads images by shard and sample_index; calls may come from several threads.
 
-    Where `inputs` name no shard, the shards are those below `prefix`, where they lay when they were embedded.
-    `tag_of` gives the version of a shard that was embedded: of a shard that has changed since, nothing is read.
+    Without `shards`, they are those below `prefix`, where they lay when they were embedded. `tag_of` gives the
+    version of a shard that was embedded: of a shard that has changed since, nothing is read.
 
     Raises:
-        InputError: no shard is found.
+        InputError: there are none, either.
     """
 
     def __init__(
-        self, inputs: Sequence[str], naming: Naming, tag_of: Callable[[str], str | None], prefix: str
+        self, shards: Sequence[Shard], naming: Naming, tag_of: Callable[[str], str | None], prefix: str
     ) -> None:
         try:
-            found = find_shards(inputs).shards if inputs else shards_below(prefix)
+            found = shards or shards_below(prefix)
         except InputError as error:
-            if inputs:
-                raise
             raise InputError(f"no input was named, and {error}") from error
         self._shards = {shard.name: shard for shard in found}
         self._naming = naming

@@ -92,6 +92,11 @@ class Job:
         return self.fingerprint.settings.rules
 
     @property
+    def named_input(self) -> tuple[str, ...]:
+        """The input as the user named it: `config.input`, or the folder of images that is packed there."""
+        return self.config.input if self.photos is None else (printable(str(self.photos.folder)),)
+
+    @property
     def warning(self) -> str | None:
         """Which images of a folder are left out though they could be embedded."""
         return _describe_heif(self.photos) if self.photos is not None and self.photos.num_undecodable else None
@@ -172,7 +177,7 @@ def _find_input(config: Config) -> tuple[Config, ShardSet, Photos | None]:
     if output is None:
         raise InputError(
             f"output must be on this machine where input is a folder of images, got {config.output}: pack the images "
-            "with pack.py, copy the shards to the store, and name them as the input"
+            "into shards with the pack command, copy these to the store, and name them as the input"
         )
     undecodable = () if heif_version() else HEIF_EXTENSIONS
     photos = find_photos(found, output, PackingRules(undecodable=undecodable))
@@ -198,8 +203,9 @@ def pack_input(job: Job, on_progress: Progress = no_progress) -> Job:
     """
     if job.photos is None:
         return job
-    pack_photos(compare_again(job.photos), on_progress)
-    return replace(job, shards=job.list_shards())
+    photos = compare_again(job.photos)
+    pack_photos(photos, on_progress)
+    return replace(job, shards=job.list_shards(), photos=replace(photos, to_write={}))
 
 
 def match_output(job: Job) -> Job:

@@ -80,8 +80,8 @@ def build(
         OSError: a disk or store failed; the index is as it was before.
     """
     options = options or Options()
-    load_faiss()
     stored = open_output(output)
+    load_faiss()
     folder = local_folder(index)
     with lock_folder(folder):
         old = read_index_facts(folder)

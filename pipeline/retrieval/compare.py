@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shard_embedder.pipeline.core.progress import Progress
+from shard_embedder.pipeline.core.writing import name_in_errors
 from shard_embedder.pipeline.retrieval.groups import Components, Flags
 from shard_embedder.pipeline.retrieval.index import Index
-from shard_embedder.pipeline.retrieval.whole_files import name_in_errors
 
 # Rows compared with as many others at once: their cosines are 64 MiB.
 BLOCK_ROWS = 4096

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from shard_embedder.pipeline.core.errors import OutputError, SettingsError
 from shard_embedder.pipeline.core.progress import Progress, no_progress
 from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.core.writing import name_in_errors, write_whole
 from shard_embedder.pipeline.output.names import Place
 from shard_embedder.pipeline.output.stored import (
     Output,
@@ -46,7 +47,6 @@ from shard_embedder.pipeline.retrieval.compare import (
 )
 from shard_embedder.pipeline.retrieval.group_files import GroupCounts, GroupFiles, shards_to_measure, write_groups
 from shard_embedder.pipeline.retrieval.index import Index, Neighbour, read_parts
-from shard_embedder.pipeline.retrieval.whole_files import name_in_errors, write_whole
 
 PAIRS_SCHEMA = pa.schema(
     [
@@ -224,10 +224,12 @@ def _reserve(path: Path, shape: tuple[int, int]) -> np.memmap[Any, Any]:
 
 def _indexed(stored: Output, index: Index) -> list[StoredPart]:
     if index.facts.made.digest != stored.made.digest or index.facts.metric != "cosine":
-        raise OutputError(f"the index must be of {stored.url} with metric cosine; make one with jobs/index.py")
+        raise OutputError(f"the index must be of {stored.url} with metric cosine; make one with the index command")
     parts = read_parts(index.folder)
     if {part.name for part in parts} != {part.name for part in list_stored(stored)}:
-        raise OutputError(f"the index does not hold the parts of {stored.url} as they are: run jobs/index.py again")
+        raise OutputError(
+            f"the index does not hold the parts of {stored.url} as they are: run the index command again"
+        )
     return parts
 
 

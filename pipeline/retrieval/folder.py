@@ -60,7 +60,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise OutputBusyError(f"another index.py is at work in {folder}") from error
+            raise OutputBusyError(f"another build is at work in {folder}") from error
         if not file.tell():
             file.write(_LOCK_TEXT)
             file.flush()

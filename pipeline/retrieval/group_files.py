@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from shard_embedder.pipeline.core.errors import SettingsError, ShardError
 from shard_embedder.pipeline.core.progress import Progress
 from shard_embedder.pipeline.core.schema import IMAGE_ID, SAMPLE_INDEX, SHARD
+from shard_embedder.pipeline.core.writing import write_whole
 from shard_embedder.pipeline.output.names import version_tag
 from shard_embedder.pipeline.output.stored import Output, list_stored
 from shard_embedder.pipeline.retrieval.groups import Components, Flags, Rows, choose_kept
-from shard_embedder.pipeline.retrieval.whole_files import write_whole
-from shard_embedder.pipeline.shards.find import Shard, find_shards, shards_below
+from shard_embedder.pipeline.shards.find import Shard, shards_below
 from shard_embedder.pipeline.shards.peek import image_sizes
 
 KEEP_ONE = ("first", "largest")
@@ -39,14 +39,14 @@ _WRITE_ROWS = 65536
 class GroupFiles:
     """Where to write `groups` (Parquet) and `drop` (text), and which image of a group to keep.
 
-    The largest image has the most encoded bytes. Its size comes from the shards that `inputs` name, or, without any,
-    from the place where they were embedded.
+    The largest image has the most encoded bytes. Its size comes from `shards`, or, without any, from those in the
+    place where they were embedded.
     """
 
     groups: str | Path | None = None
     drop: str | Path | None = None
     keep_one: str = KEEP_ONE[0]
-    inputs: Sequence[str] = ()
+    shards: Sequence[Shard] = ()
 
     def __post_init__(self) -> None:
         if self.keep_one not in KEEP_ONE:
@@ -67,11 +67,11 @@ class GroupCounts:
     num_unsized: int
 
 
-def shards_to_measure(stored: Output, files: GroupFiles) -> list[Shard]:
+def shards_to_measure(stored: Output, files: GroupFiles) -> Sequence[Shard]:
     """The shards that say how large images are. Raises `InputError` if there are none."""
     if files.keep_one == "first":
         return []
-    return list(find_shards(files.inputs).shards) if files.inputs else shards_below(stored.made.input_prefix)
+    return files.shards or shards_below(stored.made.input_prefix)
 
 
 def write_groups(

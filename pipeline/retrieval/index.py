@@ -255,7 +255,7 @@ def open_index(path: str | Path) -> Index:
     folder = Path(path)
     facts = read_index_facts(folder)
     if facts is None:
-        raise OutputError(f"{folder} is not an index: it has no {INDEX_FILE}; make one with jobs/index.py")
+        raise OutputError(f"{folder} is not an index: it has no {INDEX_FILE}; make one with the index command")
     return Index(folder, facts)
 
 

@@ -19,18 +19,19 @@ from shard_embedder.pipeline.output.fingerprint import Fingerprint
 from shard_embedder.pipeline.output.names import EMBEDDINGS, Place
 from shard_embedder.pipeline.output.stored import StoredPart, list_stored, open_output
 from shard_embedder.pipeline.retrieval.index import Index, read_parts
+from shard_embedder.pipeline.shards.find import Shard
 from shard_embedder.pipeline.shards.photos import PATH, find_shards_or_images
 
 
 class Input(NamedTuple):
-    """What the input of an output is named: shards, none for those that it was made of, or a folder of images."""
+    """What --input names: shards, none for those that the output was made of; or a folder of images."""
 
-    shards: Sequence[str]
+    shards: Sequence[Shard]
     folder: Path | None
 
 
 def find_input(inputs: Sequence[str]) -> Input:
-    """Tell shards from a folder of images, as the job does.
+    """The shards, or the folder of images, told apart as the job does.
 
     Raises:
         InputError: the inputs name neither.
@@ -38,7 +39,7 @@ def find_input(inputs: Sequence[str]) -> Input:
     if not inputs:
         return Input((), None)
     found = find_shards_or_images(inputs)
-    return Input((), found) if isinstance(found, Path) else Input(inputs, None)
+    return Input((), found) if isinstance(found, Path) else Input(found.shards, None)
 
 
 class Original(NamedTuple):

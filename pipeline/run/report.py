@@ -65,7 +65,7 @@ def make_report(
         "started_at": tally.started_at.isoformat(timespec="seconds"),
         "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "output": job.config.output,
-        "input": list(job.config.input),
+        "input": list(job.named_input),
         "fingerprint": job.fingerprint.digest,
         "backbone": job.network.backbone,
         "weights": job.weights.name,

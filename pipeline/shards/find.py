@@ -305,7 +305,7 @@ def _why_none(spec: str, left_out: Mapping[str, int], limits: StoreLimits) -> st
     if not os.path.exists(spec):
         return ": there is no such folder"
     if os.path.isdir(spec):
-        return "; a folder of images is packed by embed.py, into OUTPUT/packed, or by pack.py: name that folder"
+        return "; a folder of images must hold an image, and be the only input"
     return f": a file must be a {SUFFIX}, or a .txt list of what an input may be; for images, name their folder"
 
 

@@ -235,6 +235,9 @@ def pack_photos(photos: Photos, on_progress: Progress = no_progress) -> None:
         OutputError: the disk has no room for them.
         OSError: an image cannot be read, or a shard not written.
     """
+    # It imports torch, which takes seconds.
+    from webdataset import TarWriter  # noqa: PLC0415
+
     photos.shards.mkdir(parents=True, exist_ok=True)
     needed = photos.bytes_to_pack + _BYTES_BESIDE * photos.num_to_pack
     free = shutil.disk_usage(photos.shards).free

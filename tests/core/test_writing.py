@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from shard_embedder.pipeline.core.storage import locate, read_bytes
-from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER, clear_temporary, delete, write_bytes
+from shard_embedder.pipeline.core.writing import TEMPORARY_FOLDER, clear_temporary, delete, write_bytes, write_whole
 from tests.conftest import ROOT
 from tests.core.test_storage import listed
 
@@ -37,6 +37,34 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_bytes(str(tmp_path), "f", b"new")
     assert read_bytes(f"{tmp_path}/f") == b"old"
     assert listed(str(tmp_path)) == ["f"]
+
+
+def test_a_file_is_replaced_when_it_is_whole_and_keeps_its_link(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+
+    def fill_the_disk() -> None:
+        with write_whole(tmp_path / "link") as new:
+            new.write_text("half")
+            raise OSError(28, "No space left on device", str(new))
+
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/real'"):
+        fill_the_disk()
+    assert (tmp_path / "real").read_text() == "old"
+    with write_whole(tmp_path / "link") as new:
+        new.write_text("new")
+    assert (tmp_path / "real").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    with write_whole(pipe) as new:
+        new.write_text("said")
+    assert reader.communicate(timeout=10)[0] == "said"
+    assert pipe.is_fifo()
 
 
 def test_clearing_leaves_no_temporary_folder_and_is_no_fault_twice(place: str) -> None:

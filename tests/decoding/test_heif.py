@@ -184,7 +184,7 @@ def test_without_pillow_heif_its_images_are_counted_with_what_to_install(tmp_pat
         (tmp_path / name).write_bytes(encode(photo(1)) if name.endswith("jpg") else heic(photo(1)))
     said = run_without(_JOB, tmp_path)
     install = "pip install 'pillow-heif>=1.8.1'"
-    assert f"HEIC   2 images of these, for which embed.py needs pillow-heif: {install}\n" in said
+    assert f"HEIC   2 images of these, for which the job needs pillow-heif: {install}\n" in said
     assert "0 {'needs pillow-heif': 2} 2 images of this run are HEIC and stored as errors" in said
     assert f"1 {{}} 1 HEIC image of {tmp_path}/both left out: they need pillow-heif. {install} and run" in said
     assert f"must hold images that can be decoded, got '{tmp_path}/phone': 2 HEIC images of" in said

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shard_embedder.jobs.demo import choose_weights, claim_folder
+from shard_embedder.jobs.demo import RANDOM, choose_weights, claim_folder, next_step
 from shard_embedder.jobs.support.neighbours import (
     Neighbours,
     Score,
@@ -207,6 +208,19 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
     assert len(table) == 2 * NUM_VIEWS
 
 
+def test_the_next_command_is_typed_as_the_demo_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("my demo")
+    assert next_step(None, folder, "resnet18", None) == "use your own photos: make demo IMAGES=path/to/photos"
+    own = next_step(folder, folder, "resnet50", "w.pth")
+    assert own == (
+        "search by photo: python jobs/index.py 'my demo/output' 'my demo/index' && "
+        "python jobs/search.py 'my demo/index' PHOTO --weights w.pth"
+    )
+    monkeypatch.setattr(sys, "argv", ["shard-embedder demo"])
+    trained = next_step(None, folder, "resnet50", RANDOM)
+    assert trained == ("use trained weights: shard-embedder demo --backbone resnet50 --weights path/to/resnet50.pth")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_trained_weights_find_the_views_of_one_photo(
@@ -226,5 +240,6 @@ def test_trained_weights_find_the_views_of_one_photo(
     assert "no preview" not in (tmp_path / "demo" / "pairs.html").read_text()
     assert done.stdout.splitlines()[-2:] == [
         "open  demo/contact-sheet.png, demo/pairs.html, demo/output/report.html",
-        "next  use your own photos: make demo IMAGES=path/to/photos",
+        f"next  use your own photos: python jobs/demo.py --backbone mobilenet_v2 --weights {weights} "
+        "--images path/to/photos",
     ]

@@ -124,6 +124,7 @@ def test_a_dry_run_packs_no_folder_of_images(run_job: RunJob, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     told = rf"to pack   1 image of {tmp_path}/photos \(\d.\d KiB\) into 1 shard in {tmp_path}/out/packed\n"
     assert re.search(told, done.stdout)
+    assert "shards    0 done, 0 pending, 0 B to read; 1 to pack\n" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -133,6 +134,8 @@ def test_a_folder_of_images_is_packed_and_embedded(run_job: RunJob, tmp_path: Pa
     done = run_job("embed.py", "--input", "photos/", "--output", "out", *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"packing   1 image of {tmp_path}/photos (")
+    assert f"input     {tmp_path}/photos: 1 shard\n" in done.stdout
+    assert "to pack" not in done.stdout
     assert [row["image_id"] for row in rows(tmp_path / "out")] == ["2024/a.b.jpg"]
 
 

@@ -11,7 +11,7 @@ from ray._private.runtime_env.packaging import create_package
 from shard_embedder.jobs import submit
 from shard_embedder.jobs.support.upload import MAX_BYTES, check_size, upload_sizes
 from shard_embedder.pipeline.core.errors import SettingsError
-from tests.conftest import Done
+from tests.conftest import ROOT, Done
 
 
 def test_a_working_folder_that_ray_would_refuse_is_told_with_what_is_large(tmp_path: Path) -> None:
@@ -54,6 +54,13 @@ def test_a_log_is_printed_line_by_line_without_secrets_and_commands(capsys: pyte
         log.write(text)
     log.end()
     assert capsys.readouterr().out == "a(pid 1) b\nreading s3://***@bkt/x\n\\x1b]0;t\\x07end\n"
+
+
+def test_a_script_that_would_not_be_uploaded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"jobs/embed.py must be in --working-dir, got '.*: name a clone"):
+        submit.check_script(["jobs/embed.py"], str(tmp_path))
+    submit.check_script(["jobs/embed.py"], str(ROOT))
+    submit.check_script(["shard-embedder", "embed"], str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -48,6 +49,17 @@ def test_usage_and_errors_name_what_was_typed(run: Run, command: str) -> None:
     wrong = run(command, "--no-such-option")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith(f"shard-embedder {command}: error: ")
+
+
+@pytest.mark.parametrize("command", sorted(path.stem for path in (ROOT / "jobs").glob("[a-z]*.py")))
+def test_help_names_the_other_commands_as_they_are_typed(run: Run, command: str) -> None:
+    said = run(command, "--help").stdout
+    assert not re.findall(r"(?<![\w/])\w+\.py\b", said)
+
+
+def test_the_job_names_itself_as_it_was_typed(run: Run) -> None:
+    wrong = run("embed", "--input", "nowhere", "--output", "s3://user:word@bucket")
+    assert (wrong.returncode, wrong.stderr.startswith("shard-embedder embed: exit 2: output must")) == (2, True)
 
 
 def test_one_package_is_installed_and_it_has_every_room() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 import shard_embedder
 from shard_embedder import build_backbone, embed, embed_images
 from shard_embedder.pipeline.core.config import parse
-from shard_embedder.pipeline.core.errors import InputError, SampleError, SettingsError
+from shard_embedder.pipeline.core.errors import InputError, PipelineError, SampleError, SettingsError
 from shard_embedder.pipeline.output.parts import vectors
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.verify.proof import verify
@@ -84,6 +84,19 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
             call()
 
 
+def test_settings_that_do_not_exist_are_named() -> None:
+    for wrong, told in (
+        ({"device": "mps"}, "device must be one of auto, cuda, cpu, got 'mps'"),
+        ({"precision": "auto"}, "precision must be one of fp32, bf16, fp16, got 'auto'"),
+        (
+            {"features": ("layer2", "layer3")},
+            r"features must be pooled or map, got \('layer2', 'layer3'\)",
+        ),
+    ):
+        with pytest.raises(PipelineError, match=told):
+            embed_images(photo(0), **{**SETTINGS, **wrong})
+
+
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"image .*nowhere\.jpg not found"):
         embed_images([tmp_path / "nowhere.jpg"], **SETTINGS)
@@ -138,6 +151,7 @@ def test_a_folder_of_images_is_embedded_as_it_is_and_followed(tmp_path: Path) ->
     (images / "notes.txt").write_text("no image")
     run = embed(str(images), str(output), **settings)
     assert run.complete
+    assert run.report["input"] == [str(images)], "what was named, not where it is packed"
     assert [row["image_id"] for row in rows(output)] == ["2024/a.v1.jpg", "b.jpg", "c.png"]
     proof = verify(str(output), [str(output / "packed")], Recompute(None))
     assert (proof.proven, proof.notes) == (True, [])
@@ -172,7 +186,11 @@ def test_shards_in_a_folder_win_over_images(tmp_path: Path) -> None:
             "s3://bucket/out",
             "output must be on this machine where input is a folder of images, got s3://",
         ),
-        (["photos", "more"], "out", "no .tar shard found for input photos; a folder of images is packed by embed.py"),
+        (
+            ["photos", "more"],
+            "out",
+            "no .tar shard found for input photos; a folder of images must hold an image, and be the only input",
+        ),
         (["empty"], "out", "no .tar shard found for input empty"),
     ],
 )

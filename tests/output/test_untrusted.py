@@ -108,7 +108,7 @@ def test_a_part_with_a_flipped_bit_is_named_with_what_to_do(tmp_path: Path) -> N
         raised += only_ours(look, f"{EMBEDDINGS}/{NAME}")
     assert raised > NUM_FLIPS / 4
     path.write_bytes(whole.replace(b"embed.part", b"embed.p\xffrt"))
-    with pytest.raises(StoredDataError, match=r"is not whole Parquet: .*; delete it, and run embed.py again"):
+    with pytest.raises(StoredDataError, match=r"is not whole Parquet: .*; delete it, and run the job again"):
         look()
 
 

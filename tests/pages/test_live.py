@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    with serving(open_live_search(folder / "index")) as served:
+    with serving(open_live_search(open_index(folder / "index"))) as served:
         yield served.url
 
 
@@ -118,7 +118,7 @@ def test_a_row_has_the_neighbours_of_its_stored_embedding_and_not_itself(
     table = pq.read_table(folder / "out" / "embeddings")
     ids, stored = table["image_id"].to_pylist(), vectors(table).astype(np.float64)
     names = open_index(index).names(range(14))
-    with serving(open_live_search(index)) as served:
+    with serving(open_live_search(open_index(index))) as served:
         for row in (0, 13):
             status, answer = ask(f"{served.url}rows/{row}/near")
             assert status == 200
@@ -140,7 +140,7 @@ def test_a_row_has_the_neighbours_of_its_stored_embedding_and_not_itself(
 
 def test_an_index_of_one_image_has_no_neighbour_of_it(tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "s.tar", [("a.jpg", encode(photo(1)))])
-    live = open_live_search(make_index(tmp_path))
+    live = open_live_search(open_index(make_index(tmp_path)))
     assert live.by_row(0)["near"] == []
     assert [near["name"] for near in live.by_image(encode(photo(2)))["near"]] == ["a"]
 
@@ -167,7 +167,7 @@ def test_what_is_no_row_of_the_index_is_not_there(path: str, url: str) -> None:
 @contextmanager
 def own_index(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     shards = write_shards(tmp_path / "in", num_shards=2)
-    with serving(open_live_search(make_index(tmp_path))) as served:
+    with serving(open_live_search(open_index(make_index(tmp_path)))) as served:
         yield shards, served.url
 
 
@@ -186,11 +186,11 @@ def test_a_shard_that_changes_while_it_is_served_shows_nothing_and_the_others_do
         (shards / "photos-00001.tar").unlink()
         assert "not found when it was read" in ask(f"{url}rows/{second}")[1]["reason"]
         assert ask(f"{url}rows/{first}")[1]["jpeg"]
-    with serving(open_live_search(tmp_path / "index")) as served:
+    with serving(open_live_search(open_index(tmp_path / "index"))) as served:
         assert ask(f"{served.url}rows/{second}")[1]["reason"] == "its shard is not in this input"
     shutil.rmtree(shards)
     with pytest.raises(InputError, match=r"^no input was named, and no \.tar shard found for input"):
-        open_live_search(tmp_path / "index")
+        open_live_search(open_index(tmp_path / "index"))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_broken_image_has_its_reason_and_the_next_is_answered(image: bytes, re
 
 def test_an_image_that_is_too_large_is_refused_however_it_is_sent(folder: Path) -> None:
     image = encode(photo(1))
-    with serving(open_live_search(folder / "index"), max_bytes=len(image)) as served:
+    with serving(open_live_search(open_index(folder / "index")), max_bytes=len(image)) as served:
         assert ask(f"{served.url}near", image)[0] == 200
         refused = (413, {"error": f"an image must have at most {len(image) / 1024:.1f} KiB"})
         assert ask(f"{served.url}near", image + b"x") == refused
@@ -253,7 +253,7 @@ def test_pages_of_other_sites_are_refused(host: str, origin: str | None, status:
 
 
 def test_an_address_that_others_reach_takes_any_host(folder: Path) -> None:
-    with serving(open_live_search(folder / "index"), "0.0.0.0") as served:
+    with serving(open_live_search(open_index(folder / "index")), "0.0.0.0") as served:
         assert not served.is_loopback
         assert ask(f"{served.url}rows/0", Host="images.example")[0] == 200
         assert ask(f"{served.url}rows/0", Host="images.example", Origin="http://evil.example")[0] == 403
@@ -262,7 +262,7 @@ def test_an_address_that_others_reach_takes_any_host(folder: Path) -> None:
 def test_a_port_that_is_taken_is_told(url: str, folder: Path) -> None:
     port = urlsplit(url).port
     assert port
-    live = open_live_search(folder / "index")
+    live = open_live_search(open_index(folder / "index"))
     with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
         serving(live, port=port).__enter__()
 
@@ -296,7 +296,7 @@ def test_ids_are_told_as_text_that_a_page_may_show(tmp_path: Path) -> None:
     nasty = "<b>\u202e\x1b[31m"
     write_tar(tmp_path / "in" / "s.tar", [("a.jpg", encode(photo(1))), ("a.json", json.dumps({"n": nasty}).encode())])
     embed(tmp_path / "in", tmp_path / "out", id="json:n")
-    (near,) = open_live_search(make_index(tmp_path)).by_image(encode(photo(1)))["near"]
+    (near,) = open_live_search(open_index(make_index(tmp_path))).by_image(encode(photo(1)))["near"]
     assert near["name"] == r"<b>\u202e\x1b[31m"
 
 

@@ -11,6 +11,7 @@ import pytest
 from shard_embedder.pipeline.pages.live import open_live_search
 from shard_embedder.pipeline.pages.server import serving
 from shard_embedder.pipeline.retrieval.build import build
+from shard_embedder.pipeline.retrieval.index import open_index
 from tests.browser import Browser
 from tests.conftest import encode, photo, write_shards, write_tar
 from tests.outputs import embed
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    with serving(open_live_search(folder / "index"), max_bytes=2**20) as served:
+    with serving(open_live_search(open_index(folder / "index")), max_bytes=2**20) as served:
         yield served.url
 
 
@@ -185,7 +186,7 @@ def test_names_do_nothing_and_a_missing_picture_has_its_reason(browser: Browser,
     build(str(tmp_path / "out"), tmp_path / "index")
     (tmp_path / "in" / "t.tar").unlink()
     (tmp_path / "q.jpg").write_bytes(encode(photo(1)))
-    with serving(open_live_search(tmp_path / "index")) as served:
+    with serving(open_live_search(open_index(tmp_path / "index"))) as served:
         browser.open(served.url)
         browser.choose("#file", tmp_path / "q.jpg")
         browser.wait("document.querySelector('button.none') !== null")
@@ -220,7 +221,7 @@ def test_real_products_are_found_by_an_image_and_by_one_another(
     build(str(tmp_path / "out"), tmp_path / "index")
     with tarfile.open(grocery / "grocery-train-000000.tar") as tar:
         (tmp_path / "lime.jpg").write_bytes(read_member(tar, tar.getmember("Lime_016.jpg")))
-    with serving(open_live_search(tmp_path / "index", weights=weights)) as served:
+    with serving(open_live_search(open_index(tmp_path / "index"), weights=weights)) as served:
         browser.open(served.url)
         browser.drop(tmp_path / "lime.jpg")
         wait_for(browser, "lime.jpg")

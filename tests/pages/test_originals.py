@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from shard_embedder.pipeline.output.stored import StoredPart
 from shard_embedder.pipeline.retrieval.build import build
 from shard_embedder.pipeline.retrieval.index import open_index
 from shard_embedder.pipeline.retrieval.originals import Input, Original, Originals, find_input
+from shard_embedder.pipeline.shards.find import find_shards
 from shard_embedder.pipeline.shards.pack import PackConfig, find_images, pack
 from tests.browser import Browser
 from tests.conftest import encode, photo, write_tar
@@ -69,6 +71,22 @@ def test_a_search_of_a_folders_images_prints_their_files(here: Path, capsys: pyt
         assert near["file"] == str(here / "photos" / near["image_id"])
 
 
+def test_the_shards_of_a_page_are_listed_once(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed: list[str] = []
+    listing = os.scandir
+
+    def count(folder: str) -> object:
+        listed.append(str(folder))
+        return listing(folder)
+
+    monkeypatch.setattr(os, "scandir", count)
+    assert search(["kept-index", QUERY, "--input", "shards", "--html", str(tmp_path / "near.html")]) == 0
+    assert listed.count(str(here / "shards")) == 1
+    assert capsys.readouterr().out.endswith(f"\nwritten to {tmp_path}/near.html\n")
+
+
 def test_no_part_is_read_for_files_that_no_folder_can_have(here: Path) -> None:
     index = open_index("kept-index")
     rows = [(image_id, (shard, number)) for image_id, shard, number in index.names([0, 1]).values()]
@@ -88,7 +106,7 @@ def test_of_packed_shards_the_folder_is_named_and_the_kept_path_leads_to_the_fil
     # Nothing says where the files are: the ids stand there.
     assert "photos/" not in "".join(capsys.readouterr().out.splitlines()[1:])
     assert search(["kept-index", QUERY, "--input", "photos", "--html", "near.html"]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[1:-1]
     assert sorted(line.split("  ")[-2] for line in lines) == sorted(f"photos/{name}" for name in NAMES[1:])
     page = (here / "near.html").read_text()
     # Pictures come from the shards, which are found by themselves.
@@ -157,6 +175,6 @@ def test_an_input_is_shards_or_a_folder_of_images_as_for_the_job(made: Path, tmp
     assert find_input([]) == Input((), None)
     assert find_input([str(made / "photos")]) == Input((), made / "photos")
     shards = [str(made / "shards")]
-    assert find_input(shards) == Input(shards, None)
+    assert find_input(shards) == Input(find_shards(shards).shards, None)
     with pytest.raises(NoShardError):
         find_input([str(tmp_path)])

@@ -377,6 +377,8 @@ def test_it_looks_right_in_light_in_dark_and_on_a_phone(
 ) -> None:
     check_looks(browser, whole[0] / "out" / "report.html", width, scheme, tmp_path / f"{name}.png")
     assert browser.value(_REACH) <= 0
+    narrowest = browser.value("Math.min(...[...document.querySelectorAll('.facts dd')].map(e => e.clientWidth))")
+    assert narrowest > width / 2, "paths and hashes have room"
 
 
 def test_hostile_text_makes_no_page_wider(whole: tuple[Path, Ran], browser: Browser, tmp_path: Path) -> None:

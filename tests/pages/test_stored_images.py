@@ -34,7 +34,7 @@ def test_an_image_is_read_by_its_shard_and_position(place: str, tmp_path: Path) 
     with pytest.raises(ShardError, match=r"^its shard is not in this input$"):
         stored.image(("t", 0))
     with pytest.raises(ShardError, match=r"^its shard has changed since it was embedded$"):
-        StoredImages([place], Naming(), {"s": "another"}.get, "").image(("s", 0))
+        StoredImages(find_shards([place]).shards, Naming(), {"s": "another"}.get, "").image(("s", 0))
     # Of the same size.
     members[0] = ("A.jpg", images[0])
     write_bytes(place, "s.tar", write_tar(tmp_path / "s.tar", members).read_bytes())

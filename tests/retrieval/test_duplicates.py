@@ -237,7 +237,7 @@ def test_an_index_that_is_not_of_the_output_as_it_is_is_refused(tmp_path: Path) 
     build(str(tmp_path / "out"), tmp_path / "index")
     build(str(tmp_path / "out"), tmp_path / "l2", Options("l2"))
     store(tmp_path / "out", "b", clusters(50))
-    with pytest.raises(OutputError, match=r"does not hold the parts .* run jobs/index\.py again"):
+    with pytest.raises(OutputError, match=r"does not hold the parts .* run the index command again"):
         find_duplicates(str(tmp_path / "out"), tmp_path / "p", 0.9, index=open_index(tmp_path / "index"))
     with pytest.raises(OutputError, match="with metric cosine"):
         find_duplicates(str(tmp_path / "out"), tmp_path / "p", 0.9, index=open_index(tmp_path / "l2"))

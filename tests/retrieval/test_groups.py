@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,12 @@ def test_images_of_unknown_size_are_told_and_the_largest_needs_shards(
     assert main([str(qualities / "out"), *options, "--input", str(tmp_path / "in")]) == 0
     # The one shard is not named, and the copy of the other has another time: another version.
     assert "12 images of unknown size" in capsys.readouterr().out
-    files = GroupFiles(groups=tmp_path / "g", keep_one="largest", inputs=[str(tmp_path / "nothing")])
+    shutil.copytree(qualities / "out", tmp_path / "out")
+    stored = tmp_path / "out" / "run.json"
+    stored.write_text(stored.read_text().replace(str(qualities / "in"), str(tmp_path / "nothing")))
+    files = GroupFiles(groups=tmp_path / "g", keep_one="largest")
     with pytest.raises(InputError):
-        find_duplicates(str(qualities / "out"), None, 0.9, group_files=files)
+        find_duplicates(str(tmp_path / "out"), None, 0.9, group_files=files)
     assert not (tmp_path / "g").exists()
 
 

@@ -155,7 +155,7 @@ def test_two_at_once_are_refused(embedded: Path, tmp_path: Path) -> None:
     (tmp_path / "index").mkdir()
     with open(tmp_path / "index" / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(OutputBusyError, match=r"another index\.py is at work"):
+        with pytest.raises(OutputBusyError, match=r"another build is at work"):
             build(str(embedded), tmp_path / "index")
 
 

@@ -22,13 +22,15 @@ from shard_embedder.jobs.search import main
 from shard_embedder.pipeline.backbones import build_backbone
 from shard_embedder.pipeline.core.errors import InputError, WeightsError
 from shard_embedder.pipeline.core.schema import IMAGE_ID
-from shard_embedder.pipeline.embedding.queries import QueryEmbedder, find_images
+from shard_embedder.pipeline.embedding.queries import QueryEmbedder
 from shard_embedder.pipeline.output.fingerprint import read_fingerprint
 from shard_embedder.pipeline.output.parts import vectors
 from shard_embedder.pipeline.pages.near import search_page
 from shard_embedder.pipeline.retrieval.build import Options, build
 from shard_embedder.pipeline.retrieval.index import open_index
+from shard_embedder.pipeline.retrieval.query_files import find_images
 from shard_embedder.pipeline.retrieval.search import search_images
+from shard_embedder.pipeline.shards.find import find_shards
 from shard_embedder.pipeline.shards.pack import PackConfig, pack
 from shard_embedder.pipeline.shards.pack import find_images as find_packed
 from tests.conftest import ROOT, encode, photo, sample_members, write_shards, write_tar
@@ -282,11 +284,12 @@ def test_a_page_finds_the_shards_itself_and_says_why_there_is_no_picture(
     # Without one, the shards are looked for where they were embedded.
     assert search_page(opened, hits, []).count("<img") == 1 + 14
     write_tar(own / "photos-00001.tar", sample_members("x", 1))
-    text = search_page(opened, hits, [str(own)])
+    text = search_page(opened, hits, find_shards([str(own)]).shards)
     assert text.count("no preview: its shard has changed since it was embedded") == 7
     assert text.count("<img") == 1 + 7
     (own / "photos-00001.tar").unlink()
-    assert search_page(opened, hits, [str(own)]).count("no preview: its shard is not in this input") == 7
+    text = search_page(opened, hits, find_shards([str(own)]).shards)
+    assert text.count("no preview: its shard is not in this input") == 7
     shutil.rmtree(own)
     assert search_page(opened, hits, []).count("no preview: no input was named, and ") == 14
 
@@ -300,7 +303,7 @@ def test_names_that_look_like_html_are_shown_as_text(tmp_path: Path) -> None:
     opened = open_index(tmp_path / "index")
     hits = list(search_images(opened, QueryEmbedder(opened.facts.made), [tmp_path / "<b>.jpg"], 1))
     assert hits[0].neighbours[0].image_id == nasty
-    text = search_page(opened, hits, [str(tmp_path / "in")])
+    text = search_page(opened, hits, find_shards([str(tmp_path / "in")]).shards)
     assert "<script" not in text
     assert "<b>" not in text
     assert "&lt;script&gt;" in text

@@ -146,7 +146,7 @@ def test_files_spoiled_by_hand_are_found_and_made_again_as_verify_tells(
     # An errors file is made again with its part, whose deletion is enough.
     assert {Path(path).name for path in advice} == {victim.name for victim in victims[1:]}
     assert {Path(path).parent.name for path in advice} == {"embeddings"}
-    assert "MEND  then run embed.py again" in told
+    assert "MEND  then run the job again" in told
     for path in advice:
         Path(path).unlink()
     report = embed(changing / "in", out)

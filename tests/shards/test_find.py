@@ -284,7 +284,7 @@ def test_a_bucket_may_be_the_input(s3_server: S3Server) -> None:
         ("nowhere", "no .tar shard found for input nowhere: there is no such folder"),
         (
             "photos",
-            "no .tar shard found for input photos; a folder of images is packed by embed.py, into OUTPUT/packed",
+            "no .tar shard found for input photos; a folder of images must hold an image, and be the only input",
         ),
         ("photos/a.jpg", "no .tar shard found for input photos/a.jpg: a file must be a .tar, or a .txt list of"),
     ],

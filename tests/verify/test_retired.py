@@ -74,7 +74,7 @@ def test_the_advice_for_parts_of_a_shard_that_left_the_input_leads_to_a_proven_o
     assert main(arguments) == 1
     told = capsys.readouterr().out
     # Another run is no help, and not advised.
-    assert "run embed.py again" not in told
+    assert "run the job again" not in told
     advice = [match.groups() for match in _ADVICE.finditer(told)]
     assert advice
     for all_but_one, pattern, output in advice:
