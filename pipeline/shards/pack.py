@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from webdataset import ShardWriter
-
 from shard_embedder.pipeline.core.errors import InputError, OutputError, SettingsError
 from shard_embedder.pipeline.core.formatting import format_count
 from shard_embedder.pipeline.core.progress import Progress, no_progress
@@ -238,6 +236,8 @@ def check_old_shards(config: PackConfig) -> list[Path]:
 
 def _write(config: PackConfig, images: Sequence[ImageFile], temporary: str, on_progress: Progress) -> int:
     """Write the shards under temporary names, and return the number of image bytes in them."""
+    from webdataset import ShardWriter  # noqa: PLC0415  imports torch, which takes seconds; most that import this plan
+
     numbers = {label: i for i, label in enumerate(sorted({image.label for image in images} - {""}))}
     # ShardWriter fills in the shard's number with the % operator, and takes other % for its own.
     pattern = f"{temporary.replace('%', '%%')}/{config.prefix}-%05d{SUFFIX}{TEMPORARY_SUFFIX}"

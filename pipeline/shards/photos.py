@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fsspec.implementations.local import LocalFileSystem
-from webdataset import TarWriter
 
 from shard_embedder.pipeline.core.config import Field
 from shard_embedder.pipeline.core.errors import InputError, NoShardError, OutputError, StoredDataError
@@ -236,6 +235,8 @@ def pack_photos(photos: Photos, on_progress: Progress = no_progress) -> None:
         OutputError: the disk has no room for them.
         OSError: an image cannot be read, or a shard not written.
     """
+    from webdataset import TarWriter  # noqa: PLC0415  imports torch, which takes seconds; most that import this plan
+
     photos.shards.mkdir(parents=True, exist_ok=True)
     needed = photos.bytes_to_pack + _BYTES_BESIDE * photos.num_to_pack
     free = shutil.disk_usage(photos.shards).free
