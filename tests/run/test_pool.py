@@ -32,9 +32,8 @@ def num_actors(name: str) -> int:
 
 @pytest.mark.usefixtures("ray_session")
 def test_the_pool_grows_to_its_most_and_gives_actors_back_when_they_have_no_more_to_do(tmp_path: Path) -> None:
-    light_shards(tmp_path / "in", 8, IMAGES_A_SHARD // 2)
-    # In the order of their names the last: one actor has it while the others have nothing. It takes 12 s, as Ray Data
-    # gives no actor back for 10 s after it started one.
+    light_shards(tmp_path / "in", 8)
+    # In the order of their names the last: one actor has it while the others have nothing.
     light_shards(tmp_path / "in" / "long", 1, 3 * IMAGES_A_SHARD)
     config = parse({
         "input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), "backbone": "squeezenet1_1",
