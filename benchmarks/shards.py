@@ -53,12 +53,12 @@ def photo_shards(folder: Path, num_images: int, images_a_shard: int = IMAGES_A_S
 
     def make() -> dict[str, Any]:
         photos = list(load())
-        tried = range(min(_TRIED, num_images))
+        tried = [_View(photos, seed, PHOTO_SIZE) for seed in range(min(_TRIED, num_images))]
         grain = _choose_grain(
-            lambda grain: sum(len(_jpeg(_view(photos, seed, grain), _QUALITY)) for seed in tried) / len(tried),
-            PHOTO_BYTES,
+            lambda grain: sum(len(view.jpeg(grain, _QUALITY)) for view in tried) / len(tried), PHOTO_BYTES
         )
-        images = [_jpeg(_view(photos, seed, grain), _QUALITY) for seed in range(min(num_images, _MAX_DISTINCT))]
+        views = (_View(photos, seed, PHOTO_SIZE) for seed in range(min(num_images, _MAX_DISTINCT)))
+        images = [view.jpeg(grain, _QUALITY) for view in views]
         for number, start in enumerate(range(0, num_images, images_a_shard)):
             rows = range(start, min(start + images_a_shard, num_images))
             members = [(f"{row:08d}.jpg", images[row % len(images)]) for row in rows]
@@ -73,10 +73,10 @@ def large_photos(num_bytes: int, megapixels: int = LARGE_MEGAPIXELS) -> list[byt
     photos = list(itertools.islice(_sources()[1](), _LARGE_COUNT))
     scale = math.sqrt(megapixels / LARGE_MEGAPIXELS)
     size = round(_LARGE_SIZE[0] * scale), round(_LARGE_SIZE[1] * scale)
+    views = [_View(photos, seed, size) for seed in range(_LARGE_COUNT)]
 
     def encoded(grain: float) -> list[bytes]:
-        views = (_view(photos, seed, grain, size) for seed in range(_LARGE_COUNT))
-        return [_jpeg(view, _LARGE_QUALITY) for view in views]
+        return [view.jpeg(grain, _LARGE_QUALITY) for view in views]
 
     return encoded(_choose_grain(lambda grain: sum(map(len, encoded(grain))) / _LARGE_COUNT, num_bytes))
 
@@ -145,20 +145,27 @@ def _from_shards(shards: list[Path]) -> Iterator[Image.Image]:
                     return
 
 
-def _view(photos: list[Image.Image], seed: int, grain: float, size: tuple[int, int] = PHOTO_SIZE) -> Image.Image:
-    """Photo number `seed`: a crop of one of `photos` at `size`, perhaps mirrored; `grain` in levels of 256."""
-    photo = photos[seed % len(photos)]
-    rng = random.Random(seed)
-    width, height = size
-    scale = min(photo.width / width, photo.height / height) * rng.uniform(0.8, 1.0)
-    left = rng.uniform(0, photo.width - width * scale)
-    top = rng.uniform(0, photo.height - height * scale)
-    box = (left, top, left + width * scale, top + height * scale)
-    view = photo.resize(size, Image.Resampling.LANCZOS, box=box)
-    if rng.random() < 0.5:
-        view = ImageOps.mirror(view)
-    noise = np.random.default_rng(seed).normal(0.0, grain, (height, width, 1))
-    return Image.fromarray(np.clip(np.asarray(view) + noise, 0, 255).astype(np.uint8))
+class _View:
+    """Photo number `seed`: a crop of one of `photos` at `size`, perhaps mirrored; its grain is added later."""
+
+    def __init__(self, photos: list[Image.Image], seed: int, size: tuple[int, int]) -> None:
+        photo = photos[seed % len(photos)]
+        rng = random.Random(seed)
+        width, height = size
+        scale = min(photo.width / width, photo.height / height) * rng.uniform(0.8, 1.0)
+        left = rng.uniform(0, photo.width - width * scale)
+        top = rng.uniform(0, photo.height - height * scale)
+        box = (left, top, left + width * scale, top + height * scale)
+        view = photo.resize(size, Image.Resampling.LANCZOS, box=box)
+        if rng.random() < 0.5:
+            view = ImageOps.mirror(view)
+        self._pixels = np.asarray(view)
+        self._noise = np.random.default_rng(seed).standard_normal((height, width, 1))
+
+    def jpeg(self, grain: float, quality: int) -> bytes:
+        """As a file; `grain` in levels of 256."""
+        pixels = np.clip(self._pixels + grain * self._noise, 0, 255).astype(np.uint8)
+        return _jpeg(Image.fromarray(pixels), quality)
 
 
 def _choose_grain(mean_bytes: Callable[[float], float], wanted: int) -> float:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torchvision.models import get_model_weights
 
+from benchmarks.decoding import decode_part, num_samples, prepare_decoding, read_samples
 from benchmarks.runs import LARGE_KB, Settings, print_result
 from benchmarks.shards import LARGE_MEGAPIXELS, large_photos
 from shard_embedder.pipeline.core.errors import SettingsError
@@ -97,14 +98,7 @@ class Stages:
 
     def samples(self, most: int) -> list[pa.Table]:
         """Parts of the first shards as they leave the reader, with about `most` images in all."""
-        tables: list[pa.Table] = []
-        left = most
-        for table in itertools.chain.from_iterable(map(self.reader.parts, self.pending)):
-            tables.append(table)
-            left -= _num_samples([table])
-            if left <= 0:
-                break
-        return tables
+        return read_samples(self.reader, self.pending, most)
 
 
 def _look_up(settings: Settings, shards: str) -> tuple[Job, list[Pending]]:
@@ -114,10 +108,6 @@ def _look_up(settings: Settings, shards: str) -> tuple[Job, list[Pending]]:
 
 def _decoder(job: Job) -> Decoder:
     return Decoder(job.rules)
-
-
-def _num_samples(tables: list[pa.Table]) -> int:
-    return sum(sum(table.column("num_samples").to_pylist()) for table in tables)
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -136,7 +126,7 @@ def read(settings: Settings) -> dict[str, float | str]:
     stages = Stages(settings, settings.shards)
 
     def read_all() -> int:
-        return sum(_num_samples([table]) for shard in stages.pending for table in stages.reader.parts(shard))
+        return sum(num_samples([table]) for shard in stages.pending for table in stages.reader.parts(shard))
 
     num_images = read_all()
     seconds = _timed(read_all)
@@ -199,39 +189,17 @@ def plain_transform(job: Job) -> Callable[[Image.Image], torch.Tensor]:
     return transform
 
 
-_decoding: list[Any] = []
-
-
-def _prepare_decoding(settings: Settings, barrier: Any) -> None:
-    """In each process that decodes: what it needs, and one part decoded, before any begins."""
-    torch.set_num_threads(1)
-    settings = replace(settings, part_rows=_PART_ROWS)
-    stages = Stages(settings, settings.shards)
-    tables = stages.samples(settings.stage_images)
-    stages.decode(tables[0])
-    _decoding[:] = [stages.decode, tables]
-    barrier.wait()
-
-
-def _decode_part(number: int) -> tuple[int, float]:
-    """How many images it decoded, and the core-seconds that this took."""
-    decode, tables = _decoding
-    table = tables[number % len(tables)]
-    start = time.process_time()
-    decode(table)
-    return _num_samples([table]), time.process_time() - start
-
-
 def decode_all(settings: Settings) -> dict[str, float | str]:
     """The decoder in as many processes as there are cores, together."""
+    stages = Stages(replace(settings, part_rows=_PART_ROWS), settings.shards)
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(settings.cores)
+    of_each = (stages.reader, stages.decoder, stages.pending, settings.stage_images, context.Barrier(settings.cores))
     num_parts = max(settings.stage_images // _PART_ROWS, 4) * settings.cores
-    with ProcessPoolExecutor(settings.cores, context, _prepare_decoding, (settings, barrier)) as pool:
+    with ProcessPoolExecutor(settings.cores, context, prepare_decoding, of_each) as pool:
         # The pool starts its processes as work comes; each passes the barrier only with all the others.
-        list(pool.map(_decode_part, range(settings.cores)))
+        list(pool.map(decode_part, range(settings.cores)))
         start = time.perf_counter()
-        decoded = list(pool.map(_decode_part, range(num_parts)))
+        decoded = list(pool.map(decode_part, range(num_parts)))
         seconds = time.perf_counter() - start
     num_images, core_s = (sum(column) for column in zip(*decoded, strict=True))
     return {
@@ -262,7 +230,7 @@ def device_decode(settings: Settings) -> dict[str, float | str]:
 
     on_device(forwarded[:1])
     device_s = _timed(lambda: on_device(forwarded))
-    num_images = _num_samples(tables)
+    num_images = num_samples(tables)
     return {
         "device_decode_images_per_s": num_images / device_s,
         "device_decode_forward_images_per_s": num_images / forward_s,
@@ -274,7 +242,7 @@ def embed_and_write(settings: Settings) -> dict[str, float | str]:
     stages = Stages(settings, settings.shards)
     embedder = stages.embedder(settings.cores)
     decoded = [stages.decode(table) for table in stages.samples(settings.stage_images)]
-    num_images = _num_samples(decoded)
+    num_images = num_samples(decoded)
     embedder(decoded[0])
     embedded: list[pa.Table] = []
     embed_s = _timed(lambda: embedded.extend(embedder(table) for table in decoded))

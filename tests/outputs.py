@@ -11,8 +11,8 @@ import torch
 from shard_embedder.pipeline.core.config import Config, parse
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.embedding.embedder import Embedder
-from shard_embedder.pipeline.embedding.network import Placement
-from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
+from shard_embedder.pipeline.embedding.network import Network, Placement
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, TorchRunner
 from shard_embedder.pipeline.output.fingerprint import write_fingerprint
 from shard_embedder.pipeline.output.parts import PartWriter
 from shard_embedder.pipeline.planning.engine import Engine
@@ -26,9 +26,23 @@ SETTINGS = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "6
 UNHEARD = Watcher(lambda *_: None, lambda *_: None, lambda *_: None)
 
 
+_RUNNER: dict[Any, TorchRunner] = {}
+
+
+class _KeptRunner(SharedWeights):
+    """Whose runner is that of the run before, where it has the same settings: to build it takes longest."""
+
+    def runner(self, network: Network, placement: Placement) -> TorchRunner:
+        asked = self.name, self.sha256, self.seed, network, placement
+        if asked not in _RUNNER:
+            _RUNNER.clear()
+            _RUNNER[asked] = super().runner(network, placement)
+        return _RUNNER[asked]
+
+
 def _torch_computes(job: Job, *_: Any) -> Engine:
     """Without a trial, which takes seconds and is told elsewhere."""
-    return Engine(f"torch {torch.__version__}", "fp32", SharedWeights.of(job.weights))
+    return Engine(f"torch {torch.__version__}", "fp32", _KeptRunner.of(job.weights))
 
 
 IN_PROCESS = InProcess(choose=_torch_computes)

@@ -247,9 +247,6 @@ def pack_photos(photos: Photos, on_progress: Progress = no_progress) -> None:
         )
     for leftover in photos.shards.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover)
-    # webdataset imports torch: see pack.py.
-    from webdataset import TarWriter  # noqa: PLC0415
-
     done = itertools.count(1)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=photos.shards) as temporary:
         for name, images in photos.to_write.items():

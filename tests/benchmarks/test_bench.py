@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import time
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,7 @@ from shard_embedder.pipeline.core.schema import IMAGE, IMAGE_ID, part_rows
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.shards.find import find_shards
 from shard_embedder.pipeline.shards.samples import SampleReader
+from tests.conftest import encode, photo, write_tar
 
 
 def images_in(folder: Path) -> dict[str, bytes]:
@@ -158,6 +160,8 @@ def test_what_fails_is_named_and_loses_nothing_of_the_rest(
     assert "FAILED: decode" in capsys.readouterr().out.splitlines()
     result = json.loads(output.read_text())
     assert list(result["failed"]) == ["decode"]
+    # A measurement is made in a process of its own, whose last words are told.
+    assert " -m benchmarks.stages decode " in result["failed"]["decode"]
     assert "backbone must be one of torchvision's, got 'resnet50_stride1'" in result["failed"]["decode"]
     assert [one["text"] for one in result["goals"]] == ["plan, s", "plan, peak MiB"]
     # What was measured is there before the next measurement ends, or does not.
@@ -179,7 +183,9 @@ def run_here(module: str, name: str, settings: Settings) -> tuple[dict[str, Any]
     """A measurement in this process, which has imported all that it needs; what it gives survives JSON."""
     # It sets its process's environment, and all later tests would look for their bucket at its server.
     if module == "benchmarks.plan":
-        return _run_module(module, name, settings)
+        found, seconds = _run_module(module, name, settings)
+        assert found["plan_s"] < seconds
+        return found, seconds
     start = time.time()
     found = getattr(import_module(module), name)(settings)
     return json.loads(json.dumps(found)), time.time() - start
@@ -202,10 +208,11 @@ def test_a_small_run_measures_every_case(
     monkeypatch.setattr(bench_runs, "run_command", command_here)
     # Where it is, the run that fills the caches has been.
     (tmp_path / "scratch" / "startup").mkdir(parents=True)
+    # Of the DataLoader's files each has 128 images, and a rate needs two.
     code = bench.main([
         "stages", "decode", "large", "job", "baselines", "startup", "memory", "tiny", "plan", "sizing",
-        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "512",
-        "--images-a-shard", "64", "--stage-images", "32", "--large-megapixels", "1", "--tiny-shards", "60",
+        "--sized", "squeezenet1_1", "--backbone", "resnet18", "--image-size", "64", "--images", "256",
+        "--images-a-shard", "64", "--stage-images", "32", "--large-megapixels", "1", "--tiny-shards", "24",
         "--plan-shards", "2000", "--repeats", "1", "--output", str(tmp_path / "bench.json"),
         "--scratch", str(tmp_path / "scratch"),
     ])  # fmt: skip
@@ -224,26 +231,30 @@ def test_a_small_run_measures_every_case(
         assert one["median"] > 0 or one["case"] in ("tiny", "memory"), one
     assert all(result["figures"][f"memory_{stage}_mib"]["median"] > 50 for stage in ("read", "decode", "embed"))
     assert all(math.isfinite(spread["median"]) for spread in result["figures"].values())
-    assert result["figures"]["sizing_squeezenet1_1_decode_cores"]["median"] > 0
+    for name in ("sizing_squeezenet1_1_decode_cores", "decode_all_core_ms_per_image"):
+        assert result["figures"][name]["median"] > 0
     for name in ("dataloader", "ray_data"):
         assert result["figures"][f"{name}_min_cosine"]["min"] >= 0.999
     assert "Goals" in printed.out
 
 
 @pytest.mark.slow
-def test_the_flow_without_a_model_has_a_rate_and_a_cost(tmp_path: Path) -> None:
-    # Enough that some are decoded after the first part was counted, whose worker takes seconds to start.
-    output = tmp_path / "bench.json"
-    assert bench.main(["no-model", "--images", "2560", "--repeats", "1", "--output", str(output)]) == 0
-    figures = json.loads(output.read_text())["figures"]
-    for name in ("no_model_images_per_s", "no_model_core_ms_per_image", "decode_all_core_ms_per_image"):
-        assert figures[name]["median"] > 0
+@pytest.mark.usefixtures("ray_session")
+def test_the_flow_without_a_model_has_a_rate_and_a_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_runs, "run_module", run_here)
+    # So large that each shard is a read task, and some are decoded after the first part was counted, whose worker
+    # takes a second to start.
+    image = encode(photo(0, (4000, 3000))).ljust(5_000_000, b"\0")
+    shard = write_tar(tmp_path / "in" / "s-00.tar", [(f"{i}.jpg", image) for i in range(8)])
+    for number in range(1, 12):
+        os.link(shard, shard.with_name(f"s-{number:02d}.tar"))
+    found = bench_runs.no_model(settings(shards=str(tmp_path / "in"), scratch=str(tmp_path / "scratch")), {})
+    alone = {"decode_all_images_per_s": 1.0, "decode_all_core_ms_per_image": 1.0}
+    judged = bench.judge([{**found, **alone}], "resnet18", set())
+    assert [one["text"] for one in judged] == [goal.text for goal in bench.GOALS if goal.case == "no-model"]
+    assert all(one["median"] > 0 for one in judged)
 
 
-@pytest.mark.slow
-def test_a_measurement_is_made_in_a_process_of_its_own(tmp_path: Path) -> None:
-    changes = {"scratch": str(tmp_path / "scratch"), "plan_shards": 2000}
-    found, seconds = bench_runs.run_module("benchmarks.plan", "plan", settings(**changes))
-    assert found["plan_s"] < seconds
-    with pytest.raises(BenchError, match="KeyError: 'nothing'"):
-        bench_runs.run_module("benchmarks.stages", "nothing", settings(**changes))
+def test_every_measurement_has_a_case() -> None:
+    assert {name for names, _ in bench.CASES.values() for name in names} == bench.MEASUREMENTS.keys()
+    assert {goal.case for goal in bench.GOALS} <= bench.CASES.keys()

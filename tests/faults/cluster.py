@@ -72,6 +72,10 @@ def kill_worker(pid: int, pattern: re.Pattern[str]) -> bool:
     return at_work
 
 
+# A node without what reads its logs to drivers, and without what would start more nodes: two Python processes less.
+LEAN = ("--no-monitor", "--include-log-monitor=false")
+
+
 class Cluster:
     """Two Ray nodes on this machine, of which the second may die."""
 
@@ -88,7 +92,7 @@ class Cluster:
         self.node: subprocess.Popen[bytes] | None = None
 
     def _ray(self, *options: str) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", self._cpus, *options]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", self._cpus, *LEAN, *options]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [*command, "--object-store-memory=100000000"],

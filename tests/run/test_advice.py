@@ -15,19 +15,18 @@ from shard_embedder.pipeline.pages.run_page import draw_page
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.advice import make_warnings
-from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.passes import run
 from shard_embedder.pipeline.run.tally import Tally
 from shard_embedder.pipeline.shards.keys import Naming
 from tests.conftest import encode, photo, sample_members, write_tar
-from tests.outputs import UNHEARD, embed, job_for, rows
+from tests.outputs import IN_PROCESS, UNHEARD, embed, job_for, rows
 
 
 def report_of(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
     """The report of a run after one that stored all: it takes no Ray."""
     config = embed(folder, output, **settings)
     job = prepare_job(config)
-    return run(job, make_plan(job.shards, config.output), UNHEARD, InProcess())
+    return run(job, make_plan(job.shards, config.output), UNHEARD, IN_PROCESS)
 
 
 def said(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> tuple[str, list[dict[str, Any]], str]:
@@ -122,7 +121,7 @@ def test_files_that_may_be_shards_and_are_not_read_are_told_in_the_plan_and_warn
 def parts_run(folder: Path, output: Path, **settings: Any) -> dict[str, Any]:
     """The report of a run that stores its parts itself."""
     job = job_for(folder, output, **settings)
-    return run(job, make_plan(job.shards, job.config.output), UNHEARD, InProcess())
+    return run(job, make_plan(job.shards, job.config.output), UNHEARD, IN_PROCESS)
 
 
 def test_images_that_the_device_refused_are_warned_of_with_what_it_said(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from shard_embedder.pipeline.planning.resources import plan_resources
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
 from tests.conftest import ROOT, free_ports
-from tests.faults.kills import kill_tree
+from tests.faults.cluster import LEAN, kill_tree
 
 pytestmark = pytest.mark.head
 
@@ -48,7 +48,7 @@ _WAIT_S = 600.0
 # Of nodes, those that are started again included.
 _MOST_STARTS = 20
 # Looks, two a second.
-_ENOUGH = 10
+_ENOUGH = 6
 CPU_NODE = "127.0.0.12"
 GPU_NODE = ("--num-cpus=1", "--num-gpus=1", '--resources={"embedder": 1}')
 SETTINGS = {
@@ -131,7 +131,7 @@ class Nodes:
     def _start(self, node: str, *options: str) -> None:
         self._options[node] = options
         environment = {name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"}
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--node-ip-address={node}"]
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--node-ip-address={node}", *LEAN]
         # Ray's own are the same for all nodes: an agent that finds its port taken dies, and its node with it, and
         # workers of two clusters on one port get each other's questions.
         agent, agent_grpc = self._agent_ports.pop(), self._agent_ports.pop()
@@ -308,9 +308,9 @@ def test_a_job_that_waits_goes_on_when_the_nodes_have_come(nodes: Nodes, driver:
 def test_pixels_are_made_on_cpu_nodes_embeddings_only_on_gpus_and_one_that_joins_is_used(
     nodes: Nodes, driver: Driver, tmp_path: Path
 ) -> None:
-    # More than will be done: Ray Data takes half a minute to count a new node in.
+    # More than will be done: Ray Data takes up to half a minute to count a new node in.
     light_shards(tmp_path / "in", 200)
-    runs = driver.start(sleep_flow, tmp_path / "in", tmp_path / "out", 200.0, {"actors": "1:2"})
+    runs = driver.start(sleep_flow, tmp_path / "in", tmp_path / "out", 100.0, {"actors": "1:2"})
     nodes.until("the first part", lambda: num_stored(tmp_path / "out") > 0 or runs.done())
     before, joins = nodes.gpu_node, nodes.add(*GPU_NODE)
     nodes.until("the end of the run", runs.done)

@@ -1,91 +1,38 @@
 """GPUs that cannot embed: they are named and left out, and the others do the work.
 
-Ray's nodes have declared GPUs, not real ones. A CPU computes in their place, and breaks as GPUs do.
+Ray's nodes have declared GPUs, not real ones, which break as GPUs do.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
 from benchmarks.scaling import IMAGES_A_SHARD, light_shards
 from shard_embedder.pipeline.core.config import parse
-from shard_embedder.pipeline.embedding.embedder import Runner, Source
-from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.planning.engine import Engine, choose_engine
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
+from tests.whole.declared_gpus import BREAKS_LATER, DIES, NO_KERNEL, NODE, RAISES, DeclaredGpus
 
 pytestmark = pytest.mark.head
 
 _WAIT_S = 300.0
-_BREAK_S = 60.0
-_STORE = {"object_store_memory": 250_000_000}
-_LAUNCH = "CUDA error: unspecified launch failure\nSearch for it in the manual."
-_NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
-RAISES, DIES, BREAKS_LATER = "raises", "dies", "breaks later"
-
-
-@dataclass(frozen=True)
-class DeclaredGpu:
-    """A runner on the CPU. What breaks later does so in its first part, and until then the others wait in theirs."""
-
-    runner: Runner
-    breaks: bool
-    broken: Path
-    gpu: ClassVar[None] = None
-
-    @property
-    def batch_size(self) -> int:
-        return self.runner.batch_size
-
-    def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        is_part = len(rows) == IMAGES_A_SHARD
-        if is_part and self.breaks:
-            self.broken.touch()
-            raise RuntimeError(_LAUNCH)
-        deadline = time.monotonic() + _BREAK_S
-        while is_part and not self.broken.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return self.runner.embed(pixels, rows)
-
-
-@dataclass(frozen=True)
-class DeclaredGpus:
-    """Runners for a cluster whose GPUs, as `a1` of the node started as `a`, have these `faults`."""
-
-    has_own_batch_size: ClassVar[bool] = True
-
-    source: Source
-    faults: Mapping[str, str]
-    broken: Path
-
-    def runner(self, network: Network, placement: Placement) -> Runner:
-        assert placement.device == "cuda"
-        fault = self.faults.get(os.environ["EMBED_TEST_NODE"] + os.environ["CUDA_VISIBLE_DEVICES"])
-        if fault == DIES:
-            os._exit(1)
-        if fault == RAISES or (fault == BREAKS_LATER and self.broken.exists()):
-            raise RuntimeError(f"{_NO_KERNEL}\nSearch for it in the manual.")
-        runner = self.source.runner(network, replace(placement, device="cpu", num_threads=1))
-        if BREAKS_LATER not in self.faults.values():
-            return runner
-        return DeclaredGpu(runner, fault == BREAKS_LATER, self.broken)
+# Each node without what reads its logs to the driver.
+_NODE = {"object_store_memory": 250_000_000, "include_log_monitor": False}
 
 
 def run_on(faults: dict[str, str], folder: Path) -> dict[str, Any] | str:
@@ -97,7 +44,7 @@ def run_on(faults: dict[str, str], folder: Path) -> dict[str, Any] | str:
 
     def choose(*asked: Any) -> Engine:
         engine = choose_engine(*asked)
-        return replace(engine, source=DeclaredGpus(engine.source, faults, folder / "broken"))
+        return replace(engine, source=DeclaredGpus(job.shape[0], faults, folder / "broken"))
 
     def nothing(*_: Any) -> None:
         pass
@@ -115,9 +62,11 @@ _cluster: list[Cluster] = []
 
 def start_cluster() -> None:
     """In the driver: a head without GPUs, and two nodes, `a` with three and `b` with one."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **_STORE})
-    cluster.add_node(num_cpus=2, num_gpus=3, env_vars={"EMBED_TEST_NODE": "a"}, **_STORE)
-    cluster.add_node(num_cpus=1, num_gpus=1, env_vars={"EMBED_TEST_NODE": "b"}, **_STORE)
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "no_monitor": True, **_NODE}
+    )
+    cluster.add_node(num_cpus=2, num_gpus=3, env_vars={NODE: "a"}, **_NODE)
+    cluster.add_node(num_cpus=1, num_gpus=1, env_vars={NODE: "b"}, **_NODE)
     ray.init(cluster.address, log_to_driver=False)
     _cluster.append(cluster)
 
@@ -148,10 +97,10 @@ def test_gpus_that_cannot_embed_are_named_and_left_out_and_the_others_embed_all(
     first, second, later = sorted(report["problems"])
     host = os.uname().nodename
     assert first == f"GPU 0 of {host} is left out: the process that tried it died"
-    assert second == f"GPU 1 of {host} is left out: RuntimeError: {_NO_KERNEL}"
+    assert second == f"GPU 1 of {host} is left out: RuntimeError: {NO_KERNEL}"
     assert "RuntimeError: CUDA error: unspecified launch failure; GPU 2" in later
     assert later.startswith("pass 1: ")
-    assert later.endswith(f"; GPU 2 of {host} is left out: RuntimeError: {_NO_KERNEL}")
+    assert later.endswith(f"; GPU 2 of {host} is left out: RuntimeError: {NO_KERNEL}")
     assert report["balanced"]
     assert report["embedded"] == 4 * IMAGES_A_SHARD
 
@@ -163,5 +112,5 @@ def test_a_job_without_a_gpu_that_can_embed_ends_with_what_torch_says(
     told = driver(run_on, dict.fromkeys(("a0", "a1", "a2", "b0"), RAISES), tmp_path)
     assert isinstance(told, str), told
     assert told.startswith("ClusterError: device cuda needs a GPU that can embed a batch: GPU ")
-    assert told.count(f"is left out: RuntimeError: {_NO_KERNEL}") == 4
+    assert told.count(f"is left out: RuntimeError: {NO_KERNEL}") == 4
     assert not (tmp_path / "out" / "embeddings").exists()

@@ -35,7 +35,7 @@ def test_kill_anything_and_the_output_is_the_same() -> None:
     load = Load(num_shards=40, samples_each=16, image_size=96)
     # At last a node that never comes back: what is left of the cluster goes on.
     lost = Plan((NODE,), False, 1.0, 0.0, math.inf)
-    plan = [*make_plan(len(KINDS), SEED, spread_s=2.0), lost]
+    plan = [*make_plan(len(KINDS), SEED, spread_s=1.0), lost]
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="kills-") as folder, harness(load, Path(folder), said.append) as job:
         while plan and len(runs) < _MAX_RUNS:

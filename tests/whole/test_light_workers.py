@@ -1,4 +1,4 @@
-"""What the workers load that read, decode and write: each of them takes the time and memory for it."""
+"""What planning and the workers load that read, decode and write: each of them takes the time and memory for it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ WORKER = """
 import pickle, sys
 import pyarrow as pa
 import ray.data
+import shard_embedder.pipeline.planning.plan
 read, reader, decode, decoder, write, writer, shards, schema = pickle.load(open(sys.argv[1], "rb"))
 (samples,) = read(pa.Table.from_pylist(shards, schema=schema), reader)
 (decoded,) = decode(samples, decoder)
@@ -30,7 +31,7 @@ print(decoded["num_samples"].to_pylist(), sorted({"torch", "torchvision", "timm"
 """
 
 
-def test_workers_that_read_decode_and_write_load_no_backbone(tmp_path: Path) -> None:
+def test_planning_and_workers_that_read_decode_and_write_load_no_backbone(tmp_path: Path) -> None:
     job = job_for(write_shards(tmp_path / "in", num_shards=1, samples_each=2), tmp_path / "out")
     shards = [shard._asdict() for shard in make_plan(job.shards, job.config.output).pending]
     tasks = (read, SampleReader(job.config), decode, Decoder(job.rules))
