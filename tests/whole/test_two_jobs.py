@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import ray
@@ -31,25 +32,32 @@ _ACTORS = 4
 _WAIT_S = 200
 
 
-def test_the_actors_of_jobs_that_have_all_found_room_leave_them_all_room_to_read(tmp_path: Path) -> None:
+class _Actor:
+    """Of another job."""
+
+    def is_placed(self) -> bool:
+        return True
+
+
+def test_actors_leave_room_to_read_beside_those_of_another_job_that_found_the_same_room(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=2)
-    flows = []
-    for name in ("one", "two"):
-        job = job_for(tmp_path / "in", tmp_path / name, actors=str(_ACTORS), device="cpu")
-        job = replace(job.with_engine("sleep", "fp32"), shape=(4,))
-        # Nothing runs yet: what is free for this one is free for the next, too.
-        resources = plan_resources(job.config)
-        pending = make_plan(job.shards, job.config.output).pending
-        flows.append(make_flow(pending, job, SleepSource(64.0, time.time()), resources))
+    job = job_for(tmp_path / "in", tmp_path / "out", actors=str(_ACTORS), device="cpu")
+    job = replace(job.with_engine("sleep", "fp32"), shape=(4,))
+    pending, resources = make_plan(job.shards, job.config.output).pending, plan_resources(job.config)
+    make = ray.remote(_Actor).options(num_cpus=resources.reserved_cpus)
+    others: list[Any] = [make.remote() for _ in range(_ACTORS)]
+    assert all(ray.get([actor.is_placed.remote() for actor in others]))
     deadline = time.monotonic() + _WAIT_S
 
     def check() -> None:
-        assert time.monotonic() < deadline, "a flow stands still"
+        assert time.monotonic() < deadline, "the flow stands still"
 
-    with ThreadPoolExecutor(len(flows)) as pool:
-        receipts = pool.map(lambda flow: list(watched(flow, check)), flows)
-        assert [len(each) for each in receipts] == [2, 2]
-    assert len(rows(tmp_path / "one")) == len(rows(tmp_path / "two")) == 14
+    try:
+        assert len(list(watched(make_flow(pending, job, SleepSource(64.0, time.time()), resources), check))) == 2
+    finally:
+        for actor in others:
+            ray.kill(actor)
+    assert len(rows(tmp_path / "out")) == 14
 
 
 @pytest.mark.slow
