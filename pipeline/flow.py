@@ -84,7 +84,7 @@ def make_flow(pending: list[Pending], job: Job, source: Source, resources: Resou
         batch_size=1,
         batch_format="pyarrow",
         compute=_pool(resources),
-        num_cpus=resources.actor_cpus,
+        num_cpus=resources.reserved_cpus,
         num_gpus=resources.actor_gpus or None,
         resources=resources.requests[0].named or None,
     )

@@ -19,9 +19,12 @@ from shard_embedder.pipeline.planning.nodes import SAY_EVERY_S, Node, Request, a
 
 # Cores that one CPU actor uses; more actors scale better than more threads.
 _CORES_PER_ACTOR = 16
-# CPUs that an actor reserves; it uses more. When a node is lost, its actors start again on the nodes that are left,
-# and must leave room for decoding there.
+# CPUs that an actor counts for, and reserves on a large cluster; it uses more. When a node is lost, its actors start
+# again on the nodes that are left, and must leave room for decoding there.
 _ACTOR_CPUS = 0.3
+# Of the cluster's CPUs, what the actors of one job reserve at most. They keep it to the end, and Ray gives what is
+# left to whoever asks first: the actors of jobs that start at the same moment must leave all of them room to read.
+_ACTORS_SHARE = 1 / 8
 # Memory that a read task reserves. It limits how many run at once: with more, finished parts fill the object store
 # and decoding stalls (benchmarks/README.md). On a machine with 4 GB a core this allows one for each core.
 _READ_MEMORY = 5 * 2**29
@@ -61,6 +64,12 @@ class Resources:
             STAGE_EMBED: float(self.num_actors[1]),
             STAGE_WRITE: self.total_cpus / self.write_cpus,
         }
+
+    @property
+    def reserved_cpus(self) -> float:
+        """CPUs that each actor reserves."""
+        # Ray refuses fractions finer than 0.0001.
+        return round(min(self.actor_cpus, self.total_cpus * _ACTORS_SHARE / self.num_actors[0]), 4)
 
     @property
     def requests(self) -> tuple[Request, ...]:

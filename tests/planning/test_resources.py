@@ -212,6 +212,18 @@ def test_what_other_jobs_hold_of_a_cluster_is_told_before_actors_fill_the_rest()
     assert held_by_others(resources, total, {}) is not None
 
 
+@pytest.mark.parametrize("num_actors", [1, 4, 5])
+def test_the_actors_of_six_jobs_leave_room_for_a_task_of_each_stage(num_actors: int) -> None:
+    for nodes in ([{"CPU": 2.0}], [L4, L4], [{"CPU": 64.0}]):
+        resources, lacking = divided(nodes, actors=str(num_actors), device="cpu")
+        assert lacking is None
+        left = resources.total_cpus - 6 * num_actors * resources.reserved_cpus
+        assert left >= max(task.cpus for task in resources.requests[1:])
+        # Few actors of a large cluster reserve as much as they count for.
+        assert resources.reserved_cpus <= resources.actor_cpus
+    assert resources.reserved_cpus == resources.actor_cpus == 0.3
+
+
 def test_a_gpu_that_another_job_holds_is_not_free() -> None:
     config = parse({"input": ["in"], "output": "out", "device": "cuda"})
     resources, lacking = plan_stages(config, [{"CPU": 8.0, "GPU": 2.0}])
