@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, overload
 
-from shard_embedder.pipeline.backbones.weights_spec import Weights, spec_of
+from shard_embedder.pipeline.backbones.weights_spec import Weights, random_seed, spec_of
 from shard_embedder.pipeline.core.errors import BackboneError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
@@ -95,11 +95,14 @@ def build_backbone(
     if not features:
         raise BackboneError(f"features must be pooled, map, or one layer or more, got {features!r}")
     spec = weights if isinstance(weights, str) else spec_of(weights.name)
-    loaded = load_weights(name, weights) if isinstance(weights, str) else weights
+    if isinstance(weights, str):
+        seed = random_seed(weights)
+        # To name random weights by their sha256 would be to draw them twice.
+        weights = load_weights(name, weights) if seed is None else Weights(weights, "", seed=seed)
     if isinstance(features, str):
-        backbone = library.build_backbone(name, loaded, features, image_size)
+        backbone = library.build_backbone(name, weights, features, image_size)
     else:
-        backbone = library.build_feature_maps(name, loaded, tuple(features), image_size)
+        backbone = library.build_feature_maps(name, weights, tuple(features), image_size)
     backbone.find_preprocess = partial(_preprocess, name, spec, preprocess, image_size)
     return backbone
 

@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from shard_embedder.pipeline.backbones.transform import Transform
 from shard_embedder.pipeline.core.config import FEATURES
@@ -68,7 +70,7 @@ def channels_of(name: str, backbone: FeatureMaps, size: tuple[int, int]) -> dict
     Raises:
         BackboneError: a layer gives something else.
     """
-    with torch.no_grad():
+    with torch.no_grad(), _NormsKeepShapes():
         maps = backbone(torch.zeros(1, 3, *size, device="meta"))
     for layer, value in maps.items():
         if value.dim() != 4:
@@ -128,9 +130,18 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class _NormsKeepShapes(TorchFunctionMode):
+    """Norms give what they are given: without values, torch spends most of a network's time on them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.functional.batch_norm, nn.functional.layer_norm):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def run_without_values(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
     """Shape of one image's features, from a backbone on the meta device and images of `size` (height, width)."""
-    with torch.no_grad():
+    with torch.no_grad(), _NormsKeepShapes():
         return tuple(backbone(torch.zeros(1, 3, *size, device="meta")).shape[1:])
 
 

@@ -83,6 +83,7 @@ ALIASES = {
 
 # The builders of these want to be told whether to draw initial weights.
 _ASKS_INITIALISATION = ("googlenet", "inception_v3")
+_INITIALISERS = {nn.init.constant_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_}
 _POSITIONS = "encoder.pos_embedding"  # of a vision transformer
 # torchvision's files of DenseNet are older than its names: `norm.1` there is `norm1` in the model.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
@@ -99,6 +100,11 @@ class _WithoutValues(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty:
             kwargs["device"] = "meta"
+        elif func in _INITIALISERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            # To draw nothing takes torch as long as to build all the rest.
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 

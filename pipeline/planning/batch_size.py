@@ -75,8 +75,9 @@ def measure(
     *,
     compiled: bool = False,
     limit_s: float | None = None,
+    step_s: float = _STEP_S,
 ) -> dict[int, float]:
-    """Images/s of a part, padding included, by batch size.
+    """Images/s of a part, padding included, by batch size, of which each is repeated for `step_s` seconds.
 
     It stops at a batch that does not fit the memory, after two larger ones that gained no more than `GAIN`, or before
     a size that would take longer than is left of `limit_s` seconds. A `compiled` runner compiles for each size, and
@@ -108,7 +109,7 @@ def measure(
             first_s = sum(seconds(size) for _ in range(num_first))
             batch_s = seconds(size)
             ready_s = max(0.0, first_s - num_first * batch_s)
-            num_batches = int(min(_STEP_S, deadline - time.perf_counter()) / batch_s)
+            num_batches = int(min(step_s, deadline - time.perf_counter()) / batch_s)
             if num_batches > 1:
                 batch_s = seconds(num_batches * size) / num_batches
         except RuntimeError:  # torch's, when host or device has no memory left

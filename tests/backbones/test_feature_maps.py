@@ -16,7 +16,14 @@ from torchvision.ops import FeaturePyramidNetwork
 from shard_embedder.pipeline.backbones import build_backbone, library_of, list_backbones
 from shard_embedder.pipeline.backbones.weights import Weights
 from shard_embedder.pipeline.core.errors import BackboneError
-from tests.backbones.models import images, torchvision_model, weights_of
+from tests.backbones.models import (
+    fed_to_classifier,
+    filled_model,
+    images,
+    own_values,
+    torchvision_model,
+    weights_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,8 +35,7 @@ def seen_at(module: nn.Module, layers: tuple[str, ...], x: Tensor) -> dict[str, 
         module.get_submodule(layer).register_forward_hook(
             lambda _, __, output, layer=layer: seen.update({layer: output})
         )
-    with torch.no_grad():
-        module(x)
+    fed_to_classifier(module, x)
     return seen
 
 
@@ -44,7 +50,7 @@ def seen_at(module: nn.Module, layers: tuple[str, ...], x: Tensor) -> dict[str, 
     ],
 )
 def test_maps_are_what_the_layers_of_torchvisions_model_give(name: str, layers: tuple[str, ...]) -> None:
-    model = torchvision_model(name)
+    model = own_values(filled_model(name))
     backbone = build_backbone(name, weights_of(model), features=layers)
     x = images(2, 96, 64)
     with torch.no_grad():
@@ -59,7 +65,7 @@ def test_maps_are_what_the_layers_of_torchvisions_model_give(name: str, layers: 
 
 @pytest.mark.slow
 def test_maps_of_swin_have_channels_first() -> None:
-    model = torchvision_model("swin_t")
+    model = own_values(filled_model("swin_t"))
     layers = ("features.1", "features.3", "norm", "permute")
     backbone = build_backbone("swin_t", weights_of(model), features=list(layers))
     x = images(1, 64, 64)
@@ -74,7 +80,7 @@ def test_maps_of_swin_have_channels_first() -> None:
 
 @pytest.mark.parametrize("is_random", [True, False])
 def test_googlenet_transforms_its_input_where_its_weights_are_pretrained(is_random: bool) -> None:
-    model: Any = torchvision_model("googlenet")
+    model: Any = torchvision_model("googlenet") if is_random else own_values(filled_model("googlenet"))
     model.transform_input = not is_random
     weights = "random:0" if is_random else weights_of(model)
     x = images(1, 64, 64)
@@ -84,7 +90,8 @@ def test_googlenet_transforms_its_input_where_its_weights_are_pretrained(is_rand
 
 
 def test_the_last_stage_of_stride_1_is_larger() -> None:
-    maps = build_backbone("resnet50_stride1", "random", features=("layer3", "layer4"))(images(1, 64, 64))
+    weights = weights_of(filled_model("resnet50"))
+    maps = build_backbone("resnet50_stride1", weights, features=("layer3", "layer4"))(images(1, 64, 64))
     assert maps["layer3"].shape[2:] == maps["layer4"].shape[2:] == (4, 4)
 
 

@@ -24,7 +24,7 @@ from shard_embedder.pipeline.backbones import build_backbone, load_weights
 from shard_embedder.pipeline.backbones.weights import state_sha256
 from shard_embedder.pipeline.core.errors import SettingsError, WeightsError
 from shard_embedder.pipeline.core.storage import locate
-from tests.backbones.weights_files import NAME, Touch, assert_loads, saved, torchvision_state, write
+from tests.backbones.weights_files import NAME, Touch, assert_loads, filled_state, saved, torchvision_state, write
 from tests.conftest import ROOT
 
 
@@ -141,7 +141,7 @@ def test_weights_of_another_precision_become_fp32(tmp_path: Path, dtype: torch.d
 
 @pytest.mark.slow
 def test_a_densenet_file_with_the_old_key_names_of_torchvisions_downloads_loads(tmp_path: Path) -> None:
-    state = torchvision_state("densenet121")
+    state = filled_state("densenet121")
     old = {
         re.sub(r"(denselayer\d+)\.(norm|conv)([12])\.", r"\1.\2.\3.", key): value
         for key, value in state.items()
@@ -155,7 +155,7 @@ def test_a_densenet_file_with_the_old_key_names_of_torchvisions_downloads_loads(
 @pytest.mark.parametrize("name", ["mnasnet0_5", "mnasnet1_0"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_an_mnasnet_file_loads_with_and_without_its_version(tmp_path: Path, name: str, suffix: str) -> None:
-    state = torchvision_state(name)
+    state = {key: value.contiguous() for key, value in filled_state(name).items()}
     path = tmp_path / f"w.{suffix}"
     assert_loads(name, write(path, state if suffix == "pth" else save_safetensors(state)), state)
 
@@ -163,7 +163,7 @@ def test_an_mnasnet_file_loads_with_and_without_its_version(tmp_path: Path, name
 @pytest.mark.parametrize("name", ["googlenet", pytest.param("inception_v3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("auxiliary", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_auxiliary_classifiers_in_a_file_do_not_matter(tmp_path: Path, name: str, auxiliary: bool) -> None:
-    state = torchvision_state(name, init_weights=True, aux_logits=auxiliary)
+    state = filled_state(name, aux_logits=auxiliary)
     assert any(key.lower().startswith("aux") for key in state) == auxiliary
     assert_loads(name, write(tmp_path / "w.pth", state), state)
 
@@ -176,7 +176,7 @@ def test_auxiliary_classifiers_in_a_file_do_not_matter(tmp_path: Path, name: str
     ],
 )
 def test_files_of_every_kind_of_architecture_load(tmp_path: Path, name: str) -> None:
-    state = torchvision_state(name)
+    state = filled_state(name)
     assert_loads(name, write(tmp_path / "w.pth", state), state)
 
 

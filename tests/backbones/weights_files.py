@@ -12,6 +12,7 @@ from torchvision import models
 
 from shard_embedder.pipeline.backbones import build_backbone
 from shard_embedder.pipeline.backbones.weights import StateDict
+from tests.backbones.models import filled_model
 
 NAME = "squeezenet1_1"  # small: 5 MB
 
@@ -22,6 +23,12 @@ def torchvision_state(name: str = NAME, seed: int = 0, **options: Any) -> StateD
         torch.manual_seed(seed)
         state: StateDict = models.get_model(name, weights=None, **options).state_dict()
     return state
+
+
+def filled_state(name: str, **options: Any) -> StateDict:
+    """The same with values that cost little, and of the classifier only its auxiliary ones."""
+    model = filled_model(name, **options)
+    return {key: value for key, value in model.state_dict().items() if not value.is_meta}
 
 
 def saved(content: Any, **options: Any) -> bytes:

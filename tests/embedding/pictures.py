@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torchvision import models
 
-from shard_embedder.pipeline.backbones.torchvision_models import preprocess_for
+from shard_embedder.pipeline.backbones import library_of
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 
 SIDE = 64
 
 
 def preprocess(backbone: str, side: int = SIDE) -> Preprocess:
-    return preprocess_for(backbone, "random").with_size((side, side))
+    own: Preprocess = library_of(backbone).preprocess_for(backbone, "random")
+    return own.with_size((side, side))
 
 
 def pictures(count: int, seed: int = 0, side: int = SIDE) -> list[Any]:

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from shard_embedder.pipeline.backbones import build_backbone, load_weights
-from shard_embedder.pipeline.backbones.torchvision_models import output_shape, preprocess_for
+from shard_embedder.pipeline.backbones import build_backbone, library_of
+from shard_embedder.pipeline.backbones.torchvision_models import preprocess_for
 from shard_embedder.pipeline.backbones.weights import Weights
 from shard_embedder.pipeline.core.schema import (
     EMBEDDING,
@@ -56,10 +56,29 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 ENGINE = {"name": "torch"}
 
 
+@lru_cache(maxsize=1)
+def random_state(backbone: str) -> Any:
+    """Random weights, drawn once for the tests that follow on each other."""
+    state = build_backbone(backbone, "random:0").state_dict()
+    # Its library's own names, in which timm has no such prefix.
+    return {key.removeprefix("model."): value for key, value in state.items()}
+
+
 @lru_cache(maxsize=2)
 def random_source(engine: str, network: Network) -> Source:
-    """What computes `network` with random weights, converted once for the tests that follow on each other."""
-    return source_of(engine, network, load_weights(network.backbone, "random:0"))
+    """What computes `network` with random weights, converted once."""
+    return source_of(engine, network, Weights("random:0", "", random_state(network.backbone)))
+
+
+@lru_cache(maxsize=3)
+def random_embedder(engine: str, network: Network, placement: Placement, dtype: str) -> Embedder:
+    """An embedder with random weights, compiled once."""
+    return embedder_of(random_source(engine, network), network, placement, dtype)
+
+
+def embedder_of(source: Source, network: Network, placement: Placement, dtype: str) -> Embedder:
+    shape = library_of(network.backbone).output_shape(network.backbone, network.features, network.preprocess.crop)
+    return Embedder(source, network, placement, shape=shape, dtype=dtype)
 
 
 def source_of(engine: str, network: Network, weights: Weights) -> Source:
@@ -73,7 +92,8 @@ def source_of(engine: str, network: Network, weights: Weights) -> Source:
 @pytest.fixture(scope="module", autouse=True)
 def _sources_given_back() -> Iterator[None]:
     yield
-    random_source.cache_clear()
+    for kept in (random_embedder, random_source, random_state):
+        kept.cache_clear()
 
 
 def embedder(
@@ -83,11 +103,11 @@ def embedder(
     given = {"preprocess": preprocess(backbone, side), "dtype": "float32", "batch_size": 16} | options
     fields = ("features", "preprocess", "normalize")
     network = Network(backbone=backbone, **{name: given.pop(name) for name in fields if name in given})
-    dtype = given.pop("dtype")
-    name = ENGINE["name"]
-    source = random_source(name, network) if weights is None else source_of(name, network, weights)
-    shape = output_shape(backbone, network.features, network.preprocess.crop)
-    return Embedder(source, network, Placement(**given), shape=shape, dtype=dtype)
+    dtype, name = given.pop("dtype"), ENGINE["name"]
+    placement = Placement(**given)
+    if weights is None:
+        return random_embedder(name, network, placement, dtype)
+    return embedder_of(source_of(name, network, weights), network, placement, dtype)
 
 
 def part(pixels: list[Any], number: int = 0, side: int = SIDE) -> pa.Table:
@@ -141,12 +161,14 @@ def cosine(a: Any, b: Any) -> Any:
     [
         ("resnet18", SIDE, "fp32", 16),
         ("resnet18", SIDE, "bf16", 16),
-        pytest.param("vit_b_32", 224, "fp32", 4, marks=pytest.mark.slow),
+        pytest.param("timm/vit_tiny_patch16_224", SIDE, "fp32", 4, marks=pytest.mark.slow),
     ],
 )
 def test_neither_padding_nor_neighbours_change_an_embedding_by_a_bit(
     backbone: str, side: int, precision: str, count: int
 ) -> None:
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm", reason="timm is not installed: pip install timm")
     actor = embedder(backbone, side=side, precision=precision, batch_size=count)
     images = pictures(count, side=side)
     together = embed(actor, images)

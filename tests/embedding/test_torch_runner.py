@@ -26,7 +26,8 @@ def test_batches_that_do_not_fit_into_memory_are_halved_until_they_do() -> None:
 
     def runner(batch_size: int, room: int) -> TorchRunner:
         network = build_network(
-            Network(backbone="resnet18", preprocess=preprocess("resnet18")), load_weights("resnet18", "random:0")
+            Network(backbone="squeezenet1_1", preprocess=preprocess("squeezenet1_1")),
+            Weights("random:0", "", seed=0),
         )
         tried: list[int] = []
 
