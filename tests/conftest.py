@@ -162,6 +162,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _KIND[item.path])
 
 
+def pytest_collection_finish() -> None:
+    """Have Python pass over the objects of imported libraries when it looks for garbage after each file."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """End the shared Ray where nobody needs it: idle, it takes a tenth of a core."""
     ray = sys.modules.get("ray")

@@ -12,14 +12,6 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _only_new_objects_are_searched() -> Iterator[None]:
-    """The million objects of imported libraries are not searched each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def _memory_given_back_after_each_test() -> Iterator[None]:
     yield

@@ -1,5 +1,5 @@
 """What several tests of this room need."""
 
-from tests.memory import _memory_given_back_after_each_test, _only_new_objects_are_searched
+from tests.memory import _memory_given_back_after_each_test
 
-__all__ = ["_memory_given_back_after_each_test", "_only_new_objects_are_searched"]
+__all__ = ["_memory_given_back_after_each_test"]

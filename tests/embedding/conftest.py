@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.memory import _memory_given_back_after_each_test, _only_new_objects_are_searched
+from tests.memory import _memory_given_back_after_each_test
 
-__all__ = ["_memory_given_back_after_each_test", "_only_new_objects_are_searched"]
+__all__ = ["_memory_given_back_after_each_test"]
 
 
 @pytest.fixture(autouse=True)
