@@ -181,7 +181,8 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
     made, to_open, following = first.splitlines()[-3:]
     assert re.fullmatch(rf"made  {NUM_VIEWS * len(PHOTOS)} embeddings in my demo/output/embeddings, in \d+ s", made)
     assert to_open == "open  my demo/contact-sheet.png, my demo/output/report.html"
-    assert following == "next  use trained weights: make demo WEIGHTS=path/to/squeezenet1_1.pth"
+    again = "python jobs/demo.py --backbone squeezenet1_1 --weights path/to/squeezenet1_1.pth"
+    assert following == f"next  use trained weights: {again}"
     with Image.open(tmp_path / "my demo" / "contact-sheet.png") as sheet:
         assert sheet.width > 1000
         assert all(frames(sheet.convert("RGB")))
