@@ -159,7 +159,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         uses_ray = item.get_closest_marker("ray") is not None
         kind = _HEAD if own_head else _RAY if uses_ray else _SLOW if item.get_closest_marker("slow") else _OTHER
         _KIND[item.path] = min(kind, _KIND.get(item.path, _OTHER))
-    items.sort(key=lambda item: _KIND[item.path])
+    # The kills take longest.
+    items.sort(key=lambda item: (_KIND[item.path], item.path.name != "test_kills.py"))
 
 
 def pytest_collection_finish() -> None:
