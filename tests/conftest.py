@@ -163,12 +163,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (_KIND[item.path], item.path.name != "test_kills.py"))
 
 
-def pytest_collection_finish() -> None:
-    """Have Python pass over the objects of imported libraries when it looks for garbage after each file."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """End the shared Ray where nobody needs it: idle, it takes a tenth of a core."""
     ray = sys.modules.get("ray")
@@ -190,6 +184,8 @@ def _environment_kept(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _memory_given_back() -> Iterator[None]:
     """What a file built goes with it: a process that has built every architecture would hold 7 GB."""
+    # Libraries stay, and are not searched for garbage each time.
+    gc.freeze()
     yield
     gc.collect()
     with suppress(OSError, AttributeError):  # no glibc

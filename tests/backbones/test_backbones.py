@@ -40,6 +40,7 @@ NAMED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_one_image_of_any_size_gives_pooled_features_and_a_map(name: str) -> None:
     weights = weights_of(filled_model(BACKBONES[name].architecture))
@@ -54,6 +55,7 @@ def test_one_image_of_any_size_gives_pooled_features_and_a_map(name: str) -> Non
         assert_same(features, feature_map.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMED, pytest.param("resnext101_32x8d", marks=pytest.mark.slow)])
 def test_the_shapes_of_one_image_of_any_size_are_those_that_are_told(name: str) -> None:
     weights = weights_of(model_without_values(BACKBONES[name].architecture))

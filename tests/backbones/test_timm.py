@@ -67,6 +67,7 @@ def saved(model: Any, folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture", [pytest.param(name, marks=[] if name == "test_vit3" else [pytest.mark.slow]) for name in SMALL]
 )
@@ -329,6 +330,7 @@ def test_versions_name_timm() -> None:
     assert versions() == {"torch": torch.__version__, "timm": timm.__version__}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "size"),
     [

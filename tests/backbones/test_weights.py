@@ -227,6 +227,7 @@ def damaged(data: bytes, count: int) -> Iterator[bytes]:
         yield bytes(damage[: rng.randrange(len(damage))] if rng.random() < 0.2 else damage)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_a_damaged_file_is_refused_or_loads_but_never_anything_else(tmp_path: Path) -> None:
     content = {"features.0.weight": torch.zeros(2)}

@@ -44,6 +44,7 @@ def images_in(folder: Path) -> dict[str, bytes]:
     return images
 
 
+@pytest.mark.slow
 def test_photos_have_the_size_of_imagenet_and_are_the_same_each_time(tmp_path: Path) -> None:
     made = photo_shards(tmp_path / "a", 10, 4)
     images = images_in(tmp_path / "a")
@@ -140,6 +141,7 @@ def test_an_unknown_case_is_refused_with_the_known_ones(capsys: pytest.CaptureFi
     assert "unknown backbone 'resnet5'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_fails_is_named_and_loses_nothing_of_the_rest(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

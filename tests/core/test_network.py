@@ -102,6 +102,7 @@ def test_a_read_that_fails_without_end_is_a_transient_error_in_bounded_time(
     assert network.count("GET", r"a\.tar") <= 2 * 12
 
 
+@pytest.mark.slow
 def test_after_a_call_was_given_up_the_next_ones_get_one_attempt_until_one_succeeds(
     network: FaultProxy, shard: Shard
 ) -> None:
@@ -130,6 +131,7 @@ def test_a_retry_goes_on_from_the_chunk_reached(network: FaultProxy, shard: Shar
     assert network.count("GET", r"a\.tar", fault="") == chunks
 
 
+@pytest.mark.slow
 def test_an_answer_that_drips_is_given_up(network: FaultProxy, shard: Shard) -> None:
     # Each byte comes within the timeout, all of them not before next year.
     network.add("drip", r"a\.tar", "GET", seconds=0.1)
@@ -241,6 +243,7 @@ def test_a_write_survives_a_burst_of(fault: str, network: FaultProxy, s3_url: st
     assert direct.find(s3_url) == [f"{s3_url}/part".removeprefix("s3://")]
 
 
+@pytest.mark.slow
 def test_a_write_into_a_connection_that_nobody_reads_is_given_up(
     network: FaultProxy, s3_url: str, direct: Any
 ) -> None:
@@ -344,6 +347,7 @@ def test_old_parts_that_may_not_be_deleted_are_told(network: FaultProxy, s3_url:
         delete(s3_url, ["old"], SHORT)
 
 
+@pytest.mark.slow
 def test_no_error_tells_a_secret(
     network: FaultProxy, shard: Shard, monkeypatch: pytest.MonkeyPatch, s3_server: S3Server
 ) -> None:

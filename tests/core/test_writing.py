@@ -86,6 +86,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_never_leaves_a_half_file(tmp_path: Path) -> None:
     rng = random.Random(0)
     leftovers = 0

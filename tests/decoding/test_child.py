@@ -133,6 +133,7 @@ def test_a_size_is_that_of_the_image_as_it_is_seen() -> None:
             Decoder(RULES).upright_size(broken)
 
 
+@pytest.mark.slow
 def test_a_child_that_is_killed_from_outside_is_started_again() -> None:
     decoder = Decoder(RULES)
     before = decoder.decode(png(1))
@@ -195,6 +196,7 @@ def test_the_time_of_the_child_counts() -> None:
     assert spent > 3 * here
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faulty_pillow")
 def test_a_child_that_has_stopped_is_given_up() -> None:
     decoder = Decoder(replace(RULES, image_timeout_s=0.1))

@@ -27,6 +27,7 @@ FUZZ_INPUTS = int(os.environ.get("EMBED_FUZZ_INPUTS", "5000"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 
+@pytest.mark.slow
 def test_what_is_decoded_without_pillow_has_pillows_pixels() -> None:
     rng = random.Random(FUZZ_SEED)
     jpegs = [data for name, data in FILES.items() if "jpeg" in name and data[:2] == b"\xff\xd8"]

@@ -186,6 +186,7 @@ def test_a_progressive_jpeg_of_many_scans_is_refused() -> None:
     assert make_decoder().decode(progressive_bomb(1000, 20)).shape == (32, 32, 3)
 
 
+@pytest.mark.slow
 def test_a_bomb_of_compressed_text_in_a_png_costs_no_memory_and_no_image() -> None:
     deflate = zlib.compressobj(9)
     packed = b"".join(deflate.compress(bytes(MIB)) for _ in range(200)) + deflate.flush()

@@ -236,6 +236,7 @@ def embedder(backbone: str, weights: Any, preprocess: Preprocess, cpu: Decoder |
     return Embedder(source, network, Placement(batch_size=16), shape=shape, dtype="float32", decoder=cpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", [pytest.param("resnet18", marks=pytest.mark.slow), "mobilenet_v2"])
 def test_embeddings_of_photos_agree_with_pil_and_the_weights_own_transforms(backbone: str, test_data: Path) -> None:
     from torchvision.models import get_model_weights

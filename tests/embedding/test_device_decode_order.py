@@ -81,6 +81,7 @@ def all_right(parts: list[tuple[pa.StructArray, Any]], seed: int, eagerness: flo
     return all(np.array_equal(pixels, expected) for pixels, (_, expected) in zip(found, parts, strict=True))
 
 
+@pytest.mark.slow
 def test_pixels_are_right_in_whatever_order_the_device_works(parts: list[tuple[pa.StructArray, Any]]) -> None:
     assert [schedule for schedule in SCHEDULES if not all_right(parts, *schedule)] == []
 

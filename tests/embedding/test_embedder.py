@@ -219,6 +219,7 @@ def test_a_sample_with_a_reason_stays_a_row_without_an_embedding() -> None:
     assert np.array_equal(embeddings(samples)[[1, 4, 5]], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("engine")
 def test_parts_embedded_at_once_are_those_embedded_in_turn_and_no_second_counts_twice() -> None:
     actor = embedder(batch_size=4, num_threads=3)

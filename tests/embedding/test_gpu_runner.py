@@ -68,6 +68,7 @@ def all_right(seed: int, eagerness: float, lacks: str = "") -> bool:
     return all(np.array_equal(got, features_of(images[rows])) for got, rows in zip(embedded, parts, strict=True))
 
 
+@pytest.mark.slow
 def test_embeddings_are_right_in_whatever_order_the_device_works() -> None:
     assert [schedule for schedule in SCHEDULES if not all_right(*schedule)] == []
 
@@ -229,6 +230,7 @@ class Threads(torch.nn.Module):
         return images.float().flatten(1)[:, :3]
 
 
+@pytest.mark.slow
 def test_all_compiled_runners_of_a_process_share_one_thread() -> None:
     networks = [Threads(), Threads(), Threads()]
     for network in networks:

@@ -180,6 +180,7 @@ def assert_parity(got: Any, wanted: Any, precision: str) -> None:
     assert np.abs(np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1) - 1).max() < NORM[precision]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "side", "precisions"),
     [
@@ -265,6 +266,7 @@ def test_real_weights_give_torchvisions_vectors(
     assert_parity(ours(backbone, images, trained_source(engine, backbone, path), precision), wanted, precision)
 
 
+@pytest.mark.slow
 def test_every_shape_gives_torchvisions_vectors(test_data: Path) -> None:
     (path,) = (test_data / "weights").glob("mobilenet_v2-*.pth")
     made = source("torch", "mobilenet_v2", load_weights("mobilenet_v2", str(path)))

@@ -35,6 +35,7 @@ from tests.infra.files import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RAY_KINDS)
 def test_kuberay_knows_every_field_and_a_misspelt_one_is_seen(name, check_ray_kind):
     (document,) = documents(KUBERAY / name)

@@ -158,6 +158,7 @@ def test_a_launched_run_has_the_image_of_the_variable_in_all_its_pods(launch):
     assert [group["template"]["spec"]["containers"][0]["image"] for group in groups] == ["mine:1"] * 3
 
 
+@pytest.mark.slow
 def test_a_launched_run_is_one_that_kuberay_takes(launch, check_ray_kind):
     _, _, kubernetes = launch([SUCCEEDED])
     document = kubernetes.created[0]

@@ -71,6 +71,7 @@ def test_a_copy_beside_the_overlay_is_as_good_and_git_does_not_see_it(tmp_path):
     assert "/infra/mine/" in (INFRA.parent / ".gitignore").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_kubectl_knows_every_field_of_the_overlay_and_a_misspelt_one_is_seen(overlay, tmp_path):
     shutil.copytree(KUBERAY, tmp_path / "kuberay")
     (tmp_path / "overlay").mkdir()

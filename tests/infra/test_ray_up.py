@@ -69,6 +69,7 @@ def check_cluster() -> Callable[[dict[str, Any]], None]:
     return check
 
 
+@pytest.mark.slow
 def test_ray_and_ec2_know_every_field_of_the_cluster_and_a_misspelt_one_is_seen(check_cluster):
     (cluster,) = documents(INFRA / "aws.yaml")
     check_cluster(cluster)

@@ -37,6 +37,7 @@ def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_each_photo_has_a_dozen_views_and_no_two_are_alike(views: Path) -> None:
     files = sorted(views.rglob("*.jpg"))
     assert len(files) == NUM_VIEWS * len(PHOTOS) == len({file.read_bytes() for file in files})

@@ -59,6 +59,7 @@ def test_a_default_is_told_by_one_word(name: str) -> None:
             assert "(default: " in str(action.help), action.option_strings
 
 
+@pytest.mark.slow
 def test_no_command_loads_torch_before_it_needs_it() -> None:
     script = (
         "import sys; from importlib import import_module\n"

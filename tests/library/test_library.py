@@ -142,6 +142,7 @@ def test_a_backbone_is_a_plain_module() -> None:
     assert build_backbone("resnet18", weights="random:0").num_features == 512
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_embedded_as_it_is_and_followed(tmp_path: Path) -> None:
     images, output = tmp_path / "photos", tmp_path / "out"
     settings = {**SETTINGS, "image_size": "64"}

@@ -13,6 +13,7 @@ from tests.conftest import ROOT, encode, photo, write_shards
 PAGE = ROOT / "docs" / "library.md"
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_page_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ NOTEBOOK = ROOT / "docs" / "neighbours.ipynb"
 CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_the_cells_run_in_order_and_show_neighbours_and_a_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

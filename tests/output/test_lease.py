@@ -141,6 +141,7 @@ def test_a_killed_run_of_this_machine_is_known_to_be_dead_at_once(place: str, s3
     assert files(place) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("elsewhere")
 def test_of_many_who_wait_for_a_dead_run_s_lease_one_gets_it(place: str) -> None:
     planted(place)
@@ -213,6 +214,7 @@ def test_a_lease_that_leads_nowhere_is_taken_over(tmp_path: Path) -> None:
     assert files(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_what_is_in_the_way_of_a_lease_is_named_and_not_asked_for_without_end(tmp_path: Path) -> None:
     (tmp_path / LEASE_FOLDER / "00000001.json").mkdir(parents=True)
     used = time.process_time()
@@ -280,6 +282,7 @@ def start(name: str, place: str) -> subprocess.Popen[str]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("third", [False, True], ids=["nobody", "another"])
 def test_a_run_that_was_paused_while_another_came_and_went_does_not_hold_the_lease(
     tmp_path: Path, third: bool
@@ -308,6 +311,7 @@ def check_for(held: lease.Lease, seconds: float) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_lease_that_cannot_be_renewed_is_not_held(tmp_path: Path) -> None:
     place = tmp_path / "out"
     with hold(str(place), silent, times=BRISK) as held:
@@ -365,6 +369,7 @@ def test_a_lease_that_someone_removed_is_not_held(place: str) -> None:
     assert files(place) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quirks", [Quirks(conditional=(501, "NotImplemented")), Quirks(ignores_conditions=True)])
 def test_without_conditional_writes_at_most_one_of_many_keeps_the_lease(
     quirks: Quirks, monkeypatch: pytest.MonkeyPatch

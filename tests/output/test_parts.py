@@ -272,6 +272,7 @@ writer(Path(sys.argv[1]), keep=["cls"])(embedded(ids, {3: "broken: x"}, keep=kee
 """
 
 
+@pytest.mark.slow
 def test_written_again_in_another_process_the_bytes_are_the_same(tmp_path: Path, s3_url: str) -> None:
     for number, place in enumerate([tmp_path / "a", tmp_path / "b"]):
         path = str(ROOT)

@@ -112,6 +112,7 @@ def test_a_part_with_a_flipped_bit_is_named_with_what_to_do(tmp_path: Path) -> N
         look()
 
 
+@pytest.mark.slow
 def test_a_run_file_of_any_content_is_named(tmp_path: Path) -> None:
     write_fingerprint(str(tmp_path), made())
     path = tmp_path / RUN_FILE
@@ -121,6 +122,7 @@ def test_a_run_file_of_any_content_is_named(tmp_path: Path) -> None:
         only_ours(lambda: read_fingerprint(str(tmp_path)), str(path))
 
 
+@pytest.mark.slow
 def test_a_report_of_any_content_tells_nothing_or_numbers(tmp_path: Path) -> None:
     pending = [Pending("a", f"{tmp_path}/a.tar", 1000, "")]
     whole = json.dumps(REPORT).encode()
@@ -136,6 +138,7 @@ def test_a_report_of_any_content_tells_nothing_or_numbers(tmp_path: Path) -> Non
             estimate(str(tmp_path), pending, Naming())
 
 
+@pytest.mark.slow
 def test_a_lease_of_any_content_is_watched_or_named(tmp_path: Path) -> None:
     path = tmp_path / LEASE_FOLDER / "00000001.json"
     path.parent.mkdir()

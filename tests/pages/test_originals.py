@@ -61,6 +61,7 @@ def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 QUERY = f"photos/{NAMES[0]}"
 
 
+@pytest.mark.slow
 def test_a_search_of_a_folders_images_prints_their_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search(["out-index", QUERY]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]

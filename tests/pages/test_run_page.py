@@ -342,6 +342,7 @@ def test_shards_that_the_run_did_not_open_are_not_opened_for_pictures(tmp_path: 
     assert "data:image/jpeg" not in nothing
 
 
+@pytest.mark.slow
 def test_pictures_are_read_from_object_storage_too(tmp_path: Path, s3_url: str, s3_server: Any) -> None:
     write_shards(tmp_path / "in", num_shards=2, samples_each=6)
     s3_server.filesystem().put(str(tmp_path / "in"), f"{s3_url}/in", recursive=True)
@@ -381,6 +382,7 @@ def test_it_looks_right_in_light_in_dark_and_on_a_phone(
     assert narrowest > width / 2, "paths and hashes have room"
 
 
+@pytest.mark.slow
 def test_hostile_text_makes_no_page_wider(whole: tuple[Path, Ran], browser: Browser, tmp_path: Path) -> None:
     wide = "W" * 5000
     changes = {"backbone": wide, "weights": wide, "output": wide, "problems": [wide], "errors_by_reason": {wide: 9}}

@@ -29,6 +29,7 @@ def chosen(job: Job, candidates: tuple[str, ...], by_torch: bool = False, **chan
     return choose_engine(job, pending, "cpu", candidates, "asked for torch" if by_torch else None)
 
 
+@pytest.mark.slow
 def test_a_backbone_that_bf16_hardly_moves_takes_it(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, num_shards=1)
     job = job_for(shards, backbone="resnet18", weights="random:1", image_size="64")
@@ -41,6 +42,7 @@ def test_a_device_without_a_fast_reduced_precision_takes_fp32(tmp_path: Path) ->
     assert chosen(job, ()).precision == "fp32"
 
 
+@pytest.mark.slow
 def test_a_shard_without_an_image_that_decodes_takes_fp32(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", [("a.jpg", b"no image"), ("b.txt", b"text")])
     job = job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64")
@@ -72,6 +74,7 @@ def test_stored_parts_do_not_hide_the_images_to_measure_on(tmp_path: Path) -> No
     assert chosen(job, ("bf16",), stored_parts=(0,)).precision == "bf16"
 
 
+@pytest.mark.slow
 def test_trained_weights_that_bf16_moves_too_far_take_the_next_precision(test_data: Path, tmp_path: Path) -> None:
     (weights,) = (test_data / "weights").glob("mobilenet_v2-*.pth")
     (tmp_path / "in").mkdir()
@@ -110,6 +113,7 @@ def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_b
         graph.runner(job.network, Placement(precision="fp16", num_threads=1))
 
 
+@pytest.mark.slow
 def test_a_graph_that_gives_other_vectors_is_not_taken(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
     same = {"features.0.weight": 1.0}
@@ -121,6 +125,7 @@ def test_a_graph_that_gives_other_vectors_is_not_taken(tmp_path: Path) -> None:
     assert engine.note == "OpenVINO is 1 of the length from eager torch for squeezenet1_1"
 
 
+@pytest.mark.slow
 def test_an_engine_that_was_begun_meanwhile_is_the_one_that_is_chosen_when_asked(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="OpenVINO has no wheel for this machine")
     shards = write_shards(tmp_path / "in", num_shards=1)

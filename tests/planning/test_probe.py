@@ -54,6 +54,7 @@ class CpuInPlaceOfGpu:
         return self.source.runner(network, replace(placement, device="cpu", compiled=False))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_precision_and_batch_size_are_tried_where_the_work_is_done_and_on_what_will_run(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=1, samples_each=3)

@@ -231,6 +231,7 @@ def test_a_part_of_no_bytes_is_found(planted: Path) -> None:
     assert found(verify(str(planted))) == {("unreadable", name_of(path))}
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_page_is_found(planted: Path) -> None:
     path = part_path(planted, 0)
     data = path.read_bytes()

@@ -389,6 +389,7 @@ def test_the_example_of_a_config_file_works_with_its_comments_removed(tmp_path):
         gather({"config": str(tmp_path / "job.toml")}, {})
 
 
+@pytest.mark.slow
 def test_the_variable_of_the_page_of_stores_reaches_the_store():
     page = (ROOT / "docs" / "stores.md").read_text()
     told = re.findall(r"^export (FSSPEC_S3)='(.+?)'", page, re.MULTILINE)

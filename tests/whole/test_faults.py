@@ -129,6 +129,7 @@ LASTING = [
 TRIED_AGAIN = {"d-busy": "slow_down", "e-reset": "reset", "f-stall": "stall", "g-short": "short"}
 
 
+@pytest.mark.slow
 def test_a_fault_that_outlasts_the_patience_of_a_job_is_named_when_that_ends(
     proxy: FaultProxy, s3_server: S3Server, s3_url: str, tmp_path: Path
 ) -> None:
