@@ -151,7 +151,7 @@ _RAY_FIXTURES = {"ray_session", "run_process"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs Ray. Files with Ray heads of their own come first, then those that share one, then slow."""
+    """Mark what needs Ray. First come files with heads of their own, then those that share one, then slow ones."""
     for item in items:
         own_head = item.get_closest_marker("head") is not None
         if own_head or _RAY_FIXTURES & {*getattr(item, "fixturenames", ())}:
