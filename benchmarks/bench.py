@@ -25,6 +25,7 @@ from benchmarks.shards import LARGE_MEGAPIXELS, photo_shards, tiny_shards
 from shard_embedder.jobs.support.command import Parser, at_least, local_path, run_command
 from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK
 from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.writing import write_whole
 
 FORMAT = 1
 # What is measured, in this order, and repeated in turn. A measurement sees what came before it in its repeat.
@@ -382,9 +383,8 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
 
         def write(results: Results) -> None:
             if flags.output is not None:
-                begun = flags.output.with_name(f"{flags.output.name}.tmp")
-                begun.write_text(json.dumps(told(results), indent=2) + "\n")
-                begun.replace(flags.output)
+                with write_whole(flags.output) as temporary:
+                    temporary.write_text(json.dumps(told(results), indent=2) + "\n")
 
         if flags.output is not None:
             flags.output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,20 +6,10 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+from shard_embedder.jobs.support.command import COMMANDS
 from shard_embedder.jobs.support.exit_codes import EXIT_USAGE
 
-_COMMANDS = {
-    "embed": "embed every image of WebDataset shards into Parquet: the job",
-    "verify": "prove an output, or name its faults",
-    "pack": "pack a folder of images into shards",
-    "index": "build a FAISS index of an output",
-    "search": "find the nearest embeddings of image files",
-    "serve": "serve a page that searches an index by images you drop on it",
-    "duplicates": "find near-duplicates in an output",
-    "submit": "submit the job to a Ray cluster, and exit with its code",
-    "demo": "show it all on sample photos",
-    "version": "print the version",
-}
+_COMMANDS = {**COMMANDS, "version": "print the version"}
 
 
 def _usage() -> str:

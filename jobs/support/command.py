@@ -23,7 +23,18 @@ if TYPE_CHECKING:
     from shard_embedder.pipeline.retrieval.originals import Input
 
 _INSTALLED = "shard-embedder "
-_NAMES = re.compile(r"(?<![\w/.])(embed|verify|pack|index|search|serve|duplicates|submit|demo)\.py\b")
+COMMANDS = {
+    "embed": "embed every image of WebDataset shards into Parquet: the job",
+    "verify": "prove an output, or name its faults",
+    "pack": "pack a folder of images into shards",
+    "index": "build a FAISS index of an output",
+    "search": "find the nearest embeddings of image files",
+    "serve": "serve a page that searches an index by images you drop on it",
+    "duplicates": "find near-duplicates in an output",
+    "submit": "submit the job to a Ray cluster, and exit with its code",
+    "demo": "show it all on sample photos",
+}
+_NAMES = re.compile(rf"(?<![\w/.])({'|'.join(COMMANDS)})\.py\b")
 
 
 class CommandError(Exception):

@@ -70,8 +70,7 @@ def channels_of(name: str, backbone: FeatureMaps, size: tuple[int, int]) -> dict
     Raises:
         BackboneError: a layer gives something else.
     """
-    with torch.no_grad(), _NormsKeepShapes():
-        maps = backbone(torch.zeros(1, 3, *size, device="meta"))
+    maps = _forward_without_values(backbone, size)
     for layer, value in maps.items():
         if value.dim() != 4:
             shape = ", ".join(map(str, value.shape[1:]))
@@ -139,10 +138,15 @@ class _NormsKeepShapes(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _forward_without_values(backbone: nn.Module, size: tuple[int, int]) -> Any:
+    """What a backbone on the meta device gives for one image of `size` (height, width)."""
+    with torch.no_grad(), _NormsKeepShapes():
+        return backbone(torch.zeros(1, 3, *size, device="meta"))
+
+
 def run_without_values(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
     """Shape of one image's features, from a backbone on the meta device and images of `size` (height, width)."""
-    with torch.no_grad(), _NormsKeepShapes():
-        return tuple(backbone(torch.zeros(1, 3, *size, device="meta")).shape[1:])
+    return tuple(_forward_without_values(backbone, size).shape[1:])
 
 
 def by(sizes: tuple[int, ...]) -> str:
