@@ -6,14 +6,12 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.data import DataContext
@@ -23,7 +21,6 @@ from shard_embedder.pipeline import backbones
 from shard_embedder.pipeline.core.errors import ClusterError
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
 from shard_embedder.pipeline.flow import make_flow
-from shard_embedder.pipeline.output.parts import vectors
 from shard_embedder.pipeline.planning.engine import Engine, choose_engine
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.planning.resources import plan_resources
@@ -38,29 +35,57 @@ from tests.outputs import SETTINGS, UNHEARD, job_for, rows, stored
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def embed(input: Path | str, output: Path | str, **settings: Any) -> dict[str, Any]:
-    """One run on Ray, with its report."""
-    job = job_for(input, output, **settings)
-    return run(job, make_plan(job.shards, job.config.output), UNHEARD, OnRay())
+SHARD_SETTINGS = {"part_rows": 3, "keep": ["cls", "json:caption"], "batch_size": 4, "device": "cpu"}
 
 
-def test_every_sample_becomes_one_row_in_the_order_of_its_shard(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "in", num_shards=3, samples_each=7)
-    report = embed(shards, tmp_path / "out", part_rows=3, keep=["cls", "json:caption"])
+@dataclass(frozen=True)
+class Made:
+    """One run on Ray, of three shards of 7 photos and one of a broken image and a photo."""
+
+    shards: Path
+    output: Path
+    report: dict[str, Any]
+    engine: Engine
+    # Of each receipt, how many parts there were, and whether as many were stored.
+    seen: list[tuple[int, bool]]
+
+
+@pytest.fixture(scope="module")
+def made(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("made")
+    shards, output = write_shards(folder / "in", num_shards=3, samples_each=7), folder / "out"
+    write_tar(shards / "bad.tar", [("a.jpg", b"no image"), *sample_members("b", 1)])
+    engines: list[Engine] = []
+    seen: list[tuple[int, bool]] = []
+
+    def choose(*asked: Any) -> Engine:
+        engines.append(choose_engine(*asked))
+        return engines[-1]
+
+    def on_part(tally: Tally) -> None:
+        seen.append((tally.num_parts, len(stored(output)) >= tally.num_parts))
+
+    job = job_for(shards, output, **SHARD_SETTINGS)
+    watcher = replace(UNHEARD, on_part=on_part)
+    report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay(choose))
+    return Made(shards, output, report, engines[0], seen)
+
+
+def test_every_sample_becomes_one_row_in_the_order_of_its_shard(made: Made) -> None:
+    report, found = made.report, rows(made.output)
     assert report["balanced"]
-    assert (report["samples"], report["embedded"], report["errors"]) == (21, 21, 0)
-    assert [row["image_id"] for row in rows(tmp_path / "out")] == [
-        f"{s:03d}-{i:04d}" for s in range(3) for i in range(7)
-    ]
-    assert [row["sample_index"] for row in rows(tmp_path / "out")] == [*range(7)] * 3
-    assert [row["caption"] for row in rows(tmp_path / "out")] == [f"number {i}" for i in range(21)]
-    assert [row["cls"] for row in rows(tmp_path / "out")] == [i % 3 for i in range(21)]
-    assert len(stored(tmp_path / "out")) == 9
-    assert sum(name.endswith("-last.parquet") for name in stored(tmp_path / "out")) == 3
-    assert not (tmp_path / "out" / "errors").exists()
+    assert (report["samples"], report["embedded"], report["errors"]) == (23, 22, 1)
+    assert [row["image_id"] for row in found] == ["b", *(f"{s:03d}-{i:04d}" for s in range(3) for i in range(7))]
+    assert [row["sample_index"] for row in found] == [1, *range(7), *range(7), *range(7)]
+    assert [row["caption"] for row in found] == ["number 1", *(f"number {i}" for i in range(21))]
+    assert [row["cls"] for row in found] == [1, *(i % 3 for i in range(21))]
+    assert len(stored(made.output)) == 10
+    assert sum(name.endswith("-last.parquet") for name in stored(made.output)) == 4
+    (error,) = stored(made.output, "errors")
+    assert error.startswith("bad.")
 
 
-def test_a_full_disk_before_the_first_pass_ends_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_before_the_first_pass_ends_nothing(made: Made, tmp_path: Path) -> None:
     """As where OpenVINO had no place for what it writes: what is lost in a pass is run again."""
     job = job_for(write_shards(tmp_path / "in", num_shards=1, samples_each=2), tmp_path / "out")
     passes: list[int] = []
@@ -70,28 +95,25 @@ def test_a_full_disk_before_the_first_pass_ends_nothing(tmp_path: Path) -> None:
             for path in (tmp_path / "out" / "embeddings").glob("*.parquet"):
                 path.unlink()
 
-    def choose(*asked: Any) -> Engine:
-        return replace(choose_engine(*asked), note="[Errno 28] No space left on device")
-
+    engine = replace(made.engine, note="[Errno 28] No space left on device")
     watcher = Watcher(lambda job, resources: None, lambda number, pending: passes.append(number), lose_first)
-    report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay(choose))
+    report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay(lambda *_: engine))
     assert report["balanced"]
     assert passes == [1, 2]
     assert report["problems"] == ["slower than it could be: [Errno 28] No space left on device"]
+    assert not (tmp_path / "out" / "errors").exists()
 
 
-def test_embeddings_are_those_of_the_backbone_on_the_pixels(tmp_path: Path) -> None:
+def test_embeddings_are_those_of_the_backbone_on_the_pixels(made: Made, tmp_path: Path) -> None:
     import torch
+    from PIL import Image
     from torchvision.models import SqueezeNet1_1_Weights
 
-    write_shards(tmp_path / "in", num_shards=1, samples_each=5)
-    embed(tmp_path / "in", tmp_path / "out")
     backbone = backbones.build_backbone("squeezenet1_1", "random:3")
     preset = SqueezeNet1_1_Weights.DEFAULT.transforms(resize_size=round(64 * 256 / 224), crop_size=64)
-    from PIL import Image
-
-    (table,) = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
-    for i, vector in enumerate(vectors(table)):
+    found = [row["embedding"] for row in rows(made.output) if row["shard"] == "photos-00000"]
+    assert len(found) == 7
+    for i, vector in enumerate(map(np.array, found)):
         (tmp_path / "image.jpg").write_bytes(dict(sample_members("k", i))["k.jpg"])
         with torch.inference_mode():
             expected = backbone(preset(Image.open(tmp_path / "image.jpg"))[None])[0].numpy()
@@ -99,16 +121,17 @@ def test_embeddings_are_those_of_the_backbone_on_the_pixels(tmp_path: Path) -> N
         assert cosine >= 0.9999
 
 
-def test_output_on_s3_equals_output_on_disk(tmp_path: Path, s3_server: Any, s3_url: str) -> None:
-    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=5)
+def test_output_on_s3_equals_output_on_disk(made: Made, tmp_path: Path, s3_server: Any, s3_url: str) -> None:
     fs = s3_server.filesystem()
-    fs.put(str(shards), f"{s3_url}/in", recursive=True)
-    report = embed(f"{s3_url}/in", f"{s3_url}/out", part_rows=2)
+    fs.put(str(made.shards), f"{s3_url}/in", recursive=True)
+    job = job_for(f"{s3_url}/in", f"{s3_url}/out", **SHARD_SETTINGS)
+    plan = make_plan(job.shards, job.config.output)
+    report = run(job, plan, UNHEARD, OnRay(lambda *_: made.engine))
     assert report["balanced"]
     fs.get(f"{s3_url}/out/", str(tmp_path / "from-s3"), recursive=True)
-    embed(shards, tmp_path / "out", part_rows=2)
-    assert rows(tmp_path / "from-s3") == rows(tmp_path / "out")
-    assert json.loads((tmp_path / "from-s3" / "report.json").read_text())["samples"] == 10
+    for folder in ("embeddings", "errors"):
+        assert rows(tmp_path / "from-s3", folder) == rows(made.output, folder)
+    assert json.loads((tmp_path / "from-s3" / "report.json").read_text())["samples"] == 23
 
 
 def test_no_two_stages_are_fused_into_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,35 +144,23 @@ def test_no_two_stages_are_fused_into_one(tmp_path: Path, capsys: pytest.Capture
         assert any(line.count("MapBatches") == 1 and name in line for line in physical.splitlines()), physical
 
 
-def test_receipts_tell_of_every_part_as_it_is_stored(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=5)
-    job = job_for(shards, tmp_path / "out", part_rows=2)
-    seen: list[tuple[int, int]] = []
-
-    def on_part(tally: Tally) -> None:
-        seen.append((tally.num_parts, len(stored(tmp_path / "out")) >= tally.num_parts))
-
-    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-    run(job, make_plan(job.shards, job.config.output), Watcher(nothing, nothing, on_part), OnRay())
-    assert seen == [(number, True) for number in range(1, 7)]
+def test_receipts_tell_of_every_part_as_it_is_stored(made: Made) -> None:
+    assert made.seen == [(number, True) for number in range(1, 11)]
 
 
-def test_a_run_in_one_process_stores_the_same_bytes(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "in", num_shards=2, samples_each=7)
-    write_tar(shards / "bad.tar", [("a.jpg", b"no image"), *sample_members("b", 1)])
-    embed(shards, tmp_path / "ray", part_rows=3, batch_size=4, device="cpu")
-    job = job_for(shards, tmp_path / "here", part_rows=3, batch_size=4, device="cpu")
+def test_a_run_in_one_process_stores_the_same_bytes(made: Made, tmp_path: Path) -> None:
+    job = job_for(made.shards, tmp_path / "out", **SHARD_SETTINGS)
     report = run(job, make_plan(job.shards, job.config.output), UNHEARD, InProcess())
-    assert (report["balanced"], report["embedded"], report["errors"]) == (True, 15, 1)
+    assert (report["balanced"], report["embedded"], report["errors"]) == (True, 22, 1)
     for folder in ("embeddings", "errors"):
-        assert stored(tmp_path / "here", folder) == stored(tmp_path / "ray", folder)
+        assert stored(tmp_path / "out", folder) == stored(made.output, folder)
 
 
-def test_a_flow_ends_where_it_stands_when_it_is_watched_and_something_is_wrong(tmp_path: Path) -> None:
+def test_a_flow_ends_where_it_stands_when_it_is_watched_and_something_is_wrong(made: Made, tmp_path: Path) -> None:
     """By what only Ray Data's own executor can do: this fails where that changes."""
     shards = write_shards(tmp_path / "in", num_shards=4, samples_each=2)
     job = job_for(shards, tmp_path / "out", part_rows=1)
-    with closing(OnRay()) as executor:
+    with closing(OnRay(lambda *_: made.engine)) as executor:
         prepared = executor.prepare(job, make_plan(job.shards, job.config.output).pending, time.monotonic(), print)
     # No node has that, and Ray waits for one for as long as it takes.
     nowhere = replace(prepared.resources, actor_resource="no-such-node")
@@ -158,7 +169,7 @@ def test_a_flow_ends_where_it_stands_when_it_is_watched_and_something_is_wrong(t
     looks = itertools.count()
 
     def check() -> None:
-        if next(looks) == 5:
+        if next(looks) == 3:
             raise ClusterError("no node came")
 
     with pytest.raises(ClusterError, match="no node came"):
