@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from benchmarks.scaling import IMAGES_A_SHARD, light_shards
-from benchmarks.sleep import SleepSource
+from benchmarks.sleep import SleepSource, Start
 from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.flow import make_flow
 from shard_embedder.pipeline.planning.job import prepare_job
@@ -35,6 +35,9 @@ def test_the_pool_grows_to_its_most_and_gives_actors_back_when_they_have_no_more
     light_shards(tmp_path / "in", 8)
     # In the order of their names the last: one actor has it while the others have nothing.
     light_shards(tmp_path / "in" / "long", 1, 3 * IMAGES_A_SHARD)
+    # With its first part each waits for the others: there is more to do until there are three, however long it takes.
+    met = tmp_path / "met"
+    met.mkdir()
     config = parse({
         "input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), "backbone": "squeezenet1_1",
         "weights": "random:3", "image_size": "64", "precision": "fp32", "device": "cpu", "actors": "1:3",
@@ -42,7 +45,7 @@ def test_the_pool_grows_to_its_most_and_gives_actors_back_when_they_have_no_more
     })  # fmt: skip
     job = replace(prepare_job(config).with_engine("sleep", "fp32"), shape=(4,))
     pending = make_plan(job.shards, config.output).pending
-    flow = make_flow(pending, job, SleepSource(64.0, time.time()), plan_resources(config))
+    flow = make_flow(pending, job, SleepSource(192.0, time.time(), Start(met, 3)), plan_resources(config))
     looks: list[int] = []
     ended = threading.Event()
 
