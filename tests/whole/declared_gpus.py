@@ -1,4 +1,7 @@
-"""GPUs that Ray is told of and that are not there. What computes on them loads no torch, so that it starts soon."""
+"""GPUs that Ray is told of and that are not there.
+
+What computes on them loads neither torch nor Ray Data, so that it starts soon.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from benchmarks.scaling import IMAGES_A_SHARD
 from shard_embedder.pipeline.embedding.network import Network, Placement
 
 NODE = "EMBED_TEST_NODE"
@@ -26,13 +28,14 @@ class DeclaredGpu:
     """Embeds all images as ones. What breaks does so in its first part, and until then the others wait in theirs."""
 
     num_features: int
+    part_rows: int
     breaks: bool
     broken: Path | None
     batch_size: ClassVar[int] = 32
     gpu: ClassVar[None] = None
 
     def embed(self, pixels: Any, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        is_part = len(rows) == IMAGES_A_SHARD
+        is_part = len(rows) == self.part_rows
         if is_part and self.broken is not None:
             if self.breaks:
                 self.broken.touch()
@@ -50,6 +53,7 @@ class DeclaredGpus:
     has_own_batch_size: ClassVar[bool] = True
 
     num_features: int
+    part_rows: int
     faults: Mapping[str, str]
     broken: Path
 
@@ -61,4 +65,4 @@ class DeclaredGpus:
         if fault == RAISES or (fault == BREAKS_LATER and self.broken.exists()):
             raise RuntimeError(f"{NO_KERNEL}\nSearch for it in the manual.")
         waits_for = self.broken if BREAKS_LATER in self.faults.values() else None
-        return DeclaredGpu(self.num_features, fault == BREAKS_LATER, waits_for)
+        return DeclaredGpu(self.num_features, self.part_rows, fault == BREAKS_LATER, waits_for)

@@ -44,7 +44,7 @@ def run_on(faults: dict[str, str], folder: Path) -> dict[str, Any] | str:
 
     def choose(*asked: Any) -> Engine:
         engine = choose_engine(*asked)
-        return replace(engine, source=DeclaredGpus(job.shape[0], faults, folder / "broken"))
+        return replace(engine, source=DeclaredGpus(job.shape[0], IMAGES_A_SHARD, faults, folder / "broken"))
 
     def nothing(*_: Any) -> None:
         pass
@@ -61,11 +61,9 @@ _cluster: list[Cluster] = []
 
 
 def start_cluster() -> None:
-    """In the driver: a head without GPUs, and two nodes, `a` with three and `b` with one."""
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "no_monitor": True, **_NODE}
-    )
-    cluster.add_node(num_cpus=2, num_gpus=3, env_vars={NODE: "a"}, **_NODE)
+    """In the driver: two nodes, the head `a` with three GPUs and `b` with one."""
+    head = {"num_cpus": 2, "num_gpus": 3, "env_vars": {NODE: "a"}, "include_dashboard": False, "no_monitor": True}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, **_NODE})
     cluster.add_node(num_cpus=1, num_gpus=1, env_vars={NODE: "b"}, **_NODE)
     ray.init(cluster.address, log_to_driver=False)
     _cluster.append(cluster)
