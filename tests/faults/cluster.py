@@ -32,30 +32,51 @@ def _alive(pid: int) -> bool:
 
 def title(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return _of(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-def descendants(root: int) -> list[int]:
-    """Pids of a process and everything below it, parents first."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with suppress(OSError, IndexError):
-                parent = Path(f"/proc/{entry.name}/stat").read_text().rpartition(")")[2].split()[1]
-                children[int(parent)].append(int(entry.name))
-    found = [root]
-    for pid in found:
-        found += children[pid]
-    return found
+def _of(pid: int | str, name: str) -> bytes:
+    # Thousands are read while a victim is looked for.
+    file = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
+    try:
+        return os.read(file, 65536)
+    finally:
+        os.close(file)
+
+
+class Look:
+    """The processes of this machine at one moment: to look takes some ms of a core."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, list[int]] = defaultdict(list)
+        self._titles: dict[int, str] = {}
+        for entry in os.scandir("/proc"):
+            if entry.name.isdigit():
+                with suppress(OSError, IndexError):
+                    parent = _of(entry.name, "stat").rpartition(b")")[2].split(None, 2)[1]
+                    self._children[int(parent)].append(int(entry.name))
+
+    def descendants(self, *roots: int) -> list[int]:
+        """Pids of processes and everything below them, parents first."""
+        found = list(roots)
+        for pid in found:
+            found += self._children[pid]
+        return found
+
+    def title(self, pid: int) -> str:
+        """As `title`, once."""
+        if pid not in self._titles:
+            self._titles[pid] = title(pid)
+        return self._titles[pid]
 
 
 def kill_tree(root: int) -> None:
     """SIGKILL a process and everything below it, as when their machine vanishes."""
     for number in (signal.SIGSTOP, signal.SIGKILL):
         # Stopped first, so that none starts another in between.
-        for pid in descendants(root):
+        for pid in Look().descendants(root):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -74,6 +95,8 @@ def kill_worker(pid: int, pattern: re.Pattern[str]) -> bool:
 
 # A node without what reads its logs to drivers, and without what would start more nodes: two Python processes less.
 LEAN = ("--no-monitor", "--include-log-monitor=false")
+# The head finds that a node is gone by five looks in a row at a port where nobody answers: in 3 s instead of 15.
+SOON = {"RAY_health_check_period_ms": "500"}
 
 
 class Cluster:
@@ -84,7 +107,7 @@ class Cluster:
         # Another address of loopback than that of the S3 server, whose ports are free while it is down.
         self.port, self._client_port = free_ports(2)
         self.address = f"{_HEAD}:{self.port}"
-        self._environment = {**environment, "RAY_USAGE_STATS_ENABLED": "0"}
+        self._environment = {**environment, **SOON, "RAY_USAGE_STATS_ENABLED": "0"}
         self._environment.pop("RAY_ADDRESS", None)
         self._log = log
         self._cpus = f"--num-cpus={cpus_each}"

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import pyarrow.parquet as pq
 from benchmarks.memory import WORKERS
 from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
 from tests.conftest import ROOT, S3Server
-from tests.faults.cluster import WATCH, Cluster, descendants, kill_tree, kill_worker, start_store, title
+from tests.faults.cluster import WATCH, Cluster, Look, kill_tree, kill_worker, start_store
 from tests.faults.kill_plan import (
     DECODE,
     DRIVER,
@@ -99,13 +100,16 @@ class Harness:
 
     def start(self) -> None:
         """Start everything, upload the shards, and make the output to compare with."""
-        self.store.start()
-        shards = self.load.write(self.folder / "shards")
-        self.store.filesystem().put(str(shards), f"{self.store.bucket}/in", recursive=True)
-        shutil.rmtree(shards)
-        if not self._local:
-            self.cluster = Cluster(self.environment, self.folder / "ray.log")
-            self.cluster.start()
+        with ThreadPoolExecutor(1) as pool:
+            if not self._local:
+                self.cluster = Cluster(self.environment, self.folder / "ray.log")
+            started = None if self.cluster is None else pool.submit(self.cluster.start)
+            self.store.start()
+            shards = self.load.write(self.folder / "shards")
+            self.store.filesystem().put(str(shards), f"{self.store.bucket}/in", recursive=True)
+            shutil.rmtree(shards)
+            if started is not None:
+                started.result()
         run = self.run("undisturbed", [])
         if run.wrong or run.gave_up:
             raise RuntimeError(f"the undisturbed run failed: {run.wrong + run.gave_up}")
@@ -245,8 +249,8 @@ class Harness:
 
     # The kills
 
-    def _at_work(self, kind: str) -> list[int]:
-        """Pids that a kill of `kind` may hit now."""
+    def _at_work(self, kind: str, look: Look) -> list[int]:
+        """Pids that a kill of `kind` may hit."""
         assert self.driver is not None
         if kind == DRIVER:
             return [self.driver.pid] if self.driver.poll() is None else []
@@ -256,22 +260,25 @@ class Harness:
             node = self.cluster.node if self.cluster else None
             if node is None or node.poll() is not None:
                 return []
-            stages = [pid for pid in descendants(node.pid) if any(t.match(title(pid)) for t in _TITLES.values())]
-            return [node.pid] if stages else []
+            titles = map(look.title, look.descendants(node.pid))
+            return [node.pid] if any(pattern.match(one) for one in titles for pattern in _TITLES.values()) else []
         if self.cluster is None:
             roots = [self.driver]
         else:
             roots = [node for node in (self.cluster.head, self.cluster.node) if node is not None]
-        pids = (pid for root in roots if root.poll() is None for pid in descendants(root.pid))
-        return [pid for pid in pids if _TITLES[kind].match(title(pid))]
+        pids = look.descendants(*(root.pid for root in roots if root.poll() is None))
+        return [pid for pid in pids if _TITLES[kind].match(look.title(pid))]
 
-    def _await(self, kinds: tuple[str, ...], deadline: float) -> bool:
+    def _are_there(self, plan: Plan, look: Look) -> bool:
+        return all(self._at_work(kind, look) for kind in plan.kinds)
+
+    def _await(self, plan: Plan, deadline: float) -> bool:
         """Wait until there is something to kill of each kind, while the job lives."""
         assert self.driver is not None
         while self.driver.poll() is None and time.monotonic() < deadline:
-            if all(self._at_work(kind) for kind in kinds):
+            if self._are_there(plan, Look()):
                 return True
-            time.sleep(0.002)
+            time.sleep(0.005)
         return False
 
     def _strike_next(self, plans: list[Plan], run: Run) -> None:
@@ -281,7 +288,8 @@ class Harness:
         it stays for later.
         """
         assert self.driver is not None
-        under_way = bool(self._at_work(EMBED))
+        look = Look()
+        under_way = bool(self._at_work(EMBED, look))
         if not under_way or self._idle_since is None:
             self._idle_since = time.monotonic()
         # In the order of the plan, or nearly: what is always there shall not be killed first.
@@ -289,16 +297,16 @@ class Harness:
         # A node that never comes back is killed last.
         coming_back = [plan for plan in plans if math.isfinite(plan.away_s)] or plans
         near = coming_back[:_NEAR] if patient else coming_back
-        plan = next((p for p in near if (under_way or p.starting) and all(map(self._at_work, p.kinds))), None)
+        plan = next((plan for plan in near if (under_way or plan.starting) and self._are_there(plan, look)), None)
         if plan is None:
-            time.sleep(0.01)
+            time.sleep(0.05)
             return
         self._idle_since = None
         with suppress(subprocess.TimeoutExpired):
             self.driver.wait(plan.pause_s)
         linger_s = plan.linger_s
         deadline = time.monotonic() + _PATIENCE_S
-        while self._await(plan.kinds, deadline):
+        while self._await(plan, deadline):
             # Not always at the first moment of a task; sooner in those that are short.
             time.sleep(linger_s)
             linger_s /= 2
@@ -315,7 +323,7 @@ class Harness:
             return
 
     def _strike(self, kind: str) -> bool:
-        victims = self._at_work(kind)
+        victims = self._at_work(kind, Look())
         if not victims:
             return False
         if kind == DRIVER:
@@ -349,8 +357,9 @@ class Harness:
         """For the log of a job that hangs."""
         assert self.driver is not None
         roots = [self.driver, *((self.cluster.head, self.cluster.node) if self.cluster else ())]
-        pids = (pid for root in roots if root is not None for pid in descendants(root.pid))
-        return "\n".join(f"  {pid} {title(pid)[:100]}" for pid in pids if "ray::" in title(pid))
+        look = Look()
+        titles = {pid: look.title(pid) for pid in look.descendants(*(root.pid for root in roots if root is not None))}
+        return "\n".join(f"  {pid} {title[:100]}" for pid, title in titles.items() if "ray::" in title)
 
 
 def _file(data: bytes) -> Any:

@@ -39,7 +39,7 @@ from shard_embedder.pipeline.planning.resources import plan_resources
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
 from tests.conftest import ROOT, free_ports
-from tests.faults.cluster import LEAN, kill_tree
+from tests.faults.cluster import LEAN, SOON, kill_tree
 
 pytestmark = pytest.mark.head
 
@@ -47,8 +47,8 @@ _HEAD = "127.0.0.11"
 _WAIT_S = 600.0
 # Of nodes, those that are started again included.
 _MOST_STARTS = 20
-# Looks, two a second.
-_ENOUGH = 6
+# Looks, four a second.
+_ENOUGH = 12
 CPU_NODE = "127.0.0.12"
 GPU_NODE = ("--num-cpus=1", "--num-gpus=1", '--resources={"embedder": 1}')
 SETTINGS = {
@@ -95,6 +95,9 @@ class Nodes:
             "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # How often workers send what they did.
+            "RAY_task_events_report_interval_ms": "200",
+            **SOON,
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         }
 
@@ -227,7 +230,11 @@ def sleep_flow(shards: Path, output: Path, images_per_s: float, settings: dict[s
     ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(0.5):
+        while not ended.wait(0.25):
+            # Ray Data looks at the nodes every 20 s by itself.
+            with suppress(ValueError):
+                coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+                ray.get(coordinator.get_reserved_resources.remote("", recompute=True))
             actors = ray._private.state.actors(actor_state_name="ALIVE").values()
             ran.num_alive.append(sum("Embedder" in actor["ActorClassName"] for actor in actors))
 
@@ -262,8 +269,8 @@ def whole_run(shards: Path, output: Path, said: Path, settings: dict[str, Any]) 
 
 
 def _where(ran: Ran, begin: float) -> Ran:
-    # Workers send the events of their tasks once a second.
-    time.sleep(2.5)
+    # For the events of the last tasks.
+    time.sleep(1.0)
     for event in ray.timeline():
         if event["cat"].startswith("task::") and event["ts"] / 1e6 >= begin:
             node = event["pid"].removeprefix("node:")
@@ -308,7 +315,7 @@ def test_a_job_that_waits_goes_on_when_the_nodes_have_come(nodes: Nodes, driver:
 def test_pixels_are_made_on_cpu_nodes_embeddings_only_on_gpus_and_one_that_joins_is_used(
     nodes: Nodes, driver: Driver, tmp_path: Path
 ) -> None:
-    # More than will be done: Ray Data takes up to half a minute to count a new node in.
+    # More than will be done until a node has joined, and is counted in.
     light_shards(tmp_path / "in", 200)
     runs = driver.start(sleep_flow, tmp_path / "in", tmp_path / "out", 100.0, {"actors": "1:2"})
     nodes.until("the first part", lambda: num_stored(tmp_path / "out") > 0 or runs.done())
