@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
+from unittest import mock
 
 import pytest
 import ray
 
-from benchmarks.sleep import SleepSource
+from benchmarks.sleep import SleepSource, Start
+from shard_embedder.jobs.support.connection import connect
+from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.flow import make_flow
+from shard_embedder.pipeline.planning.engine import Engine
+from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.planning.resources import plan_resources
-from shard_embedder.pipeline.run.on_ray import watched
+from shard_embedder.pipeline.run.on_ray import OnRay, watched
+from shard_embedder.pipeline.run.passes import Watcher, run
 from tests.conftest import write_shards
 from tests.outputs import job_for, rows
 
@@ -26,8 +32,9 @@ pytestmark = [
     # Ray Data's advice: the input is small, and the actors are there to hold their room.
     pytest.mark.filterwarnings("ignore:The minimum number of concurrent actors:UserWarning"),
 ]
-# Of each job. If each actor reserved what it counts for, 0.3 CPU, those of two jobs would fill the two CPUs.
-_ACTORS = 4
+# Of each job. If each actor reserved what it counts for, 0.3 CPU, those of two jobs would leave none of the two CPUs
+# to a read task, which takes 0.25.
+_ACTORS = 3
 # Where none can read, Ray Data ends a flow after an hour.
 _WAIT_S = 200
 
@@ -44,9 +51,9 @@ def test_actors_leave_room_to_read_beside_those_of_another_job_that_found_the_sa
     job = job_for(tmp_path / "in", tmp_path / "out", actors=str(_ACTORS), device="cpu")
     job = replace(job.with_engine("sleep", "fp32"), shape=(4,))
     pending, resources = make_plan(job.shards, job.config.output).pending, plan_resources(job.config)
-    make = ray.remote(_Actor).options(num_cpus=resources.reserved_cpus)
-    others: list[Any] = [make.remote() for _ in range(_ACTORS)]
-    assert all(ray.get([actor.is_placed.remote() for actor in others]))
+    # One that reserves as much as those of the job.
+    other = ray.remote(_Actor).options(num_cpus=_ACTORS * resources.reserved_cpus).remote()
+    assert ray.get(other.is_placed.remote())
     deadline = time.monotonic() + _WAIT_S
 
     def check() -> None:
@@ -55,26 +62,39 @@ def test_actors_leave_room_to_read_beside_those_of_another_job_that_found_the_sa
     try:
         assert len(list(watched(make_flow(pending, job, SleepSource(64.0, time.time()), resources), check))) == 2
     finally:
-        for actor in others:
-            ray.kill(actor)
+        ray.kill(other)
     assert len(rows(tmp_path / "out")) == 14
 
 
-@pytest.mark.slow
-def test_jobs_of_one_moment_all_embed_their_input(
-    run_process: Callable[..., CompletedProcess[str]], tmp_path: Path
-) -> None:
+def embed(input: Path, output: Path, met: Path) -> dict[str, Any]:
+    """The report of a job of this process, which takes its room when another process has found the same room."""
+    config = parse({
+        "input": [str(input)], "output": str(output), "backbone": "squeezenet1_1", "weights": "random:0",
+        "image_size": "64", "precision": "fp32", "device": "cpu", "actors": str(_ACTORS), "node_wait_s": _WAIT_S,
+    })  # fmt: skip
+    job = replace(prepare_job(config), shape=(4,))
+
+    def choose(*_: Any) -> Engine:
+        Start(met, 2).wait()
+        return Engine("sleep", "fp32", SleepSource(64.0, time.time()))
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    def on_wait(why: str) -> None:
+        assert "for a part to be stored" not in why, why
+
+    return run(job, make_plan(job.shards, config.output), Watcher(nothing, nothing, nothing, on_wait), OnRay(choose))
+
+
+def test_jobs_of_one_moment_all_embed_their_input(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=2)
-    address = ray.get_runtime_context().gcs_address
-
-    def job(name: str) -> CompletedProcess[str]:
-        return run_process(
-            "embed.py", "--input", "in", "--output", name, "--backbone", "squeezenet1_1", "--weights", "random:0",
-            "--image-size", "64", "--device", "cpu", "--actors", _ACTORS, "--node-wait-s", _WAIT_S,
-            RAY_ADDRESS=address,
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(job, ("one", "two"))
-    assert (first.returncode, second.returncode) == (0, 0), first.stdout + second.stdout
-    assert len(rows(tmp_path / "one")) == len(rows(tmp_path / "two")) == 14
+    met = tmp_path / "met"
+    met.mkdir()
+    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=connect) as pool:
+        with mock.patch.dict(os.environ, address):
+            other = pool.submit(embed, tmp_path / "in", tmp_path / "other", met)
+        assert embed(tmp_path / "in", tmp_path / "one", met)["balanced"]
+        assert other.result(_WAIT_S)["balanced"]
+    assert len(rows(tmp_path / "one")) == len(rows(tmp_path / "other")) == 14
