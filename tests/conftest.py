@@ -166,7 +166,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """End the shared Ray where nobody needs it: idle, it takes a tenth of a core."""
     ray = sys.modules.get("ray")
-    if ray is not None and _KIND[item.path] != _RAY and ray.is_initialized():
+    if ray is not None and _KIND[item.path] > _RAY and ray.is_initialized():
         ray.shutdown()
 
 

@@ -17,12 +17,17 @@ from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
 from shard_embedder.pipeline.output.names import UNCOUNTED_FILE
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
+from shard_embedder.pipeline.run.executor import Executor
+from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import run
 from shard_embedder.pipeline.verify.proof import verify
 from tests.conftest import Done, S3Server, SmallDisk, start_ray, write_shard
 from tests.faults.proxy import FaultProxy
 from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows
+
+# A Ray of its own, before any that is shared: whose would have to be started again.
+pytestmark = pytest.mark.head
 
 RunJob = Callable[..., Done]
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
@@ -33,12 +38,12 @@ OUTPUT_FILES = {"run.json", "embeddings", "report.json", "report.html", "reports
 ALONE_BYTES = 33 * 2**20
 
 
-def embed(input: Path | str, output: Path | str, limits: StoreLimits = LIMITS) -> dict[str, Any]:
-    """One run in the shared Ray session, with its report."""
+def embed(input: Path | str, output: Path | str, executor: Executor, limits: StoreLimits = LIMITS) -> dict[str, Any]:
+    """One run, with its report."""
     settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
     config = parse({"input": [str(input)], "output": str(output), **settings, "part_rows": 4})
     job = replace(prepare_job(config), limits=limits)
-    return run(job, make_plan(job.shards, config.output), UNHEARD, OnRay())
+    return run(job, make_plan(job.shards, config.output), UNHEARD, executor)
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +111,14 @@ def test_a_job_through_faults_that_pass_ends_as_one_without_them(
     proxy.add("slow_down", "delete", "POST", 2)
     proxy.add("slow_down", r"run\.json", "PUT", 1)
     proxy.add("lost", r"report\.json", "PUT", 1)
-    # What answers nothing is tried again after two seconds.
-    report = embed(f"{s3_url}/in", f"{s3_url}/out", StoreLimits(request_timeout_s=2.0))
+    # What answers nothing is tried again after two seconds, and what fails soon after.
+    report = embed(f"{s3_url}/in", f"{s3_url}/out", OnRay(), StoreLimits(request_timeout_s=2.0, max_pause_s=0.5))
     assert report["balanced"]
     assert report["verdict"]["happened"].startswith("every sample is one stored row: ")
     assert not [rule for rule in proxy.rules if rule.times > 0], "every fault happened"
     for path in newer.iterdir():
         path.rename(shards / path.name)
-    assert embed(shards, tmp_path / "expected")["balanced"]
+    assert embed(shards, tmp_path / "expected", InProcess())["balanced"]
     direct.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
     assert rows(tmp_path / "out") == rows(tmp_path / "expected")
     assert not rows(tmp_path / "out", "errors")
@@ -179,7 +184,7 @@ def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_
     again = run_job(*job)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"1 done, {len(LASTING)} pending ({len(LASTING)} broken before)" in again.stdout
-    assert embed(shards, tmp_path / "expected")["balanced"]
+    assert embed(shards, tmp_path / "expected", InProcess())["balanced"]
     direct.get(f"{s3_url}/out/", str(tmp_path / "whole"), recursive=True)
     assert rows(tmp_path / "whole") == rows(tmp_path / "expected")
     assert not rows(tmp_path / "whole", "errors")
@@ -219,7 +224,7 @@ def test_a_full_disk_ends_the_job_with_its_path_and_with_space_again_the_next_go
     small_disk.resize(8192)
     again = run_job(*job, out)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert embed(shards, tmp_path / "expected")["balanced"]
+    assert embed(shards, tmp_path / "expected", InProcess())["balanced"]
     assert stored(out) == stored(tmp_path / "expected")
     assert {name: stored(out)[name] for name in before} == before, "what was stored stayed as it was"
     assert {path.name for path in out.iterdir()} == OUTPUT_FILES
