@@ -15,6 +15,8 @@ WEIGHTS ?=
 DEMO ?= demo
 # Two processes, a thread of torch and NumPy in each: on two cores, more would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+# Images set it. Without bytecode, each process would compile all tests and modules again: 8 s and more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test check docs lint lock clean
 
