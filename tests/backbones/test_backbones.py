@@ -240,7 +240,7 @@ def test_a_backbone_trains_and_the_weights_it_was_built_from_stay() -> None:
 @pytest.mark.parametrize(
     ("name", "features"),
     [
-        ("resnet18", "pooled"),
+        pytest.param("resnet18", "pooled", marks=pytest.mark.slow),
         ("squeezenet1_1", "map"),
         pytest.param("vit_b_32", "pooled", marks=pytest.mark.slow),
         pytest.param("googlenet", "pooled", marks=pytest.mark.slow),

@@ -41,6 +41,7 @@ from tests.part_values import part_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEP = (("caption", "string"),)
+OWN = preprocess("squeezenet1_1")
 
 
 @pytest.fixture(params=["torch", "openvino"])
@@ -195,9 +196,7 @@ def test_rows_keep_their_order_over_many_batches() -> None:
 def test_embeddings_are_what_the_backbone_gives_on_normalised_images() -> None:
     actor = embedder()
     images = pictures(5)
-    mean, std = (
-        torch.tensor(value)[:, None, None] for value in (preprocess("squeezenet1_1").mean, preprocess("squeezenet1_1").std)
-    )
+    mean, std = (torch.tensor(value)[:, None, None] for value in (OWN.mean, OWN.std))
     x = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with torch.no_grad():
         wanted = build_backbone("squeezenet1_1", "random")(x).double().numpy()
@@ -342,7 +341,7 @@ def test_feature_maps_are_stored_flat_in_the_order_c_h_w() -> None:
     ((_, samples),) = part_rows(actor(part(images)))
     maps = embeddings(samples).reshape(3, 512, 3, 3)
     assert cosine(maps.mean((2, 3)), embed(embedder(), images)).min() > 0.999999
-    mean, std = (np.array(value, np.float32) for value in (preprocess("squeezenet1_1").mean, preprocess("squeezenet1_1").std))
+    mean, std = (np.array(value, np.float32) for value in (OWN.mean, OWN.std))
     x = torch.from_numpy((np.stack(images).astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
         wanted = build_backbone("squeezenet1_1", "random", "map")(x).double().numpy()

@@ -249,14 +249,17 @@ def _trained_given_back() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("backbone", "pattern", "precision"),
     [
-        ("mobilenet_v2", "mobilenet_v2-*.pth", "fp32"),
-        ("mobilenet_v2", "mobilenet_v2-*.pth", "fp16"),
+        pytest.param("mobilenet_v2", "mobilenet_v2-*.pth", "fp32", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", "mobilenet_v2-*.pth", "fp16", marks=pytest.mark.slow),
         pytest.param(
             "mobilenet_v2", "mobilenet_v2-*.pth", "bf16",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="rounding these weights to bf16 alone costs 0.01 of cosine, whatever computes in fp32",
-            ),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.xfail(
+                    strict=True,
+                    reason="rounding these weights to bf16 alone costs 0.01 of cosine, whatever computes in fp32",
+                ),
+            ],
         ),
         ("squeezenet1_1", "squeezenet1_1-*.pth", "fp32"),
         ("squeezenet1_1", "squeezenet1_1-*.pth", "fp16"),
