@@ -13,8 +13,12 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
-# Two processes, a thread of torch and NumPy in each: on two cores, more would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+# Two processes, a thread of torch and NumPy in each: on two cores, more would wait for one another. What is freed goes
+# back at once: without these limits of glibc's, a process keeps a GB of it.
+PYTEST := OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=16777216 \
+	$(BIN)/pytest --numprocesses 2
+# Images set it. Without bytecode, each process would compile all tests and modules again: 8 s and more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test check docs lint lock clean
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def load_weights(name: str, spec: str) -> Weights:
     architecture, _ = _split(find(name))
     seed = random_seed(spec)
     if seed is not None:
-        return random_weights(seed, _with_values(architecture, _config_of(name, None), None, seed))
+        return _drawn(find(name), seed)
     if is_file(spec):
         weights = load_file(spec)
     else:
@@ -135,6 +136,12 @@ def load_weights(name: str, spec: str) -> Weights:
     skeleton = _without_values(architecture, _config_of(name, weights), None)
     _fitted(skeleton, architecture, weights)
     return weights
+
+
+@cache
+def _drawn(name: str, seed: int) -> Weights:
+    """What random weights are called: to draw and to hash them takes longer than many a run of a few images."""
+    return random_weights(seed, _with_values(_split(name)[0], _config_of(name, None), None, seed))
 
 
 def preprocess_for(name: str, weights: str, preprocess: str = DEFAULT) -> Preprocess:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def load_weights(name: str, spec: str) -> Weights:
     architecture = BACKBONES[find(name)].architecture
     seed = random_seed(spec)
     if seed is not None:
-        return random_weights(seed, _classifier(architecture, Weights(spec, "", seed=seed)))
+        return _drawn(architecture, seed)
     if is_file(spec):
         weights = load_file(spec)
     else:
@@ -137,6 +138,12 @@ def load_weights(name: str, spec: str) -> Weights:
         weights = weights_from(str(entry), published(entry.url, str(entry), "torchvision"), str(entry))
     _classifier(architecture, without_values(weights))  # raises where they do not fit
     return weights
+
+
+@cache
+def _drawn(architecture: str, seed: int) -> Weights:
+    """What random weights are called: to draw and to hash them takes longer than many a run of a few images."""
+    return random_weights(seed, _classifier(architecture, Weights("", "", seed=seed)))
 
 
 def _named_weights(architecture: str, name: str) -> models.WeightsEnum:
@@ -202,8 +209,18 @@ def output_shape(name: str, features: str, size: tuple[int, int], weights: Weigh
         BackboneError: unknown name, no feature map, or a size that the architecture does not take.
         WeightsError: weights that do not fit.
     """
-    shapes = None if weights is None or weights.state is None else without_values(weights)
-    backbone = build_backbone(name, shapes, features, size).to("meta")
+    if weights is None or weights.state is None:
+        return _shape_without_weights(name, features, size)
+    return _shape(build_backbone(name, without_values(weights), features, size), name, size)
+
+
+@cache
+def _shape_without_weights(name: str, features: str, size: tuple[int, int]) -> tuple[int, ...]:
+    return _shape(build_backbone(name, None, features, size), name, size)
+
+
+def _shape(backbone: Backbone, name: str, size: tuple[int, int]) -> tuple[int, ...]:
+    backbone = backbone.to("meta")
     try:
         return run_without_values(backbone, size)
     except (RuntimeError, AssertionError, ValueError) as error:

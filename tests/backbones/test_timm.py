@@ -265,7 +265,14 @@ def test_weights_that_do_not_fit_are_refused_and_the_classifier_is_not_asked_for
             load_weights("timm/test_convnext", str(path))
 
 
-@pytest.mark.parametrize("name", ["iformer_t", "efficientvit_m0", "caformer_s18", "test_efficientnet_evos"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientvit_m0",
+        "test_efficientnet_evos",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("iformer_t", "caformer_s18")),
+    ],
+)
 def test_a_classifier_of_many_layers_is_dropped(name: str) -> None:
     with torch.device("meta"):
         state = timm.create_model(name).state_dict()

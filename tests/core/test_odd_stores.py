@@ -48,7 +48,7 @@ def listed(url: str) -> list[FileInfo]:
 @pytest.mark.parametrize(
     ("answer", "num_names"),
     [
-        ((501, "NotImplemented"), 1001),
+        pytest.param((501, "NotImplemented"), 1001, marks=pytest.mark.slow),
         ((403, "SignatureDoesNotMatch"), 20),
         *((answer, 20) for answer in UNSUPPORTED),
     ],
@@ -192,6 +192,7 @@ delete("s3://bkt/in", ["b.tar"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "methods", "header", "value"),
     [

@@ -206,6 +206,7 @@ def test_a_child_that_has_stopped_is_given_up() -> None:
     np.testing.assert_array_equal(decoder.decode(png(1)), expected)
 
 
+@pytest.mark.slow
 def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next() -> None:
     decoder = Decoder(replace(RULES, max_pixels=10**8))
     large, small = png(1, (4000, 3000)), png(2)

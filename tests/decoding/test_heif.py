@@ -150,7 +150,7 @@ _JOB = """
 from shard_embedder.jobs import pack
 from shard_embedder.pipeline.core.errors import InputError
 from shard_embedder import embed
-settings = {"backbone": "squeezenet1_1", "weights": "random:0", "image_size": "64"}
+settings = {"backbone": "squeezenet1_1", "weights": "random:0", "image_size": "64", "precision": "fp32"}
 pack.main(["phone", "shards"])
 for inputs, output in (("shards", "a"), ("both", "b")):
     run = embed(inputs, output, **settings)

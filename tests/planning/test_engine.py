@@ -32,20 +32,20 @@ def chosen(job: Job, candidates: tuple[str, ...], by_torch: bool = False, **chan
 @pytest.mark.slow
 def test_a_backbone_that_bf16_hardly_moves_takes_it(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, num_shards=1)
-    job = job_for(shards, backbone="resnet18", weights="random:1", image_size="64")
+    job = job_for(shards, backbone="squeezenet1_1", weights="random:1", image_size="64")
     assert chosen(job, ("bf16",)).precision == "bf16"
 
 
 def test_a_device_without_a_fast_reduced_precision_takes_fp32(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, num_shards=1)
-    job = job_for(shards, backbone="resnet18", weights="random:1", image_size="64")
+    job = job_for(shards, backbone="squeezenet1_1", weights="random:1", image_size="64")
     assert chosen(job, ()).precision == "fp32"
 
 
 @pytest.mark.slow
 def test_a_shard_without_an_image_that_decodes_takes_fp32(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", [("a.jpg", b"no image"), ("b.txt", b"text")])
-    job = job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64")
+    job = job_for(tmp_path, backbone="squeezenet1_1", weights="random:1", image_size="64")
     engine = chosen(job, ("bf16", "fp16"))
     assert engine.precision == "fp32"
     assert engine.note is not None
@@ -57,7 +57,7 @@ def test_a_first_shard_without_an_image_says_nothing_of_the_others(tmp_path: Pat
     write_tar(tmp_path / "a.tar", [])
     write_tar(tmp_path / "b.tar", [("a.jpg", b"no image")])
     write_tar(tmp_path / "c.tar", sample_members("a", 1))
-    engine = chosen(job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64"), ("bf16",))
+    engine = chosen(job_for(tmp_path, backbone="squeezenet1_1", weights="random:1", image_size="64"), ("bf16",))
     assert (engine.precision, engine.note) == ("bf16", None)
 
 
@@ -70,7 +70,7 @@ def test_images_are_of_shards_all_over_the_input(tmp_path: Path) -> None:
 
 def test_stored_parts_do_not_hide_the_images_to_measure_on(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", sample_members("a", 1))
-    job = job_for(tmp_path, backbone="resnet18", weights="random:1", image_size="64")
+    job = job_for(tmp_path, backbone="squeezenet1_1", weights="random:1", image_size="64")
     assert chosen(job, ("bf16",), stored_parts=(0,)).precision == "bf16"
 
 
@@ -98,7 +98,7 @@ def test_a_precision_that_openvino_does_not_have_on_this_processor_is_computed_b
         "shard_embedder.pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
     )
     shards = write_shards(tmp_path / "in", num_shards=1)
-    settings = {"backbone": "resnet18", "weights": "random:1", "image_size": "64"}
+    settings = {"backbone": "squeezenet1_1", "weights": "random:1", "image_size": "64"}
     job = job_for(shards, precision="fp16", **settings)
     engine = chosen(job, ("bf16",))
     assert engine.precision == "fp16"

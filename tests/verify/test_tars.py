@@ -77,7 +77,7 @@ def test_samples_that_were_lost_before_they_were_counted_are_found(planted: Path
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"backbone": "resnet18"}, {"precision": "bf16", "dtype": "float16"}], ids=str
+    "settings", [{}, {"backbone": "shufflenet_v2_x0_5"}, {"precision": "bf16", "dtype": "float16"}], ids=str
 )
 def test_rows_swapped_before_they_were_written_are_found_by_embedding_again(
     settings: dict[str, Any], shards: Path, tmp_path: Path

@@ -51,7 +51,7 @@ def test_without_an_input_the_parquet_alone_is_proven(good: Path) -> None:
         {"features": "map"},
         {"features": "map", "dtype": "float16"},
         {"id": "json:id"},
-        {"backbone": "resnet18", "part_rows": 100},
+        {"backbone": "shufflenet_v2_x0_5", "part_rows": 100},
     ],
     ids=str,
 )
