@@ -31,6 +31,8 @@ ROOT = Path(__file__).parent.parent
 # Of Ray's metrics, 10 s otherwise: it forgets a gauge in two of them. Ray reads it when it is imported.
 METRICS_INTERVAL_S = 2
 os.environ |= {"RAY_metrics_report_interval_ms": str(1000 * METRICS_INTERVAL_S)}
+# Ray would end idle workers after a second, and the next test would start them again: each takes seconds of a core.
+os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "20000"}
 _DATA = Path(os.environ.get("EMBED_TEST_DATA", ROOT.parent / "shared"))
 
 
