@@ -255,9 +255,9 @@ def test_a_small_run_measures_every_case(
 @pytest.mark.usefixtures("ray_session")
 def test_the_flow_without_a_model_has_a_rate_and_a_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_runs, "run_module", run_here)
-    # So large that each shard is a read task, and some are decoded after the first part was counted, whose worker
-    # takes a second to start.
-    image = encode(photo(0, (4000, 3000))).ljust(5_000_000, b"\0")
+    # So large that no two shards fit one read task, and some are decoded after the first part was counted, whose
+    # worker takes a second to start.
+    image = encode(photo(0, (4000, 3000))).ljust(2_200_000, b"\0")
     shard = write_tar(tmp_path / "in" / "s-00.tar", [(f"{i}.jpg", image) for i in range(8)])
     for number in range(1, 12):
         os.link(shard, shard.with_name(f"s-{number:02d}.tar"))

@@ -199,7 +199,7 @@ HELD = {f"/in/s-{number:05d}.tar" for number in (4, 8)}
 
 def large_shards(folder: Path) -> dict[str, bytes]:
     """Shards of few images, each large enough to be read by a task of its own."""
-    ballast = ("ballast.bin", bytes(33 * 2**20))
+    ballast = ("ballast.bin", bytes(17 * 2**20))
     files = {}
     for shard in range(NUM_SHARDS):
         members = [(f"{shard:02d}-{i:03d}.jpg", encode(photo(12 * shard + i))) for i in range(12)]
