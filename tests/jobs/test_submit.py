@@ -289,7 +289,7 @@ def test_a_submitted_job_reads_and_writes_s3(head: str, s3_server: S3Server, s3_
     submit = [
         BINARIES / "ray", "job", "submit", f"--address={head}", "--working-dir", ".",
         "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),
-        "--", "jobs/embed.py", *small, "--part-rows", "4",
+        "--", "jobs/embed.py", *small, "--precision", "fp32", "--part-rows", "4",
     ]  # fmt: skip
     done = subprocess.run(submit, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
