@@ -28,8 +28,11 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-# Ray reads it when it is imported. It forgets a gauge in two of these intervals, which are 10 s otherwise.
-os.environ.setdefault("RAY_metrics_report_interval_ms", "5000")
+# Of Ray's metrics, 10 s otherwise: it forgets a gauge in two of them. Ray reads it when it is imported.
+METRICS_INTERVAL_S = 2
+os.environ |= {"RAY_metrics_report_interval_ms": str(1000 * METRICS_INTERVAL_S)}
+# Ray would end idle workers after a second, and the next test would start them again: each takes seconds of a core.
+os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "20000"}
 _DATA = Path(os.environ.get("EMBED_TEST_DATA", ROOT.parent / "shared"))
 
 

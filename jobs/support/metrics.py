@@ -11,8 +11,8 @@ from ray.util.metrics import Counter, Gauge
 from shard_embedder.pipeline.core.threads import repeating
 from shard_embedder.pipeline.run.tally import Tally
 
-# Ray drops a gauge that was not set for two of its intervals of 10 s.
-_REPEAT_S = 5.0
+# Of Ray's interval of 10 s: it drops a gauge that was not set for two of them.
+REPEAT_S = 5.0
 
 
 class Metrics:
@@ -23,8 +23,9 @@ class Metrics:
     share of the run, without its start, in which the workers of a stage were busy; for `embed`, the devices.
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, repeat_s: float = REPEAT_S) -> None:
         self._run = {"run": run}
+        self._repeat_s = repeat_s
         self._images = Counter("embed_images", "Images embedded and stored.", ("run",))
         self._errors = Counter("embed_errors", "Samples stored as errors.", ("run", "reason"))
         self._read = Counter("embed_read_bytes", "Bytes of shards read.", ("run",))
@@ -43,7 +44,7 @@ class Metrics:
     @contextmanager
     def repeated(self) -> Iterator[None]:
         """Set the gauges again and again while the block runs: Ray would drop them between two parts."""
-        with repeating(self._set_gauges, _REPEAT_S, "metrics"):
+        with repeating(self._set_gauges, self._repeat_s, "metrics"):
             yield
 
     def _set_gauges(self) -> None:

@@ -30,6 +30,8 @@ _ACTORS_SHARE = 1 / 8
 _READ_MEMORY = 5 * 2**29
 # Memory of a decode task without the image: a worker, and the process that decodes for it.
 _DECODER_MEMORY = 2**28
+# Looks come soon at first: what a job that has just ended held is free in a moment.
+_FIRST_LOOK_S = 0.1
 _LOOK_EVERY_S = 2.0
 _SETTLE_S = 10.0
 
@@ -124,7 +126,7 @@ def _wait_while(
     lacking: Callable[[], str | None], deadline: float, wait_s: int | None, on_wait: Callable[[str], object]
 ) -> None:
     """Wait, and say so, while something is `lacking`. Raises `ClusterError` at the `deadline`."""
-    said = -SAY_EVERY_S
+    said, pause = -SAY_EVERY_S, _FIRST_LOOK_S
     while (what := lacking()) is not None:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -132,7 +134,8 @@ def _wait_while(
         if time.monotonic() - said >= SAY_EVERY_S:
             said = time.monotonic()
             on_wait(f"for nodes, {left:.0f} s more: {what}")
-        time.sleep(min(_LOOK_EVERY_S, left))
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LOOK_EVERY_S)
 
 
 def held_by_others(resources: Resources, total: Mapping[str, float], free: Mapping[str, float]) -> str | None:

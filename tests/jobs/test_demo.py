@@ -23,30 +23,24 @@ from shard_embedder.jobs.support.neighbours import (
     find_neighbours,
     score,
 )
-from shard_embedder.jobs.support.photos import NUM_VIEWS, PHOTOS, augmented, make_views
+from shard_embedder.jobs.support.photos import NUM_VIEWS, PHOTOS, augmented
 from shard_embedder.pipeline.core.errors import InputError, WeightsError
 from tests.conftest import photo, write_shards
 
 GREEN, RED, BLACK = (26, 127, 55), (207, 34, 46), (31, 35, 40)
 
 
-@pytest.fixture(scope="module")
-def views(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("views")
-    assert make_views(folder) == NUM_VIEWS * len(PHOTOS)
-    return folder
-
-
-@pytest.mark.slow
-def test_each_photo_has_a_dozen_views_and_no_two_are_alike(views: Path) -> None:
-    files = sorted(views.rglob("*.jpg"))
-    assert len(files) == NUM_VIEWS * len(PHOTOS) == len({file.read_bytes() for file in files})
+def check_views(folder: Path) -> dict[Path, bytes]:
+    """Each photo has a dozen views, no two of which are alike."""
+    files = {file: file.read_bytes() for file in sorted(folder.rglob("*.jpg"))}
+    assert len(files) == NUM_VIEWS * len(PHOTOS) == len({*files.values()})
     assert {file.parent.name for file in files} == {Path(name).stem for name in PHOTOS}
     for file in files:
         with Image.open(file) as view:
             assert view.mode == "RGB"
             assert min(view.size) > 50
             assert max(view.size) <= 256
+    return files
 
 
 @pytest.mark.parametrize("size", [(300, 300), (500, 200), (150, 400)])
@@ -162,9 +156,7 @@ def test_where_weights_cannot_be_downloaded_random_ones_are_taken_only_if_none_w
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_the_demo_runs_whole_and_again_and_then_on_other_images(
-    tmp_path: Path, views: Path, run_job: Callable[..., Any]
-) -> None:
+def test_the_demo_runs_whole_and_again_and_then_on_other_images(tmp_path: Path, run_job: Callable[..., Any]) -> None:
     def demo(*arguments: str) -> str:
         done = run_job("demo.py", "--output", "my demo", "--weights", "random:0", *arguments)
         assert done.returncode == 0, done.stderr
@@ -187,13 +179,13 @@ def test_the_demo_runs_whole_and_again_and_then_on_other_images(
     with Image.open(tmp_path / "my demo" / "contact-sheet.png") as sheet:
         assert sheet.width > 1000
         assert all(frames(sheet.convert("RGB")))
-    made_views = tmp_path / "my demo" / "views"
-    for file in views.rglob("*.jpg"):
-        assert (made_views / file.relative_to(views)).read_bytes() == file.read_bytes(), "the same in each run"
+    views = tmp_path / "my demo" / "views"
+    first_views = check_views(views)
     written = {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")}
 
     assert "4 done, 0 pending" in demo(*small)
     assert {path: path.stat().st_mtime_ns for path in parts.rglob("*.parquet")} == written
+    assert check_views(views) == first_views
 
     own = tmp_path / "own"
     for name in ("coffee", "rocket"):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 
 from shard_embedder.jobs.embed import gather, parser
 from shard_embedder.pipeline.core.errors import SettingsError
@@ -29,6 +30,23 @@ from tests.outputs import UNHEARD, rows
 
 RunJob = Callable[..., Done]
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+
+
+def begin_job(*arguments: object, stderr: int | None = None, **environment: str) -> subprocess.Popen[str]:
+    """The job as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "embed.py"), *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ray_here() -> dict[str, str]:
+    """The variable by which a job joins the Ray of this process."""
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def stored(output: Path) -> dict[str, bytes]:
@@ -181,7 +199,7 @@ HELD = {f"/in/s-{number:05d}.tar" for number in (4, 8)}
 
 def large_shards(folder: Path) -> dict[str, bytes]:
     """Shards of few images, each large enough to be read by a task of its own."""
-    ballast = ("ballast.bin", bytes(33 * 2**20))
+    ballast = ("ballast.bin", bytes(17 * 2**20))
     files = {}
     for shard in range(NUM_SHARDS):
         members = [(f"{shard:02d}-{i:03d}.jpg", encode(photo(12 * shard + i))) for i in range(12)]
@@ -205,13 +223,7 @@ def test_a_stopped_driver_loses_nothing_and_no_finished_shard_is_opened_again(
         out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
         # Whatever else the machine does, the run is not over before it is stopped.
         server.held = HELD
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / "embed.py"), *options(out)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        process = begin_job(*options(out), stderr=subprocess.STDOUT, **ray_here())
         deadline = time.monotonic() + 240
         while len(list((out / "embeddings").glob("*-last.parquet"))) < 3:
             assert process.poll() is None, process.stdout and process.stdout.read()
@@ -219,7 +231,7 @@ def test_a_stopped_driver_loses_nothing_and_no_finished_shard_is_opened_again(
             time.sleep(0.02)
         process.terminate()
         output, _ = process.communicate(timeout=120)
-        assert process.returncode == 143
+        assert process.returncode == 143, output
         assert "run the same command again" in output
         before = stored(out)
         done = {name.split("/")[1].split(".")[0] for name in before if name.endswith("-last.parquet")}
@@ -246,6 +258,7 @@ def begun_ray(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("moment", ["while Ray starts", "after Ray has ended"])
 def test_a_job_that_is_stopped_where_ray_has_a_say_about_signals_still_says_how_it_ends(
     moment: str, tmp_path: Path
@@ -253,10 +266,11 @@ def test_a_job_that_is_stopped_where_ray_has_a_say_about_signals_still_says_how_
     write_shards(tmp_path / "in", num_shards=1, samples_each=2)
     out = tmp_path / "out"
     options = ("--input", str(tmp_path / "in"), "--output", str(out), *SMALL, "--precision", "fp32")
-    command = [sys.executable, str(ROOT / "jobs" / "embed.py"), *options, "--log-format", "json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
     awaited = "plan" if moment == "while Ray starts" else "summary"
+    # Ray's start is that of a Ray of its own; its end is the same for one that was joined.
+    environment = {} if awaited == "plan" else ray_here()
+    process = begin_job(*options, "--log-format", "json", **environment)
+    assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)

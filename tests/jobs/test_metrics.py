@@ -14,13 +14,13 @@ import pytest
 import ray
 import yaml
 
-from shard_embedder.jobs.support.metrics import Metrics
+from shard_embedder.jobs.support.metrics import REPEAT_S, Metrics
 from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.on_ray import OnRay
 from shard_embedder.pipeline.run.passes import Watcher, run
-from tests.conftest import ROOT, sample_members, write_shards, write_tar
+from tests.conftest import METRICS_INTERVAL_S, ROOT, sample_members, write_shards, write_tar
 
 _SAMPLE = re.compile(r"(?P<name>\w+)\{(?P<tags>[^}]*)\} (?P<value>\S+)")
 
@@ -38,14 +38,15 @@ def scrape() -> dict[str, list[tuple[dict[str, str], float]]]:
     return found
 
 
-# Ray forgets a gauge in 10 s here: see conftest.py.
-_LONG_S = 15.0
+# Ray forgets a gauge in two intervals, and each is shorter here.
+_LONG_S = 3 * METRICS_INTERVAL_S
+_REPEAT_S = REPEAT_S * METRICS_INTERVAL_S / 10
 
 
 @pytest.fixture(scope="module", autouse=True)
 def slow_since(ray_session: None) -> Iterator[float]:
     """When the run `slow` began its pass, of which no part is stored while the other tests run."""
-    metrics = Metrics("slow")
+    metrics = Metrics("slow", _REPEAT_S)
     with metrics.repeated():
         metrics.begin_pass(3)
         yield time.monotonic()
@@ -57,7 +58,7 @@ def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_and_the_alerts_a
     (tmp_path / "in" / "broken.tar").write_bytes(b"no tar")
     settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
     job = prepare_job(parse({"input": [str(tmp_path / "in")], "output": str(tmp_path / "out"), **settings}))
-    metrics = Metrics(job.run)
+    metrics = Metrics(job.run, _REPEAT_S)
     watcher = Watcher(
         lambda *_: None,
         lambda number, pending: metrics.begin_pass(len(pending)),
@@ -77,7 +78,7 @@ def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_and_the_alerts_a
             is_there = ours("ray_embed_images_total") == [9.0] and ours("ray_embed_pending_shards")
             if (is_there and ours("ray_embed_stage_busy_ratio", stage="embed")) or time.monotonic() > deadline:
                 break
-            time.sleep(1)
+            time.sleep(0.2)
     assert ours("ray_embed_images_total") == [9.0]
     assert ours("ray_embed_errors_total", reason="not an image of a known format") == [1.0]
     assert ours("ray_embed_read_bytes_total") == [float(report["read_bytes"])]

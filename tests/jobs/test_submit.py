@@ -15,12 +15,14 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
+from shard_embedder.pipeline.core.writing import write_bytes
 from tests.conftest import ROOT, S3Server, free_ports, hearing_sigint, write_shards
 
 pytestmark = pytest.mark.head
@@ -36,13 +38,12 @@ ENVIRONMENT = {
 }
 
 
-# submit.py, which waits for an answer for so many seconds rather than a minute.
+# submit.py with less patience than it has: the seconds of `Patience`, as JSON.
 LESS_PATIENT = """
-import sys
+import json, sys
 sys.path.insert(0, sys.argv[1])
 from shard_embedder.jobs import submit
-wait_s = float(sys.argv[2])
-sys.exit(submit.main(sys.argv[3:], submit.Patience(quiet_s=wait_s / 4, answer_s=wait_s, lost_s=wait_s)))
+sys.exit(submit.main(sys.argv[3:], submit.Patience(**json.loads(sys.argv[2]))))
 """
 
 
@@ -89,18 +90,32 @@ def head() -> Iterator[str]:
             process.wait()
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start submit.py in a folder of its own, with its output in files beside that folder."""
+Popen = subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all jobs: each submits a folder of its own in it."""
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path) -> Iterator[Callable[..., Popen]]:
+    """Start submit.py in a folder of its own, in which `script` is job.py."""
     processes = []
 
-    def popen(*arguments: str, patience_s: float | None = None, **environment: str) -> subprocess.Popen[str]:
-        (tmp_path / "work").mkdir(exist_ok=True)
-        command = [str(SUBMIT)] if patience_s is None else ["-c", LESS_PATIENT, str(ROOT), str(patience_s)]
+    def popen(
+        *arguments: object, script: str = "", patience: dict[str, float] | None = None, **environment: str
+    ) -> Popen:
+        command = [str(SUBMIT)] if patience is None else ["-c", LESS_PATIENT, str(ROOT), json.dumps(patience)]
+        work = folder / f"work-{len(processes)}"
+        for path in OTHER_FILES:
+            write_bytes(str(work), path, b"")
+        (work / "job.py").write_text(script)
         with hearing_sigint():
             process = subprocess.Popen(
-                [sys.executable, *command, *arguments],
-                cwd=tmp_path / "work",
+                [sys.executable, *command, *map(str, arguments)],
+                cwd=work,
                 env={**ENVIRONMENT, **environment},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -116,136 +131,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Callable[[str], str]:
-    """Write `job.py` into the folder that is submitted."""
-
-    def write(text: str) -> str:
-        (tmp_path / "work").mkdir(exist_ok=True)
-        (tmp_path / "work" / "job.py").write_text(text)
-        return "job.py"
-
-    return write
-
-
 def status(head: str, submission_id: str) -> str:
     with urllib.request.urlopen(f"{head}/api/jobs/{submission_id}", timeout=10) as response:
         return str(json.load(response)["status"])
-
-
-@pytest.mark.slow
-def test_the_jobs_output_variables_arguments_and_exit_code_come_through_and_a_signal_as_a_shell_says_it(
-    head, start, script, tmp_path
-):
-    script(
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "print('arguments', sys.argv[1:])\n"
-        "print('input', os.environ['EMBED_INPUT'], os.environ.get('EMBED_OUTPUT'))\n"
-        "print('files', sorted(str(p) for p in Path().rglob('*.txt')))\n"
-        "print('a trouble', file=sys.stderr)\n"
-        "sys.exit(7)\n"
-    )
-    for name in ("kept/a.txt", ".venv/b.txt", ".git/c.txt", "demo/d.txt", "kept/demo/e.txt"):
-        path = tmp_path / "work" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-    job = start(
-        "--address", head, "--env", "EMBED_INPUT", "--", sys.executable, "job.py", "--backbone", "a b",
-        EMBED_INPUT="s3://bkt/{0..9}.tar", EMBED_OUTPUT="not forwarded",
-    )  # fmt: skip
-    # Meanwhile: each takes seconds, in which nothing computes.
-    killed = start("--address", head, "--", "sh", "-c", "kill -9 $$")
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 7, err
-    assert "arguments ['--backbone', 'a b']\n" in out
-    assert "input s3://bkt/{0..9}.tar None\n" in out
-    assert "files ['kept/a.txt', 'kept/demo/e.txt']\n" in out
-    assert "a trouble\n" in out
-    assert "FAILED, exit code 7" in err
-    _, err = killed.communicate(timeout=120)
-    assert killed.returncode == 137, err
-
-
-@pytest.mark.slow
-def test_a_submitted_job_reads_and_writes_s3(head: str, s3_server: S3Server, s3_url: str, tmp_path: Path) -> None:
-    """By Ray's own command, as the README has it."""
-    write_shards(tmp_path / "in", num_shards=3, samples_each=6)
-    fs = s3_server.filesystem()
-    fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
-    variables = {**s3_server.environment}
-    variables |= {"EMBED_INPUT": f"{s3_url}/shards/photos-{{00000..00002}}.tar", "EMBED_OUTPUT": f"{s3_url}/out"}
-    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
-    submit = [
-        BINARIES / "ray", "job", "submit", f"--address={head}", "--working-dir", ".",
-        "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),
-        "--", "jobs/embed.py", *small, "--part-rows", "4",
-    ]  # fmt: skip
-    done = subprocess.run(submit, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "exit 0: every sample is one stored row" in done.stdout
-    fs.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
-    tables = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
-    keys = sorted(key for table in tables for key in table["image_id"].to_pylist())
-    assert keys == [f"{shard:03d}-{i:04d}" for shard in range(3) for i in range(6)]
-    left = (path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert not any(s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() in data for data in left)
-    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_an_id_is_a_lock_and_sigterm_leaves_the_job_running(head, start, script, tmp_path):
-    go_on, started = tmp_path / "go-on", tmp_path / "started"
-    script(
-        "import pathlib, sys, time\n"
-        "go_on, started = map(pathlib.Path, sys.argv[1:])\n"
-        "started.write_text(started.read_text() + 'x' if started.exists() else 'x')\n"
-        "while not go_on.exists():\n    time.sleep(0.1)\n"
-    )
-    arguments = ("--address", head, "--submission-id", "weekly", "--", sys.executable, "job.py", go_on, started)
-    first = start(*map(str, arguments))
-    wait_for(started.exists)
-    second = start(*map(str, arguments))
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == 2
-    assert "job weekly is RUNNING on this cluster: nothing was started" in err
-
-    first.send_signal(signal.SIGTERM)
-    _, err = first.communicate(timeout=60)
-    assert first.returncode == 143
-    assert "job weekly goes on" in err
-    assert status(head, "weekly") == "RUNNING"
-    go_on.touch()
-    wait_for(lambda: status(head, "weekly") == "SUCCEEDED")
-
-    third = start(*map(str, arguments))
-    _, err = third.communicate(timeout=60)
-    assert third.returncode == 2
-    assert "job weekly has run on this cluster already (SUCCEEDED)" in err
-    assert started.read_text() == "x"
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_the_job_where_that_is_asked_for(head, start, script, tmp_path):
-    started, told = tmp_path / "started", tmp_path / "told"
-    script(
-        "import pathlib, signal, sys, time\n"
-        "started, told = map(pathlib.Path, sys.argv[1:])\n"
-        "def end(number, frame):\n    told.touch()\n    sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, end)\n"
-        "started.touch()\n"
-        "time.sleep(300)\n"
-    )
-    job = start(
-        "--address", head, "--submission-id", "stopped", "--stop-on-interrupt", "--",
-        sys.executable, "job.py", str(started), str(told),
-    )  # fmt: skip
-    wait_for(started.exists)
-    job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=60)
-    assert job.returncode == 130, err
-    assert told.exists()
-    assert status(head, "stopped") == "STOPPED"
 
 
 class Proxy:
@@ -285,62 +173,210 @@ class Proxy:
         return len(cut)
 
 
-@pytest.mark.slow
-def test_a_cut_connection_costs_no_line_of_the_log_and_prints_none_twice(head, start, script, tmp_path):
-    go_on = tmp_path / "go-on"
-    script(
-        "import pathlib, sys, time\n"
-        "for i in range(40):\n"
-        "    while i == 20 and not pathlib.Path(sys.argv[1]).exists():\n        time.sleep(0.02)\n"
-        "    print(f'line {i}')\n    time.sleep(0.05)\n"
-    )
+OTHER_FILES = ("kept/a.txt", ".venv/b.txt", ".git/c.txt", "demo/d.txt", "kept/demo/e.txt")
+TELLS_ALL = """
+import os, sys
+from pathlib import Path
+print('arguments', sys.argv[1:])
+print('input', os.environ['EMBED_INPUT'], os.environ.get('EMBED_OUTPUT'))
+print('files', sorted(str(p) for p in Path().rglob('*.txt')))
+print('a trouble', file=sys.stderr)
+sys.exit(7)
+"""
+COUNTS_ITS_STARTS = """
+import pathlib, sys, time
+go_on, started = map(pathlib.Path, sys.argv[1:])
+started.write_text(started.read_text() + 'x' if started.exists() else 'x')
+while not go_on.exists():
+    time.sleep(0.1)
+"""
+TELLS_OF_SIGTERM = """
+import pathlib, signal, sys, time
+started, told = map(pathlib.Path, sys.argv[1:])
+def end(number, frame):
+    told.touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+started.touch()
+time.sleep(300)
+"""
+PRINTS_40_LINES = """
+import pathlib, sys, time
+for i in range(40):
+    while i == 20 and not pathlib.Path(sys.argv[1]).exists():
+        time.sleep(0.02)
+    print(f'line {i}')
+    time.sleep(0.02)
+"""
+WAITS = """
+import pathlib, sys, time
+print('begun')
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.1)
+"""
+IS_QUIET = """
+import sys, time
+print('begun')
+time.sleep(float(sys.argv[1]))
+sys.exit(7)
+"""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Clients whose jobs run at the same time: most of a job is seconds in which nothing computes."""
+
+    all_told: Popen
+    killed: Popen
+    locked: Popen
+    stopped: Popen
+    cut: Popen
+    proxy: Proxy
+
+
+@pytest.fixture(scope="module")
+def begun(head: str, start: Callable[..., Popen], folder: Path) -> Begun:
     proxy = Proxy(int(head.rsplit(":", 1)[1]))
-    job = start(
-        "--address", f"http://127.0.0.1:{proxy.port}", "--", sys.executable, "job.py", str(go_on),
+    return Begun(
+        all_told=start(
+            "--address", head, "--env", "EMBED_INPUT", "--", sys.executable, "job.py", "--backbone", "a b",
+            script=TELLS_ALL, EMBED_INPUT="s3://bkt/{0..9}.tar", EMBED_OUTPUT="not forwarded",
+        ),
+        killed=start("--address", head, "--", "sh", "-c", "kill -9 $$"),
+        locked=start(*weekly(head, folder), script=COUNTS_ITS_STARTS),
+        stopped=start(
+            "--address", head, "--submission-id", "stopped", "--stop-on-interrupt", "--",
+            sys.executable, "job.py", folder / "stopped-started", folder / "told", script=TELLS_OF_SIGTERM,
+        ),
+        cut=start(
+            "--address", f"http://127.0.0.1:{proxy.port}", "--", sys.executable, "job.py", folder / "uncut",
+            script=PRINTS_40_LINES,
+        ),
+        proxy=proxy,
     )  # fmt: skip
+
+
+def weekly(head: str, folder: Path) -> tuple[object, ...]:
+    """The arguments of a job that goes on until it may end."""
+    files = folder / "weekly-ends", folder / "weekly-started"
+    return ("--address", head, "--submission-id", "weekly", "--", sys.executable, "job.py", *files)
+
+
+@pytest.mark.slow
+def test_the_jobs_output_variables_arguments_and_exit_code_come_through_and_a_signal_as_a_shell_says_it(
+    begun: Begun,
+) -> None:
+    out, err = begun.all_told.communicate(timeout=120)
+    assert begun.all_told.returncode == 7, err
+    assert "arguments ['--backbone', 'a b']\n" in out
+    assert "input s3://bkt/{0..9}.tar None\n" in out
+    assert "files ['kept/a.txt', 'kept/demo/e.txt']\n" in out
+    assert "a trouble\n" in out
+    assert "FAILED, exit code 7" in err
+    _, err = begun.killed.communicate(timeout=120)
+    assert begun.killed.returncode == 137, err
+
+
+@pytest.mark.slow
+def test_a_submitted_job_reads_and_writes_s3(head: str, s3_server: S3Server, s3_url: str, tmp_path: Path) -> None:
+    """By Ray's own command, as the README has it."""
+    write_shards(tmp_path / "in", num_shards=3, samples_each=6)
+    fs = s3_server.filesystem()
+    fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
+    variables = {**s3_server.environment}
+    variables |= {"EMBED_INPUT": f"{s3_url}/shards/photos-{{00000..00002}}.tar", "EMBED_OUTPUT": f"{s3_url}/out"}
+    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+    submit = [
+        BINARIES / "ray", "job", "submit", f"--address={head}", "--working-dir", ".",
+        "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),
+        "--", "jobs/embed.py", *small, "--precision", "fp32", "--part-rows", "4",
+    ]  # fmt: skip
+    done = subprocess.run(submit, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "exit 0: every sample is one stored row" in done.stdout
+    fs.get(f"{s3_url}/out/", str(tmp_path / "out"), recursive=True)
+    tables = [pq.read_table(path) for path in (tmp_path / "out" / "embeddings").glob("*.parquet")]
+    keys = sorted(key for table in tables for key in table["image_id"].to_pylist())
+    assert keys == [f"{shard:03d}-{i:04d}" for shard in range(3) for i in range(6)]
+    left = (path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert not any(s3_server.environment["AWS_SECRET_ACCESS_KEY"].encode() in data for data in left)
+    assert s3_server.environment["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_an_id_is_a_lock_and_sigterm_leaves_the_job_running(
+    head: str, begun: Begun, start: Callable[..., Popen], folder: Path
+) -> None:
+    wait_for((folder / "weekly-started").exists)
+    second = start(*weekly(head, folder), script=COUNTS_ITS_STARTS)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "job weekly is RUNNING on this cluster: nothing was started" in err
+
+    begun.locked.send_signal(signal.SIGTERM)
+    _, err = begun.locked.communicate(timeout=60)
+    assert begun.locked.returncode == 143
+    assert "job weekly goes on" in err
+    assert status(head, "weekly") == "RUNNING"
+    (folder / "weekly-ends").touch()
+    wait_for(lambda: status(head, "weekly") == "SUCCEEDED")
+
+    third = start(*weekly(head, folder), script=COUNTS_ITS_STARTS)
+    _, err = third.communicate(timeout=60)
+    assert third.returncode == 2
+    assert "job weekly has run on this cluster already (SUCCEEDED)" in err
+    assert (folder / "weekly-started").read_text() == "x"
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_job_where_that_is_asked_for(head: str, begun: Begun, folder: Path) -> None:
+    wait_for((folder / "stopped-started").exists)
+    begun.stopped.send_signal(signal.SIGINT)
+    _, err = begun.stopped.communicate(timeout=60)
+    assert begun.stopped.returncode == 130, err
+    assert (folder / "told").exists()
+    assert status(head, "stopped") == "STOPPED"
+
+
+@pytest.mark.slow
+def test_a_cut_connection_costs_no_line_of_the_log_and_prints_none_twice(begun: Begun, folder: Path) -> None:
     lines = []
-    for line in job.stdout:
+    for line in begun.cut.stdout or ():
         if line.startswith("line "):
             lines.append(line)
         if line == "line 19\n":
-            go_on.touch()
-            assert proxy.cut() > 0
-    _, err = job.communicate(timeout=120)
-    assert job.returncode == 0, err
+            (folder / "uncut").touch()
+            assert begun.proxy.cut() > 0
+    _, err = begun.cut.communicate(timeout=120)
+    assert begun.cut.returncode == 0, err
     assert lines == [f"line {i}\n" for i in range(40)]
 
 
 @pytest.mark.slow
-def test_a_cluster_that_stops_answering_is_given_up_and_the_job_goes_on(head, start, script, tmp_path):
-    go_on = tmp_path / "go-on"
-    script(
-        "import pathlib, sys, time\n"
-        "print('begun')\n"
-        "while not pathlib.Path(sys.argv[1]).exists():\n    time.sleep(0.1)\n"
-    )
+def test_a_cluster_that_stops_answering_is_given_up_and_a_quiet_job_is_not_taken_for_one(
+    head: str, start: Callable[..., Popen], folder: Path
+) -> None:
+    go_on = folder / "silent-ends"
     proxy = Proxy(int(head.rsplit(":", 1)[1]))
-    job = start(
+    patience = {"quiet_s": 0.75, "lost_s": 3.0}
+    silent = start(
         "--address", f"http://127.0.0.1:{proxy.port}", "--submission-id", "silent", "--",
-        sys.executable, "job.py", str(go_on), patience_s=3,
+        sys.executable, "job.py", go_on, script=WAITS, patience={**patience, "answer_s": 3.0},
     )  # fmt: skip
-    assert "begun\n" in iter(job.stdout.readline, "")
+    quiet = start("--address", head, "--", sys.executable, "job.py", 5, script=IS_QUIET, patience=patience)
+    assert silent.stdout is not None
+    assert "begun\n" in iter(silent.stdout.readline, "")
     proxy.stopped.set()
     # Requests that nobody answers are still under way when it ends.
-    _, err = job.communicate(timeout=120)
-    assert job.returncode == 69, err
+    _, err = silent.communicate(timeout=120)
+    assert silent.returncode == 69, err
     assert "nothing heard of job silent for 3 s, it may still run: no answer within 3 s" in err
     assert status(head, "silent") == "RUNNING"
     go_on.touch()
-    wait_for(lambda: status(head, "silent") == "SUCCEEDED")
-
-
-@pytest.mark.slow
-def test_a_quiet_job_is_not_taken_for_a_lost_cluster(head, start, script):
-    script("import sys, time\nprint('begun')\ntime.sleep(7)\nsys.exit(7)\n")
-    job = start("--address", head, "--", sys.executable, "job.py", patience_s=4)
-    out, err = job.communicate(timeout=120)
-    assert job.returncode == 7, err
+    out, err = quiet.communicate(timeout=120)
+    assert quiet.returncode == 7, err
     assert out.count("begun\n") == 1
+    wait_for(lambda: status(head, "silent") == "SUCCEEDED")
 
 
 @pytest.mark.parametrize("code", [401, 403])
@@ -378,7 +414,7 @@ def test_a_token_that_was_promised_and_is_not_there_is_told_before_anything_is_a
 
 def test_a_cluster_that_takes_connections_and_never_answers_is_given_up(start):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        job = start("--address", f"http://127.0.0.1:{server.getsockname()[1]}", patience_s=1)
+        job = start("--address", f"http://127.0.0.1:{server.getsockname()[1]}", patience={"lost_s": 1.0})
         _, err = job.communicate(timeout=60)
     assert job.returncode == 69
     assert "the cluster did not answer for 1 s" in err
