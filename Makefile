@@ -13,10 +13,10 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
-# Two processes, a thread of torch and NumPy in each: on two cores, more would wait for one another. What is freed goes
-# back at once: without these limits of glibc's, a process keeps a GB of it.
+# A thread of torch and NumPy in each process. What is freed goes back at once: without these limits of glibc's, a
+# process keeps a GB of it.
 PYTEST := OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=16777216 \
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest
 # Images set it. Without bytecode, each process would compile all tests and modules again: 8 s and more.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -58,10 +58,11 @@ lint: setup
 	$(BIN)/lint-imports
 
 check: lint
-	$(PYTEST) --dist worksteal -m 'not slow and not ray'
+	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not slow and not ray'
 
+# Three processes: on two cores, of what starts Ray one waits while two compute.
 test: lint
-	$(PYTEST) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # The packages of the extra are in no lock: nothing that is tested or installed needs them.
 docs: setup

@@ -27,6 +27,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.peaks import Peaks, peak_memory_mib, resident_mib
+
 ROOT = Path(__file__).parent.parent
 # Of Ray's metrics, 10 s otherwise: it forgets a gauge in two of them. Ray reads it when it is imported.
 METRICS_INTERVAL_S = 2
@@ -115,12 +117,6 @@ def is_decoding_for(process: Path, parent: int) -> bool:
     return b".decoding.child" in command and int(status.rpartition(")")[2].split()[1]) == parent
 
 
-def peak_memory_mib(pid: int | str = "self") -> int:
-    """The most memory a process has had; `ru_maxrss` would count that of the process that started it."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024
-
-
 @contextmanager
 def hearing_sigint() -> Iterator[None]:
     """What is started meanwhile ends by Ctrl-C.
@@ -193,13 +189,27 @@ def _environment_kept(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not ours, f"{request.path.name} leaves a changed environment: {ours}"
 
 
+_MORE_MIB = 64
+_resident_mib = 0
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _memory_given_back() -> Iterator[None]:
     """What a file built goes with it: a process that has built every architecture would hold 7 GB."""
-    # Libraries stay, and are not searched for garbage each time.
+    global _resident_mib  # noqa: PLW0603 - of this process
+    # Libraries stay, and are not searched for garbage each time, but where memory has grown.
     gc.freeze()
     yield
     gc.collect()
+    _give_back()
+    if resident_mib() > _resident_mib + _MORE_MIB:
+        gc.unfreeze()
+        gc.collect()
+        _give_back()
+        _resident_mib = resident_mib()
+
+
+def _give_back() -> None:
     with suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -212,28 +222,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         output["peak_mib"] = peak_memory_mib()
 
 
-class _Peaks:
-    """The peak memory of each test process."""
-
-    def __init__(self) -> None:
-        self.mib: list[int] = []
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        self.mib.append(getattr(node, "workeroutput", {}).get("peak_mib", 0))
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
-        self.mib.append(peak_memory_mib())
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        each = " + ".join(map(str, self.mib))
-        terminalreporter.write_line(f"peak memory of the test processes: {each} MiB")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_Peaks(), "peaks")
+        config.pluginmanager.register(Peaks(), "peaks")
 
 
 def start_ray() -> None:

@@ -20,8 +20,9 @@ from shard_embedder.pipeline.core.errors import SampleError
 from shard_embedder.pipeline.decoding import jpeg
 from shard_embedder.pipeline.decoding.orientation import orientation_of
 from shard_embedder.pipeline.decoding.pillow import FORMATS
-from tests.conftest import child_pid, encode, peak_memory_mib, photo
+from tests.conftest import child_pid, encode, photo
 from tests.decoding.images import FILES, FUZZ_SEED, MIB, make_decoder, mutate
+from tests.peaks import peak_memory_mib
 
 FUZZ_INPUTS = int(os.environ.get("EMBED_FUZZ_INPUTS", "5000"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

@@ -20,8 +20,9 @@ from shard_embedder.pipeline.decoding import child
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.resize import resize_crop
 from shard_embedder.pipeline.decoding.rules import DecodingRules
-from tests.conftest import ROOT, child_pid, encode, peak_memory_mib, photo
+from tests.conftest import ROOT, child_pid, encode, photo
 from tests.decoding.images import SMALL, part
+from tests.peaks import peak_memory_mib
 
 pillow_heif = pytest.importorskip("pillow_heif", reason="the extra `heif` is not installed")
 RULES = DecodingRules(preprocess=SMALL, max_pixels=Config.max_pixels)

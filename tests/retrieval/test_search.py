@@ -368,7 +368,7 @@ def test_the_bytes_of_queries_do_not_stay_in_memory(index: Path, tmp_path: Path)
 def test_real_products_are_found_by_class_as_by_an_exact_search(test_data: Path, tmp_path: Path) -> None:
     """The fine class of the nearest of 500 photos is right for as many of 296 others as by exact search."""
     grocery, weights = test_data / "data" / "grocery", test_data / "weights" / WEIGHTS
-    settings = {"backbone": "mobilenet_v2", "weights": str(weights), "image_size": "128", "part_rows": 1024}
+    settings = {"backbone": "mobilenet_v2", "weights": str(weights), "image_size": None, "part_rows": 1024}
     embed(str(grocery / "grocery-train-000000.tar"), tmp_path / "out", **settings, batch_size=32)
     classes = {name: fine(grocery / f"grocery-{name}.json") for name in ("train", "val")}
     files = tmp_path / "val"

@@ -18,7 +18,8 @@ from shard_embedder.pipeline.shards.find import Pending
 from shard_embedder.pipeline.shards.headers import BLOCK, MAX_PAX_BYTES
 from shard_embedder.pipeline.shards.samples import SampleReader
 from shard_embedder.pipeline.shards.tars import iter_members
-from tests.conftest import encode, peak_memory_mib, photo
+from tests.conftest import encode, photo
+from tests.peaks import peak_memory_mib
 from tests.shards.tar_bytes import (
     ALL,
     END,
