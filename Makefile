@@ -17,7 +17,7 @@ DEMO ?= demo
 # process keeps a GB of it.
 PYTEST := OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=16777216 \
 	$(BIN)/pytest
-# Images set it. Without bytecode, each process would compile all tests and modules again: 8 s and more.
+# Container images often set it. Without bytecode, each process would compile all tests and modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test check docs lint lock clean
@@ -60,7 +60,7 @@ lint: setup
 check: lint
 	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not slow and not ray'
 
-# Three processes: on two cores, of what starts Ray one waits while two compute.
+# Three processes on two cores: a test that starts Ray waits most of the time.
 test: lint
 	$(PYTEST) --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
