@@ -123,10 +123,11 @@ def load_weights(name: str, spec: str) -> Weights:
 
     `spec` may be one of timm's tags. `DEFAULT` is the tag in the backbone's name, else timm's own default.
     """
-    architecture, _ = _split(find(name))
+    found = find(name)
+    architecture, _ = _split(found)
     seed = random_seed(spec)
     if seed is not None:
-        return _drawn(find(name), seed)
+        return _drawn(found, seed)
     if is_file(spec):
         weights = load_file(spec)
     else:
