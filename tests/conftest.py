@@ -27,14 +27,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.peaks import Peaks, peak_memory_mib, resident_mib
+from tests.peaks import Peaks, peak_memory_mib
 
 ROOT = Path(__file__).parent.parent
-# Of Ray's metrics, 10 s otherwise: it forgets a gauge in two of them. Ray reads it when it is imported.
 METRICS_INTERVAL_S = 2
-os.environ |= {"RAY_metrics_report_interval_ms": str(1000 * METRICS_INTERVAL_S)}
-# Ray would end idle workers after a second, and the next test would start them again: each takes seconds of a core.
-os.environ |= {"RAY_idle_worker_killing_time_threshold_ms": "20000"}
+# Ray reads these when it is imported.
+os.environ |= {
+    # Of its metrics, 10 s otherwise: it forgets a gauge in two of them.
+    "RAY_metrics_report_interval_ms": str(1000 * METRICS_INTERVAL_S),
+    # It would end idle workers after a second, and the next test would start them again: seconds of a core for each.
+    "RAY_idle_worker_killing_time_threshold_ms": "20000",
+}
 _DATA = Path(os.environ.get("EMBED_TEST_DATA", ROOT.parent / "shared"))
 
 
@@ -151,7 +154,7 @@ _RAY_FIXTURES = {"ray_session", "run_process"}
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[Any]:
-    """Import all without searching it for garbage: half of the time."""
+    """Import all without searching it for garbage: nearly half of the time."""
     gc.disable()
     result = yield
     gc.enable()
@@ -189,27 +192,13 @@ def _environment_kept(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not ours, f"{request.path.name} leaves a changed environment: {ours}"
 
 
-_MORE_MIB = 64
-_resident_mib = 0
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _memory_given_back() -> Iterator[None]:
     """What a file built goes with it: a process that has built every architecture would hold 7 GB."""
-    global _resident_mib  # noqa: PLW0603 - of this process
-    # Libraries stay, and are not searched for garbage each time, but where memory has grown.
+    # Libraries stay, and are not searched for garbage each time.
     gc.freeze()
     yield
     gc.collect()
-    _give_back()
-    if resident_mib() > _resident_mib + _MORE_MIB:
-        gc.unfreeze()
-        gc.collect()
-        _give_back()
-        _resident_mib = resident_mib()
-
-
-def _give_back() -> None:
     with suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -243,6 +232,13 @@ def ray_session(s3_server: S3Server) -> None:
 
     if not ray.is_initialized():
         start_ray()
+
+
+def ray_here() -> dict[str, str]:
+    """The variable by which a job joins the Ray of this process."""
+    import ray
+
+    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 class SmallDisk:

@@ -10,17 +10,8 @@ import pytest
 
 def peak_memory_mib(pid: int | str = "self") -> int:
     """The most memory a process has had; `ru_maxrss` would count that of the process that started it."""
-    return _mib(pid, "VmHWM")
-
-
-def resident_mib() -> int:
-    """The memory that this process has."""
-    return _mib("self", "VmRSS")
-
-
-def _mib(pid: int | str, name: str) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) // 1024
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024
 
 
 class Peaks:

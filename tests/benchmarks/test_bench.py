@@ -204,13 +204,7 @@ def command_here(command: list[str], **changes: str) -> str:
     if "benchmarks.baselines.dataloader" in command:
         # A rate needs two files.
         command = [*command, "--rows-per-file", "32"]
-    cores = os.sched_getaffinity(0)
-    # Of Ray's pattern each worker loads torch, and there are as many as it sees cores.
-    os.sched_setaffinity(0, {min(cores)} if "benchmarks.baselines.ray_data" in command else cores)
-    try:
-        return _run_command(command, **changes)
-    finally:
-        os.sched_setaffinity(0, cores)
+    return _run_command(command, **changes)
 
 
 @pytest.mark.slow

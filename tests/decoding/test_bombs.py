@@ -113,7 +113,7 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_grows_with_pixels_as_the_rules_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As in a job: without the limits of glibc's that the Makefile sets for tests.
-    for variable in [name for name in os.environ if name.startswith("MALLOC_")]:
+    for variable in [one for one in os.environ if one.startswith("MALLOC_")]:
         monkeypatch.delenv(variable)
     child.end()
     file, num_pixels = LARGE[name](), SIDE * SIDE

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import ray
 
 from shard_embedder.jobs.embed import gather, parser
 from shard_embedder.pipeline.core.errors import SettingsError
@@ -24,7 +23,7 @@ from shard_embedder.pipeline.planning.job import prepare_job
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.passes import run
-from tests.conftest import ROOT, Done, encode, photo, write_shards, write_tar
+from tests.conftest import ROOT, Done, encode, photo, ray_here, write_shards, write_tar
 from tests.faults.web_server import Kind, WebServer
 from tests.outputs import UNHEARD, rows
 
@@ -42,11 +41,6 @@ def begin_job(*arguments: object, stderr: int | None = None, **environment: str)
         text=True,
         start_new_session=True,
     )
-
-
-def ray_here() -> dict[str, str]:
-    """The variable by which a job joins the Ray of this process."""
-    return {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def stored(output: Path) -> dict[str, bytes]:

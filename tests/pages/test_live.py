@@ -357,8 +357,8 @@ def test_a_slow_image_neither_stops_the_server_nor_its_end(folder: Path) -> None
         begun = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-        # The decoder's own deadline is 30 s of processor time, which are no less by the clock.
-        assert time.monotonic() - begun < 25
+        # The decoder's own deadline is 30 s of processor time.
+        assert time.monotonic() - begun < 15
         assert process.communicate() == ("", "serve.py: interrupted\n")
     finally:
         process.kill()

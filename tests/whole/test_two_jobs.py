@@ -24,7 +24,7 @@ from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.planning.resources import plan_resources
 from shard_embedder.pipeline.run.on_ray import OnRay, watched
 from shard_embedder.pipeline.run.passes import Watcher, run
-from tests.conftest import write_shards
+from tests.conftest import ray_here, write_shards
 from tests.outputs import job_for, rows
 
 pytestmark = [
@@ -91,9 +91,8 @@ def test_jobs_of_one_moment_all_embed_their_input(tmp_path: Path) -> None:
     write_shards(tmp_path / "in", num_shards=2)
     met = tmp_path / "met"
     met.mkdir()
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=connect) as pool:
-        with mock.patch.dict(os.environ, address):
+        with mock.patch.dict(os.environ, ray_here()):
             other = pool.submit(embed, tmp_path / "in", tmp_path / "other", met)
         assert embed(tmp_path / "in", tmp_path / "one", met)["balanced"]
         assert other.result(_WAIT_S)["balanced"]
