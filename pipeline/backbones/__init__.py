@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, overload
 
+from shard_embedder.pipeline.backbones import compiler
 from shard_embedder.pipeline.backbones.weights_spec import Weights, random_seed, spec_of
 from shard_embedder.pipeline.core.errors import BackboneError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
@@ -32,7 +33,8 @@ def library_of(name: str) -> ModuleType:
     """
     # Both import torch, which takes seconds, and a worker that only unpickles a job does not need it.
     if not name.startswith(_TIMM):
-        from shard_embedder.pipeline.backbones import torchvision_models  # noqa: PLC0415
+        with compiler.imported_when_used():
+            from shard_embedder.pipeline.backbones import torchvision_models  # noqa: PLC0415
 
         return torchvision_models
     try:

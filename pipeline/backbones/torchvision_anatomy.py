@@ -96,7 +96,7 @@ class _Stages(Backbone):
         return images
 
 
-class _VitBackbone(_Stages):
+class TokenBackbone(_Stages):
     """A vision transformer; its features are the class token after the encoder.
 
     Source: `torchvision.models.VisionTransformer.forward`, which has no module for these steps.
@@ -110,6 +110,7 @@ class _VitBackbone(_Stages):
         self.image_size: int = model.image_size
 
     def forward(self, images: Tensor) -> Tensor:
+        """[N, C] of images [N, 3, H, W]. Raises `ValueError` for a size that the weights are not for."""
         side = self.image_size
         if images.shape[-2:] != (side, side):
             raise ValueError(f"its position embedding is for images of {side}x{side}")
@@ -171,7 +172,7 @@ def without_head(model: nn.Module, name: str, features: str) -> Backbone:
             raise BackboneError(
                 f"{name} has no feature map: its features are a token, not a pooled map; use pooled features"
             )
-        return _VitBackbone(model)
+        return TokenBackbone(model)
     children: dict[str, nn.Module] = {}
     if getattr(model, "transform_input", False):
         children["transform_input"] = _TransformInput()

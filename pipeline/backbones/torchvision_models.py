@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models
 from torchvision.models import VisionTransformer
@@ -34,7 +34,13 @@ from shard_embedder.pipeline.backbones.base import (
     unknown_backbone,
     wrong_size,
 )
-from shard_embedder.pipeline.backbones.torchvision_anatomy import ANATOMY, TRANSFORMS_INPUT, LayerMaps, without_head
+from shard_embedder.pipeline.backbones.torchvision_anatomy import (
+    ANATOMY,
+    TRANSFORMS_INPUT,
+    LayerMaps,
+    TokenBackbone,
+    without_head,
+)
 from shard_embedder.pipeline.backbones.weights import (
     StateDict,
     check_fit,
@@ -84,7 +90,7 @@ ALIASES = {
 
 # The builders of these want to be told whether to draw initial weights.
 _ASKS_INITIALISATION = ("googlenet", "inception_v3")
-_INITIALISERS = {nn.init.constant_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_}
+_INITIALISERS = {nn.init.constant_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, Tensor.normal_}
 _POSITIONS = "encoder.pos_embedding"  # of a vision transformer
 # torchvision's files of DenseNet are older than its names: `norm.1` there is `norm1` in the model.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
@@ -211,20 +217,26 @@ def output_shape(name: str, features: str, size: tuple[int, int], weights: Weigh
     """
     if weights is None or weights.state is None:
         return _shape_without_weights(name, features, size)
-    return _shape(build_backbone(name, without_values(weights), features, size), name, size)
+    return _shape(build_backbone(name, without_values(weights), features, size), name, features, size)
 
 
 @cache
 def _shape_without_weights(name: str, features: str, size: tuple[int, int]) -> tuple[int, ...]:
-    return _shape(build_backbone(name, None, features, size), name, size)
+    return _shape(build_backbone(name, None, features, size), name, features, size)
 
 
-def _shape(backbone: Backbone, name: str, size: tuple[int, int]) -> tuple[int, ...]:
+def _shape(backbone: Backbone, name: str, features: str, size: tuple[int, int]) -> tuple[int, ...]:
+    own = preprocess_for(name, DEFAULT).crop
+    if isinstance(backbone, TokenBackbone):
+        own = (backbone.image_size, backbone.image_size)
+    # To run without values, torch imports its compiler, for 2 s of processor time.
+    if features == "pooled" and size == own:
+        return (backbone.num_features,)
     backbone = backbone.to("meta")
     try:
         return run_without_values(backbone, size)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise wrong_size(name, size, preprocess_for(name, DEFAULT).crop, error) from error
+        raise wrong_size(name, size, own, error) from error
 
 
 def build_backbone(name: str, weights: Weights | None, features: str, image_size: tuple[int, int] | None) -> Backbone:

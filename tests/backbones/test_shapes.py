@@ -7,7 +7,8 @@ import gc
 import pytest
 from torch import Tensor, nn
 
-from shard_embedder.pipeline.backbones.torchvision_models import output_shape
+from shard_embedder.pipeline.backbones.base import run_without_values
+from shard_embedder.pipeline.backbones.torchvision_models import build_backbone, output_shape, preprocess_for
 from shard_embedder.pipeline.core.errors import BackboneError
 from tests.backbones.models import ALL, SMALLEST
 
@@ -55,7 +56,10 @@ def test_every_architecture_but_vision_transformers_has_a_feature_map(name: str)
     assert height == width >= 5
     # VGG and AlexNet feed their classifier a grid of 7x7 and 6x6.
     grid = {"alexnet": 36}.get(name, 49 if name.startswith("vgg") else 1)
-    assert output_shape(name, "pooled", (224, 224)) == (channels * grid,)
+    backbone = build_backbone(name, None, "pooled", None)
+    assert run_without_values(backbone.to("meta"), (224, 224)) == (channels * grid,)
+    # For the size of the weights nothing is run.
+    assert output_shape(name, "pooled", preprocess_for(name, "DEFAULT").crop) == (channels * grid,)
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "maxvit_t"])
