@@ -28,7 +28,7 @@ from tests.faults.web_server import Kind, WebServer
 from tests.outputs import UNHEARD, rows
 
 RunJob = Callable[..., Done]
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
 
 
 def begin_job(*arguments: object, stderr: int | None = None, **environment: str) -> subprocess.Popen[str]:

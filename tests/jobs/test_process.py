@@ -26,7 +26,7 @@ from tests.conftest import sample_members, write_shards, write_tar
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--precision", "fp32")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--precision", "fp32")
 _SMALL_SHM = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "sh")
 _COMMAND = (sys.executable, "-c", "import sys; from shard_embedder.cli import main; sys.exit(main())")
 

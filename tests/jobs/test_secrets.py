@@ -18,7 +18,7 @@ from tests.conftest import S3Server, write_shard
 from tests.faults.proxy import FaultProxy
 
 RunProcess = Callable[..., subprocess.CompletedProcess[str]]
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
 SMALL += ("--precision", "fp32", "--part-rows", "4")
 
 

@@ -285,7 +285,7 @@ def test_a_submitted_job_reads_and_writes_s3(head: str, s3_server: S3Server, s3_
     fs.put(str(tmp_path / "in"), f"{s3_url}/shards", recursive=True)
     variables = {**s3_server.environment}
     variables |= {"EMBED_INPUT": f"{s3_url}/shards/photos-{{00000..00002}}.tar", "EMBED_OUTPUT": f"{s3_url}/out"}
-    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+    small = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
     submit = [
         BINARIES / "ray", "job", "submit", f"--address={head}", "--working-dir", ".",
         "--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git", "demo"]}),

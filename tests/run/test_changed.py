@@ -17,7 +17,7 @@ from shard_embedder.pipeline.run.passes import run
 from tests.conftest import sample_members, write_shard, write_tar
 from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows
 
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
 SMALL += ("--precision", "fp32", "--part-rows", "4")
 SAMPLES = 6
 

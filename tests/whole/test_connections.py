@@ -52,7 +52,7 @@ def test_no_process_of_a_run_opens_a_connection_to_another_machine(tmp_path: Pat
     command = [
         sys.executable, str(ROOT / "jobs" / "embed.py"), "--input", str(tmp_path / "in"),
         "--output", str(tmp_path / "out"), "--backbone", "squeezenet1_1", "--weights", "random:0",
-        "--image-size", "64", "--device", "cpu",
+        "--device", "cpu",
     ]  # fmt: skip
     # Where CI is said, some telemetry is silent by itself.
     environment = {name: text for name, text in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}

@@ -30,7 +30,7 @@ from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows
 pytestmark = pytest.mark.head
 
 RunJob = Callable[..., Done]
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
 SMALL += ("--precision", "fp32", "--part-rows", "4")
 SAMPLES = 6
 OUTPUT_FILES = {"run.json", "embeddings", "report.json", "report.html", "reports"}
