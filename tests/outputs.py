@@ -53,10 +53,9 @@ def job_for(input: Path | str, output: Path | str, **settings: Any) -> Job:
     return prepare_job(parse({"input": [str(input)], "output": str(output), **SETTINGS, **settings}))
 
 
-def stored(output: Path, folder: str = "embeddings") -> dict[str, bytes]:
-    """Every Parquet file below a folder of the output, by its name."""
-    base = output / folder
-    return {str(path.relative_to(base)): path.read_bytes() for path in sorted(base.rglob("*.parquet"))}
+def stored(folder: Path) -> dict[str, bytes]:
+    """Every Parquet file below a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
 
 
 def rows(output: Path, folder: str = "embeddings") -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from shard_embedder.pipeline.run.in_process import InProcess
 from shard_embedder.pipeline.run.passes import run
 from tests.conftest import ROOT, Done, encode, photo, ray_here, write_shards, write_tar
 from tests.faults.web_server import Kind, WebServer
-from tests.outputs import UNHEARD, rows
+from tests.outputs import UNHEARD, rows, stored
 
 RunJob = Callable[..., Done]
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
@@ -41,10 +41,6 @@ def begin_job(*arguments: object, stderr: int | None = None, **environment: str)
         text=True,
         start_new_session=True,
     )
-
-
-def stored(output: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.parquet"))}
 
 
 def test_a_flag_beats_the_environment_and_that_beats_the_file(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from shard_embedder.jobs.verify import main as verify_main
 from shard_embedder.pipeline.planning.plan import make_plan
 from shard_embedder.pipeline.run.passes import run
 from tests.conftest import sample_members, write_shard, write_tar
-from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows
+from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows, stored
 
-SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
+SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--image-size", "64", "--device", "cpu")
 SMALL += ("--precision", "fp32", "--part-rows", "4")
 SAMPLES = 6
 
@@ -26,10 +26,6 @@ def embed(input: Path, output: Path) -> dict[str, Any]:
     """One run in this process, with its report."""
     job = job_for(input, output, part_rows=4)
     return run(job, make_plan(job.shards, job.config.output), UNHEARD, IN_PROCESS)
-
-
-def stored(output: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.parquet"))}
 
 
 @pytest.fixture(scope="module")

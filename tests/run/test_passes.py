@@ -49,13 +49,13 @@ def test_a_run_ends_where_what_it_stores_does_not_stay(tmp_path: Path) -> None:
 def test_a_second_run_reads_no_finished_shard_and_changes_nothing(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in")
     embed(shards, tmp_path / "out")
-    before = stored(tmp_path / "out")
+    before = stored(tmp_path / "out" / "embeddings")
     write_shards(tmp_path / "new", num_shards=4)
     (tmp_path / "new" / "photos-00003.tar").rename(shards / "photos-00003.tar")
     report = embed(shards, tmp_path / "out")
     assert (report["shards"]["done_before"], report["shards"]["done_now"]) == (3, 1)
     assert report["samples"] == 7
-    after = stored(tmp_path / "out")
+    after = stored(tmp_path / "out" / "embeddings")
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 1
 
@@ -74,11 +74,11 @@ def test_a_changed_shard_is_embedded_anew_and_its_old_parts_go(tmp_path: Path) -
 def test_what_a_late_writer_left_of_an_older_version_goes_even_when_nothing_is_pending(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=1)
     embed(shards, tmp_path / "out")
-    (name, data), *_ = stored(tmp_path / "out").items()
+    (name, data), *_ = stored(tmp_path / "out" / "embeddings").items()
     old = name.replace(name.split(".")[1][:12], "0" * 12)
     (tmp_path / "out" / "embeddings" / old).write_bytes(data)
     embed(shards, tmp_path / "out")
-    assert list(stored(tmp_path / "out")) == [name]
+    assert list(stored(tmp_path / "out" / "embeddings")) == [name]
 
 
 def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
@@ -154,11 +154,11 @@ def test_three_weeks_each_do_what_is_needed_and_say_so(tmp_path: Path) -> None:
 def test_parts_lost_from_the_output_are_made_again_bit_for_bit(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=2, samples_each=9)
     embed(shards, tmp_path / "out", part_rows=4)
-    whole = stored(tmp_path / "out")
+    whole = stored(tmp_path / "out" / "embeddings")
     for name in [next(iter(whole)), list(whole)[-1]]:
         (tmp_path / "out" / "embeddings" / name).unlink()
     embed(shards, tmp_path / "out", part_rows=4)
-    assert stored(tmp_path / "out") == whole
+    assert stored(tmp_path / "out" / "embeddings") == whole
 
 
 def test_an_output_that_lost_its_run_file_is_known_by_its_parts(tmp_path: Path) -> None:
@@ -350,12 +350,12 @@ def test_feature_maps_are_stored_as_tensors(tmp_path: Path) -> None:
 def test_an_output_and_its_input_may_be_moved_together(tmp_path: Path) -> None:
     write_shards(tmp_path / "tour" / "in", num_shards=2)
     embed(tmp_path / "tour" / "in", tmp_path / "tour" / "out")
-    before = stored(tmp_path / "tour" / "out")
+    before = stored(tmp_path / "tour" / "out" / "embeddings")
     (tmp_path / "tour").rename(tmp_path / "holiday")
     write_tar(tmp_path / "holiday" / "in" / "new.tar", sample_members("new", 9))
     report = embed(tmp_path / "holiday" / "in", tmp_path / "holiday" / "out")
     assert (report["shards"]["done_before"], report["shards"]["done_now"]) == (2, 1)
-    after = stored(tmp_path / "holiday" / "out")
+    after = stored(tmp_path / "holiday" / "out" / "embeddings")
     assert {name: after[name] for name in before} == before
 
 

@@ -24,7 +24,7 @@ from shard_embedder.pipeline.run.passes import run
 from shard_embedder.pipeline.verify.proof import verify
 from tests.conftest import Done, S3Server, SmallDisk, start_ray, write_shard
 from tests.faults.proxy import FaultProxy
-from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows
+from tests.outputs import IN_PROCESS, UNHEARD, job_for, rows, stored
 
 # A Ray of its own, before any that is shared: whose would have to be started again.
 pytestmark = pytest.mark.head
@@ -40,7 +40,7 @@ ALONE_BYTES = 33 * 2**20
 
 def embed(input: Path | str, output: Path | str, executor: Executor, limits: StoreLimits = LIMITS) -> dict[str, Any]:
     """One run, with its report."""
-    settings = {"backbone": "squeezenet1_1", "weights": "random:3", "image_size": "64", "precision": "fp32"}
+    settings = {"backbone": "squeezenet1_1", "weights": "random:3", "precision": "fp32"}
     config = parse({"input": [str(input)], "output": str(output), **settings, "part_rows": 4})
     job = replace(prepare_job(config), limits=limits)
     return run(job, make_plan(job.shards, config.output), UNHEARD, executor)
@@ -188,10 +188,6 @@ def test_a_job_through_faults_that_last_names_each_shard_and_the_next_one_makes_
     direct.get(f"{s3_url}/out/", str(tmp_path / "whole"), recursive=True)
     assert rows(tmp_path / "whole") == rows(tmp_path / "expected")
     assert not rows(tmp_path / "whole", "errors")
-
-
-def stored(output: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.parquet"))}
 
 
 @pytest.mark.slow

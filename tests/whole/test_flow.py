@@ -63,7 +63,7 @@ def made(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
         return engines[-1]
 
     def on_part(tally: Tally) -> None:
-        seen.append((tally.num_parts, len(stored(output)) >= tally.num_parts))
+        seen.append((tally.num_parts, len(stored(output / "embeddings")) >= tally.num_parts))
 
     job = job_for(shards, output, **SHARD_SETTINGS)
     watcher = replace(UNHEARD, on_part=on_part)
@@ -79,9 +79,9 @@ def test_every_sample_becomes_one_row_in_the_order_of_its_shard(made: Made) -> N
     assert [row["sample_index"] for row in found] == [1, *range(7), *range(7), *range(7)]
     assert [row["caption"] for row in found] == ["number 1", *(f"number {i}" for i in range(21))]
     assert [row["cls"] for row in found] == [1, *(i % 3 for i in range(21))]
-    assert len(stored(made.output)) == 10
-    assert sum(name.endswith("-last.parquet") for name in stored(made.output)) == 4
-    (error,) = stored(made.output, "errors")
+    assert len(stored(made.output / "embeddings")) == 10
+    assert sum(name.endswith("-last.parquet") for name in stored(made.output / "embeddings")) == 4
+    (error,) = stored(made.output / "errors")
     assert error.startswith("bad.")
 
 
@@ -153,7 +153,7 @@ def test_a_run_in_one_process_stores_the_same_bytes(made: Made, tmp_path: Path) 
     report = run(job, make_plan(job.shards, job.config.output), UNHEARD, InProcess())
     assert (report["balanced"], report["embedded"], report["errors"]) == (True, 22, 1)
     for folder in ("embeddings", "errors"):
-        assert stored(tmp_path / "out", folder) == stored(made.output, folder)
+        assert stored(tmp_path / "out" / folder) == stored(made.output / folder)
 
 
 def test_a_flow_ends_where_it_stands_when_it_is_watched_and_something_is_wrong(made: Made, tmp_path: Path) -> None:
