@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.cores import CoreWatch, cores_in_use
 
 BURN = "import time\nwhile time.process_time() < 1.5: pass"
 
 
+@pytest.mark.slow
 def test_the_core_seconds_of_a_child_count_from_the_moment_at_which_they_pass() -> None:
     with CoreWatch() as watch:
         subprocess.run([sys.executable, "-c", BURN], check=True)

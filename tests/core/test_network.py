@@ -85,6 +85,7 @@ def test_a_read_survives_a_burst_of(fault: str, network: FaultProxy, shard: Shar
     assert network.count(fault=fault) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["slow_down", "error", "reset", "cut", "short", "silent", "stall", "hang_up", "empty"]
 )
@@ -234,6 +235,7 @@ def test_a_version_that_cannot_be_asked_for_is_told_and_not_taken_for_unchanged(
     assert caught.value.transient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["slow_down", "error", "hang_up", "silent", "lost"])
 def test_a_write_survives_a_burst_of(fault: str, network: FaultProxy, s3_url: str, direct: Any) -> None:
     network.add(fault, "part", "PUT", times=2)
@@ -273,6 +275,7 @@ def test_a_write_that_fails_without_end_raises_and_leaves_nothing(
     assert not direct.exists(f"{s3_url}/part")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["slow_down", "reset", "short", "stall", "empty"])
 def test_a_listing_survives_a_burst_of(fault: str, network: FaultProxy, s3_url: str, direct: Any) -> None:
     for number in range(5):
@@ -333,6 +336,7 @@ def test_a_footer_that_cannot_be_read_is_an_output_error(
         read_facts(s3_url, "embeddings/a.parquet", limits=ENDLESS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["slow_down", "hang_up", "lost", "silent"])
 def test_old_parts_are_deleted_through_a_burst_of(fault: str, network: FaultProxy, s3_url: str, direct: Any) -> None:
     direct.pipe_file(f"{s3_url}/old", b"x")

@@ -77,6 +77,7 @@ def test_one_that_cannot_be_deleted_alone_is_an_error(store: OddStore) -> None:
         delete("s3://bkt/out", ["a"], LIMITS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", UNSUPPORTED)
 def test_without_conditional_writes_a_file_is_still_made_once(store: OddStore, answer: tuple[int, str]) -> None:
     store.quirks = Quirks(conditional=answer)

@@ -172,6 +172,7 @@ def test_a_failed_runs_own_exit_code_and_reason_are_passed_on(launch):
     assert "AppFailed: Job entrypoint command failed with exit code 3" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "code"),
     [

@@ -89,6 +89,7 @@ def test_every_reader_of_the_table_has_code_that_is_run() -> None:
     assert "These need a server" in UNTESTED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_THIS_PROCESS)
 def test_the_same_ids_and_embeddings_arrive(name: str, output: Path, tmp_path: Path) -> None:
     pytest.importorskip(MODULES[name], reason=f"{name} is not installed: pip install -e '.[readers]'")

@@ -75,6 +75,7 @@ def test_every_pair_above_the_threshold_is_found_once_whatever_the_blocks(block_
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
 def test_an_index_finds_the_same_pairs(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="the extra `index` is not installed")

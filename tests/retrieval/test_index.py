@@ -43,6 +43,7 @@ def test_every_embedding_of_an_output_finds_itself_under_its_own_id(embedded: Pa
     assert rows.drop_columns("row").sort_by("image_id") == table.drop_columns(EMBEDDING).sort_by("image_id")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_finds_what_an_exact_search_finds(

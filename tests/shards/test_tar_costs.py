@@ -72,6 +72,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [b"", b"\1" * 2**20], ids=["alone", "before garbage"])
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_hostile_shard_costs_time_by_its_size_and_constant_memory(bomb: str, tail: bytes) -> None:

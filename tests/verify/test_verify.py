@@ -42,6 +42,7 @@ def test_without_an_input_the_parquet_alone_is_proven(good: Path) -> None:
     assert (verdict.samples, verdict.tars_compared, verdict.recomputed) == (14, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
