@@ -37,8 +37,6 @@ os.environ |= {
     "RAY_metrics_report_interval_ms": str(1000 * METRICS_INTERVAL_S),
     # It would end idle workers after a second, and the next test would start them again: seconds of a core for each.
     "RAY_idle_worker_killing_time_threshold_ms": "20000",
-    # Ray's workers are nice to others, and would starve beside tests that compute.
-    "RAY_worker_niceness": "0",
 }
 _DATA = Path(os.environ.get("EMBED_TEST_DATA", ROOT.parent / "shared"))
 
