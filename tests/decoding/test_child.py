@@ -6,11 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,30 +205,41 @@ def test_a_child_that_has_stopped_is_given_up() -> None:
     np.testing.assert_array_equal(decoder.decode(png(1)), expected)
 
 
-@pytest.mark.usefixtures("faulty_pillow")
-def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next() -> None:
-    decoder = Decoder(RULES)
-    expected = decoder.decode(png(1))
-    main, pid = threading.main_thread().ident, child_pid()
-    assert main is not None
-
-    def interrupt() -> None:
-        # Not before it waits: elsewhere, the interrupt would end the tests.
-        while "stopped" not in Path(f"/proc/{pid}/status").read_text():
-            time.sleep(0.01)
-        signal.pthread_kill(main, signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
-    interrupts = threading.Thread(target=interrupt)
-    interrupts.start()
-    with pytest.raises(KeyboardInterrupt):
-        decoder.decode(deadly(2, "stopping"))
-    interrupts.join()
-    signal.signal(signal.SIGUSR1, before)
+# In a process of its own: in one that ran many other tests, its signal ended all of them.
+_INTERRUPTED = """
+import os, signal, sys, threading, time
+from contextlib import suppress
+from pathlib import Path
+import numpy as np
+from shard_embedder.pipeline.decoding.decoder import Decoder
+from tests.conftest import child_pid
+from tests.decoding.test_child import RULES, deadly, png
+sys.path.insert(0, sys.argv[1])
+decoder = Decoder(RULES)
+expected = decoder.decode(png(1))
+pid = child_pid()
+def interrupt():
+    while "stopped" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGUSR1)
+signal.signal(signal.SIGUSR1, signal.default_int_handler)
+threading.Thread(target=interrupt).start()
+try:
+    decoder.decode(deadly(2, "stopping"))
+except KeyboardInterrupt:
     # If it were still there, it would answer now.
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
     np.testing.assert_array_equal(decoder.decode(png(1)), expected)
+    print("interrupted")
+"""
+
+
+@pytest.mark.usefixtures("faulty_pillow")
+def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "faulty")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    assert done.stdout == "interrupted\n", done.stderr
 
 
 def test_a_child_that_cannot_start_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
