@@ -13,8 +13,9 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
-# Where CI is set, pytest compares what should be equal line by line: for embeddings that takes hours. A thread of torch
-# and NumPy in each process. What is freed goes back at once: without these limits of glibc's, a process keeps a GB.
+# Where CI is set, pytest shows the whole difference of two outputs, and of embeddings was not done after minutes. One
+# thread of torch and NumPy in each process. What is freed goes back at once: without these limits of glibc's, a process
+# keeps a GB of it.
 PYTEST := CI= OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=16777216 \
 	$(BIN)/pytest
 # Container images often set it. Without bytecode, each process would compile all tests and modules again.
