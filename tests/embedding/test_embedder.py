@@ -38,6 +38,7 @@ from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
 from tests.embedding.pictures import SIDE, pictures, preprocess, torch_state
 from tests.part_values import part_values
+from tests.processor import require_openvino
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KEEP = (("caption", "string"),)
@@ -106,6 +107,8 @@ def embedder(
     network = Network(backbone=backbone, **{name: given.pop(name) for name in fields if name in given})
     dtype, name = given.pop("dtype"), ENGINE["name"]
     placement = Placement(**given)
+    if name == "openvino":
+        require_openvino(placement.precision)
     if weights is None:
         return random_embedder(name, network, placement, dtype)
     return embedder_of(source_of(name, network, weights), network, placement, dtype)

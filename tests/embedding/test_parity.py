@@ -46,6 +46,7 @@ from shard_embedder.pipeline.embedding.network import Network, Placement
 from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
 from tests.conftest import encode, photo
 from tests.part_values import part_values
+from tests.processor import openvino_computes, require_openvino
 
 ENGINES = ["torch", "openvino"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,6 +181,11 @@ def ours(
     return column.flatten().to_numpy().reshape(len(images), -1).astype(np.float64)
 
 
+def computed(engine: str, precisions: Sequence[str]) -> list[str]:
+    """Those of the precisions in which jobs have the engine compute on this processor."""
+    return [precision for precision in precisions if engine == "torch" or openvino_computes(precision)]
+
+
 def cosine(a: Any, b: Any) -> Any:
     return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
@@ -207,7 +213,7 @@ def test_random_weights_give_torchvisions_vectors(backbone: str, side: int | Non
     wanted = reference(backbone, images, None, side)
     for engine in ENGINES:
         made = source(engine, backbone, seed_0(backbone), side)
-        for precision in precisions:
+        for precision in computed(engine, precisions):
             assert_parity(ours(backbone, images, made, precision, side=side), wanted, precision)
 
 
@@ -221,7 +227,7 @@ def test_random_weights_give_torchvisions_vectors_on_every_photo_of_a_shard(back
     wanted = reference(backbone, images, None)
     for engine in ENGINES:
         made = source(engine, backbone, seed_0(backbone))
-        for precision in ("fp32", "bf16"):
+        for precision in computed(engine, ("fp32", "bf16")):
             assert_parity(ours(backbone, images, made, precision), wanted, precision)
 
 
@@ -271,11 +277,7 @@ def test_real_weights_give_torchvisions_vectors(
 ) -> None:
     (path,) = (test_data / "weights").glob(pattern)
     if engine == "openvino":
-        runner = pytest.importorskip(
-            "shard_embedder.pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
-        )
-        if not runner.computes(precision):
-            pytest.skip(f"OpenVINO computes no {precision} on this processor: jobs take torch")
+        require_openvino(precision)
     images, wanted = trained(backbone, path)
     if precision != "fp32":
         images, wanted = images[:24], wanted[:24]
