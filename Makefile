@@ -15,9 +15,9 @@ WEIGHTS ?=
 DEMO ?= demo
 # Where CI is set, pytest shows the whole difference of two outputs, and of embeddings was not done after minutes. One
 # thread of torch and NumPy in each process. What is freed goes back at once: without these limits of glibc's, a process
-# keeps a GB of it.
+# keeps a GB of it. A process that dies ends the run, which names its test: the others could wait for ever.
 PYTEST := CI= OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=16777216 \
-	$(BIN)/pytest
+	$(BIN)/pytest --max-worker-restart 0
 # Container images often set it. Without bytecode, each process would compile all tests and modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
