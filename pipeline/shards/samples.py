@@ -307,7 +307,7 @@ def _large_binary(values: list[bytes | None]) -> pa.LargeBinaryArray:
     """
     offsets = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)
     data = np.empty(offsets[-1], np.uint8)
-    room = memoryview(data)
+    room = data.data
     for value, start, end in zip(values, offsets, offsets[1:], strict=False):
         if value is not None:
             room[start:end] = value
