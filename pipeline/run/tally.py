@@ -166,7 +166,7 @@ class Tally:
 
 
 def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], took_s: float) -> tuple[str, dict[str, float]]:
-    """The stage whose workers were busy for the largest share of the time, and that share of each.
+    """The stage whose workers were busy for the largest share of the time, and that share of each, 1 at most.
 
     Args:
         stage_s: seconds that a stage's workers worked, all together.
@@ -174,4 +174,4 @@ def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], took_s: fl
         took_s: how long the work took, without the start.
     """
     busy = {stage: stage_s[stage] / max(slots[stage] * took_s, 1e-9) for stage in stage_s}
-    return max(busy, key=lambda stage: busy[stage]), busy
+    return max(busy, key=lambda stage: busy[stage]), {stage: min(share, 1.0) for stage, share in busy.items()}

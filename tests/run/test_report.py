@@ -14,7 +14,7 @@ from shard_embedder.pipeline.core.config import parse
 from shard_embedder.pipeline.core.schema import END_LAST, END_NONE, STAGES
 from shard_embedder.pipeline.planning.nodes import DeviceTime
 from shard_embedder.pipeline.planning.resources import plan_stages
-from shard_embedder.pipeline.run.tally import Tally
+from shard_embedder.pipeline.run.tally import Tally, slowest_stage
 from shard_embedder.pipeline.run.timeline import MAX_STEPS, Timeline
 
 
@@ -145,6 +145,9 @@ def test_stages_are_busy_in_the_time_after_the_start() -> None:
     tally.started, tally.devices = tally.started - 10, None
     tally.add(receipt(embed_s=0.0))
     assert tally.busy["embed"] == pytest.approx(0.45, rel=0.05)
+    # However the clocks of a driver and its workers differ, nothing is busy for longer than there was.
+    tally = worked(5, embed_s=9.0, decode_s=1.0)
+    assert (tally.busy["embed"], slowest_stage(tally.stage_s, tally.slots, tally.work_s)[0]) == (1.0, "embed")
 
 
 def test_a_million_images_are_not_told_of_less_than_a_minute_of_work() -> None:
