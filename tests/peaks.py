@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 _EVERY_S = 2.0
+# What all of the processes of `make test` may take together: an ordinary laptop has so much to spare.
+MOST_MIB = 4096
 
 
 def peak_memory_mib(pid: int | str = "self") -> int:
@@ -26,7 +28,8 @@ class Peaks:
     """The peak memory of the test processes, as a plugin of the one that starts the others.
 
     Each process's own is resident memory, of which some 0.5 GB are libraries that all of them share. Together they
-    are looked at every few seconds, by proportional set size: what is shared counts once.
+    are looked at every few seconds, by proportional set size: what is shared counts once. More than `MOST_MIB` fails
+    the session.
     """
 
     def __init__(self) -> None:
@@ -47,19 +50,28 @@ class Peaks:
             self.together_mib = max(self.together_mib, total)
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodeready(self, node: Any) -> None:
-        self._pids.add(node.workerinfo["pid"])
+    def pytest_testnodeready(self) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        self._pids |= {int(pid) for pid in children}
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         self.mib.append(getattr(node, "workeroutput", {}).get("peak_mib", 0))
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self._ended.set()
         self.mib.append(peak_memory_mib())
+        if self._is_too_much:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @property
+    def _is_too_much(self) -> bool:
+        return len(self._pids) > 1 and self.together_mib > MOST_MIB
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         each = " + ".join(map(str, self.mib))
         together = f", together {self.together_mib} MiB" if self.together_mib else ""
         terminalreporter.write_line(f"peak memory of the test processes: {each} MiB{together}")
+        if self._is_too_much:
+            terminalreporter.write_line(f"FAILED: test processes must take at most {MOST_MIB} MiB together")
