@@ -27,9 +27,9 @@ def _field_mib(path: str, name: str) -> int:
 class Peaks:
     """The peak memory of the test processes, as a plugin of the one that starts the others.
 
-    Each process's own is resident memory, of which some 0.5 GB are libraries that all of them share. Together they
-    are looked at every few seconds, by proportional set size: what is shared counts once. More than `MOST_MIB` fails
-    the session.
+    Each process's own is resident memory, of which some 0.5 GB are libraries that all of them share. Where there are
+    several, they are looked at together every few seconds, by proportional set size: what is shared counts once. More
+    than `MOST_MIB` fails the session.
     """
 
     def __init__(self) -> None:
@@ -37,9 +37,6 @@ class Peaks:
         self.together_mib = 0
         self._pids = {os.getpid()}
         self._ended = threading.Event()
-
-    def pytest_sessionstart(self) -> None:
-        threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while not self._ended.wait(_EVERY_S):
@@ -51,6 +48,8 @@ class Peaks:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodeready(self) -> None:
+        if len(self._pids) == 1:
+            threading.Thread(target=self._watch, daemon=True).start()
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         self._pids |= {int(pid) for pid in children}
 
@@ -62,16 +61,12 @@ class Peaks:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         self._ended.set()
         self.mib.append(peak_memory_mib())
-        if self._is_too_much:
+        if self.together_mib > MOST_MIB:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    @property
-    def _is_too_much(self) -> bool:
-        return len(self._pids) > 1 and self.together_mib > MOST_MIB
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         each = " + ".join(map(str, self.mib))
         together = f", together {self.together_mib} MiB" if self.together_mib else ""
         terminalreporter.write_line(f"peak memory of the test processes: {each} MiB{together}")
-        if self._is_too_much:
+        if self.together_mib > MOST_MIB:
             terminalreporter.write_line(f"FAILED: test processes must take at most {MOST_MIB} MiB together")
