@@ -13,9 +13,9 @@ DEMO_STAMP := $(VENV)/.installed-for-demo
 IMAGES ?=
 WEIGHTS ?=
 DEMO ?= demo
-# Where CI is set, pytest shows the whole difference of two outputs, and of embeddings was not done after minutes. One
-# thread of torch and NumPy in each process. What is freed goes back at once: without these limits of glibc's, a process
-# keeps a GB of it. A process that dies ends the run, which names its test: the others could wait for ever.
+# With CI set, pytest prints complete differences, which takes minutes for embeddings. torch and NumPy use one thread in
+# each process. The MALLOC variables make glibc return freed memory at once: without them a process keeps a GB of it.
+# When a test process dies, the run ends and names its test: otherwise the others could wait for ever.
 PYTEST := CI= OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=2 MALLOC_MMAP_THRESHOLD_=1048576 MALLOC_TRIM_THRESHOLD_=16777216 \
 	$(BIN)/pytest --max-worker-restart 0
 # Container images often set it. Without bytecode, each process would compile all tests and modules again.
@@ -61,7 +61,7 @@ lint: setup
 check: lint
 	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not slow and not ray'
 
-# A third process would make it a twentieth faster on two cores, and take another GB.
+# A third process makes it only 5 % faster on two cores, and takes another GB.
 test: lint
 	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from shard_embedder.pipeline.core.schema import STAGE_DECODE, STAGE_EMBED, STAGE_READ, STAGE_WRITE
 
-# A stage of a small run takes a few tenths of a second.
+# Often enough for a stage of a small run, which takes a few tenths of a second.
 _LOOK_EVERY_S = 0.05
 _MIB = 2**20
 # How Ray names what works for a stage, after the functions and the class of `pipeline.flow`: in the title of its

@@ -192,23 +192,23 @@ def _environment_kept(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not ours, f"{request.path.name} leaves a changed environment: {ours}"
 
 
-# Objects of Python after the last search of all of them for garbage.
+# How many blocks of memory Python's objects had after the last search of all of them for garbage.
 _SEARCHED = {"blocks": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _memory_given_back() -> Iterator[None]:
     """What a file built goes with it: a process that has built every architecture would hold 7 GB."""
-    # Libraries stay, and are not searched for garbage each time. But what is in use at such a moment stays too, as do
-    # clients of S3 that are just being closed, 15 MiB each.
+    # Libraries stay, and are not searched for garbage after each file.
     gc.freeze()
     yield
-    has_grown = sys.getallocatedblocks() > _SEARCHED["blocks"] + 200_000
-    if has_grown:
+    if sys.getallocatedblocks() > _SEARCHED["blocks"] + 200_000:
+        # Search all objects. Some were frozen while in use, such as S3 clients that were still closing, 15 MiB each.
         gc.unfreeze()
-    gc.collect()
-    if has_grown:
+        gc.collect()
         _SEARCHED["blocks"] = sys.getallocatedblocks()
+    else:
+        gc.collect()
     with suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""The most memory that processes have had, each and together, as told at the end of a session."""
+"""Peak memory of processes, and of all test processes together at the end of a session."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 _EVERY_S = 2.0
-# What all of the processes of `make test` may take together: an ordinary laptop has so much to spare.
+# The limit for all test processes together, so that the tests run on an ordinary laptop.
 MOST_MIB = 4096
 
 
 def peak_memory_mib(pid: int | str = "self") -> int:
-    """The most memory a process has had; `ru_maxrss` would count that of the process that started it."""
+    """The most memory that a process has had. `ru_maxrss` would include that of the process that started it."""
     return _field_mib(f"/proc/{pid}/status", "VmHWM")
 
 
@@ -25,11 +25,11 @@ def _field_mib(path: str, name: str) -> int:
 
 
 class Peaks:
-    """The peak memory of the test processes, as a plugin of the one that starts the others.
+    """Reports the peak memory of the test processes. A plugin of the process that starts the others.
 
-    Each process's own is resident memory, of which some 0.5 GB are libraries that all of them share. Where there are
-    several, they are looked at together every few seconds, by proportional set size: what is shared counts once. More
-    than `MOST_MIB` fails the session.
+    Each process's figure is resident memory, of which about 0.5 GB are libraries that all of them share. Together
+    they are sampled every few seconds by proportional set size, which counts shared memory once. The session fails
+    when that exceeds `MOST_MIB`.
     """
 
     def __init__(self) -> None:
@@ -69,4 +69,6 @@ class Peaks:
         together = f", together {self.together_mib} MiB" if self.together_mib else ""
         terminalreporter.write_line(f"peak memory of the test processes: {each} MiB{together}")
         if self.together_mib > MOST_MIB:
-            terminalreporter.write_line(f"FAILED: test processes must take at most {MOST_MIB} MiB together")
+            terminalreporter.write_line(
+                f"FAILED: test processes must take at most {MOST_MIB} MiB together, took {self.together_mib}"
+            )

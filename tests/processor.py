@@ -1,4 +1,4 @@
-"""What the processor of this machine computes: many have no bf16."""
+"""Which precisions this machine's processor supports: many have no bf16."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import pytest
 
 
 def openvino_computes(precision: str) -> bool:
-    """Whether OpenVINO computes in a precision here. Where it does not, jobs take torch, which computes in each."""
+    """Whether OpenVINO supports a precision on this processor. Jobs use torch for those that it does not support.
+
+    Skips the test where OpenVINO is not installed.
+    """
     runner = pytest.importorskip(
         "shard_embedder.pipeline.embedding.openvino_runner", reason="OpenVINO has no wheel for this machine"
     )
@@ -15,6 +18,6 @@ def openvino_computes(precision: str) -> bool:
 
 
 def require_openvino(precision: str) -> None:
-    """Skip the test where OpenVINO does not compute in a precision."""
+    """Skip the test unless OpenVINO supports a precision on this processor."""
     if not openvino_computes(precision):
         pytest.skip(f"OpenVINO computes no {precision} on this processor: jobs take torch")

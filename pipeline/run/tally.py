@@ -166,7 +166,7 @@ class Tally:
 
 
 def slowest_stage(stage_s: dict[str, float], slots: dict[str, float], took_s: float) -> tuple[str, dict[str, float]]:
-    """The stage whose workers were busy for the largest share of the time, and that share of each, 1 at most.
+    """The stage whose workers were busy for the largest share of the time, and each stage's share, at most 1.
 
     Args:
         stage_s: seconds that a stage's workers worked, all together.

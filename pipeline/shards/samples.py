@@ -301,9 +301,10 @@ def _samples_array(rows: list[dict[str, Any]], first: int, kind: pa.StructType) 
 
 
 def _large_binary(values: list[bytes | None]) -> pa.LargeBinaryArray:
-    """`pa.array(values, pa.large_binary())`, which copies what it has each time that it needs more room.
+    """The same as `pa.array(values, pa.large_binary())`, which copies its data again whenever it needs more room.
 
-    NumPy asks for huge pages: for bytes of the same size, page faults would take as long as the copy.
+    The data goes into a NumPy array because NumPy requests huge pages. In a bytes object of this size, page faults
+    take as long as the copy.
     """
     offsets = np.cumsum([0, *(len(value or b"") for value in values)], dtype=np.int64)
     data = np.empty(offsets[-1], np.uint8)

@@ -206,7 +206,7 @@ def test_a_child_that_has_stopped_is_given_up() -> None:
     np.testing.assert_array_equal(decoder.decode(png(1)), expected)
 
 
-# In a process of its own: in one that ran many other tests, its signal ended all of them.
+# In a process of its own: a test process that had run many other tests died in this one, and why was not found.
 _INTERRUPTED = """
 import os, signal, sys, threading, time
 from contextlib import suppress

@@ -182,7 +182,7 @@ def ours(
 
 
 def computed(engine: str, precisions: Sequence[str]) -> list[str]:
-    """Those of the precisions in which jobs have the engine compute on this processor."""
+    """The precisions that an engine supports on this processor."""
     return [precision for precision in precisions if engine == "torch" or openvino_computes(precision)]
 
 

@@ -55,8 +55,7 @@ def test_a_compiled_backbone_gives_the_vectors_of_the_eager_one(monkeypatch: pyt
     from torch._dynamo.utils import counters
     from torch._inductor import config
 
-    # Without trials of what the compiler knows of this processor and torch's headers compiled ahead: both take longer
-    # than the kernels.
+    # Do not try vector extensions or precompile torch's headers: either takes longer than to compile the kernels.
     monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
     monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
 

@@ -315,7 +315,7 @@ def test_a_job_that_waits_goes_on_when_the_nodes_have_come(nodes: Nodes, driver:
 def test_pixels_are_made_on_cpu_nodes_embeddings_only_on_gpus_and_one_that_joins_is_used(
     nodes: Nodes, driver: Driver, tmp_path: Path
 ) -> None:
-    # A job waits only for what its actors need. Where the CPU node did not come up the first time, it may still come.
+    # The job before waited for a GPU node only. The CPU node may still be starting.
     nodes.until("the CPU node", lambda: CPU_NODE in driver(addresses))
     # More than will be done until a node has joined, and is counted in.
     light_shards(tmp_path / "in", 200)
