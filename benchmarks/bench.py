@@ -25,6 +25,7 @@ from benchmarks.shards import LARGE_MEGAPIXELS, photo_shards, tiny_shards
 from shard_embedder.jobs.support.command import Parser, at_least, local_path, run_command
 from shard_embedder.jobs.support.exit_codes import EXIT_FAILED, EXIT_OK
 from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.core.writing import write_whole
 
 FORMAT = 1
@@ -67,6 +68,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         "the backbone on a GPU by precision and batch, host to device alone, decoding there and on all cores",
     ),
     "compiled": (("compiled",), "the backbone compiled, by batch"),
+    "gpu-job": (("job",), "the whole job on a GPU, at steady state and with start-up, without its ceiling"),
 }
 _OUT = rich.console.Console(highlight=False, soft_wrap=True)
 
@@ -187,6 +189,7 @@ def parser() -> Parser:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where the backbone runs (default: cpu)"
     )
     top.add_argument("--precision", default="auto", help="of the job; the baselines are fp32 (default: auto)")
+    top.add_argument("--decode", default="cpu", help="of the job, as it takes it (default: cpu)")
     top.add_argument("--images", type=at_least(1), default=2048, metavar="N", help="photos (default: 2048)")
     top.add_argument(
         "--images-a-shard",
@@ -318,6 +321,8 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
 
         for name in flags.sized:
             library_of(name).find(name)  # raises where it is unknown
+    if "gpu-job" in flags.cases and flags.device != "cuda":
+        raise SettingsError(f"gpu-job needs --device cuda, got {flags.device}: job is the case for CPUs")
     names = [name for name in MEASUREMENTS if name in wanted]
     with ExitStack() as stack:
         temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
@@ -330,6 +335,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             image_size=flags.image_size,
             device=flags.device,
             precision=flags.precision,
+            decode=flags.decode,
             cores=num_cores(),
             stage_images=min(flags.stage_images, flags.images),
             large_megapixels=flags.large_megapixels,
@@ -355,6 +361,7 @@ def run(flags: argparse.Namespace) -> dict[str, Any]:
             "image_size": flags.image_size,
             "device": flags.device,
             "precision": flags.precision,
+            "decode": flags.decode,
             "baseline_precision": "fp32",
             "stage_images": settings.stage_images,
             "large_megapixels": flags.large_megapixels,

@@ -78,7 +78,8 @@ def _run(config: Config) -> dict[str, Any]:
     if not report["balanced"] or report["errors"] or report["problems"]:
         raise RuntimeError(f"the job did not embed every image: {report}")
     memory.append((report["shards"]["done_now"], _resident_mib()))
-    return {"memory": memory, "precision": report["precision"], "slowest_stage": report["slowest_stage"]}
+    told = {name: report[name] for name in ("precision", "slowest_stage", "stage_busy")}
+    return {"memory": memory, **told}
 
 
 def _resident_mib() -> float:

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from benchmarks.cores import cores_in_use
 from benchmarks.memory import peaks
 from benchmarks.shards import photo_shards
-from shard_embedder.pipeline.core.config import Config
+from shard_embedder.pipeline.core.config import Config, device_share
 from shard_embedder.pipeline.core.errors import PipelineError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +64,7 @@ class Settings:
     image_size: int | None
     device: str
     precision: str
+    decode: str
     cores: int
     stage_images: int
     large_megapixels: int
@@ -90,6 +91,7 @@ class Settings:
             "image_size": None if self.image_size is None else (self.image_size, self.image_size),
             "device": self.device,
             "precision": self.precision,
+            "decode": self.decode,
             "part_rows": self.part_rows,
         }
         return Config(**{**values, **changes})
@@ -196,12 +198,14 @@ def ceiling(measured: Mapping[str, Any], settings: Settings) -> Metrics:
     """What the stages alone allow together, in images/s, and the share of it that reading and decoding take.
 
     On CPU they share the cores, so their core-seconds an image add up: read and write as one core does them,
-    by the cores; decode and the backbone as all cores do them. On a GPU it is the slower of backbone and decode.
+    by the cores; decode and the backbone as all cores do them. On a GPU it is the slower of backbone and decode, or
+    the backbone's rate where the GPU decodes, too.
     """
     prepare_s = 1 / measured["read_images_per_s"] / settings.cores + 1 / measured["decode_all_images_per_s"]
     model_s = 1 / measured["model_images_per_s"]
     if settings.device == "cuda":
-        return {"ceiling_images_per_s": 1 / max(prepare_s, model_s), "ceiling_decode_share": 0.0}
+        slowest_s = model_s if device_share(settings.decode) else max(prepare_s, model_s)
+        return {"ceiling_images_per_s": 1 / slowest_s, "ceiling_decode_share": 0.0}
     total_s = prepare_s + model_s + 1 / measured["write_images_per_s"] / settings.cores
     return {"ceiling_images_per_s": 1 / total_s, "ceiling_decode_share": prepare_s / total_s}
 
@@ -289,14 +293,16 @@ def job(settings: Settings, before: Mapping[str, Any]) -> Metrics:
     window = steady(stored_parts(Path(settings.scratch) / "job" / "embeddings"))
     num_images = window.num_before + window.num_images
     num_ahead = max(0.0, done_before(result["decode_tasks"], window.begin, num_images) - window.num_before)
+    share = 0.0 if settings.device == "cuda" else before["ceiling_decode_share"]
     return {
-        "job_images_per_s": window.rate(num_ahead, before["ceiling_decode_share"]),
+        "job_images_per_s": window.rate(num_ahead, share),
         "job_stored_images_per_s": window.rate(),
         "job_decoded_ahead_images": num_ahead,
         "job_with_startup_images_per_s": num_images / wall_s,
         "job_wall_s": wall_s,
         "job_slowest_stage": result["slowest_stage"],
         "job_precision": result["precision"],
+        **{f"job_{stage}_busy": busy for stage, busy in result["stage_busy"].items()},
     }
 
 
@@ -346,7 +352,7 @@ def _embed_command(settings: Settings, *options: str) -> list[str]:
     """The job on the photos as a user's command, but for its output."""
     command = [sys.executable, str(ROOT / "jobs" / "embed.py"), "--input", settings.shards]
     command += ["--backbone", settings.backbone, "--weights", "random:0", "--device", settings.device]
-    command += ["--precision", settings.precision, *options]
+    command += ["--precision", settings.precision, "--decode", settings.decode, *options]
     if settings.image_size is not None:
         command += ["--image-size", str(settings.image_size)]
     return command

@@ -110,12 +110,17 @@ def test_the_ceiling_is_of_core_seconds_on_cpu_and_of_the_slower_on_a_gpu() -> N
     assert on_cpu["ceiling_images_per_s"] == pytest.approx(1000 / 12)
     assert on_cpu["ceiling_decode_share"] == pytest.approx(1.5 / 12)
     assert bench_runs.ceiling(alone, settings(device="cuda"))["ceiling_images_per_s"] == pytest.approx(100)
+    fast = {**alone, "model_images_per_s": 5000.0}
+    assert bench_runs.ceiling(fast, settings(device="cuda"))["ceiling_images_per_s"] == pytest.approx(1000 / 1.5)
+    # Its JPEGs are decoded there, too, so that no core holds it up.
+    decodes = settings(device="cuda", decode="gpu:0.9")
+    assert bench_runs.ceiling(fast, decodes)["ceiling_images_per_s"] == pytest.approx(5000)
 
 
 def settings(**changes: Any) -> Settings:
     values: dict[str, Any] = {
         "shards": "in", "tiny": "in", "scratch": "out", "backbone": "resnet18", "image_size": 64, "device": "cpu",
-        "precision": "auto", "cores": 2, "stage_images": 32, "large_megapixels": 1, "plan_shards": 1,
+        "precision": "auto", "decode": "cpu", "cores": 2, "stage_images": 32, "large_megapixels": 1, "plan_shards": 1,
         "part_rows": 1024, "sized": (),
     }  # fmt: skip
     return Settings(**{**values, **changes})
