@@ -23,6 +23,7 @@ from shard_embedder.pipeline.core.config import DEVICES
 from shard_embedder.pipeline.core.errors import SettingsError
 from shard_embedder.pipeline.decoding.preprocess import Preprocess
 from shard_embedder.pipeline.embedding.compiling import compiled
+from shard_embedder.pipeline.embedding.fusing import fuse_convolutions
 from shard_embedder.pipeline.embedding.gpu import Gpu, Span, lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.network import Network, Placement
 
@@ -99,14 +100,23 @@ class NetworkModule(nn.Module):
         self.dtype = dtype
         return self
 
+    def fused(self, crop: tuple[int, int]) -> NetworkModule:
+        """Compute in fewer kernels from now on, on the GPU that it is on. One image of `crop` is tried."""
+        pixels = torch.zeros((1, *crop, 3), dtype=torch.uint8, device=self.normalize_pixels.scale.device)
+        self.backbone = fuse_convolutions(self.backbone, self._images(pixels))
+        return self
+
     def forward(self, pixels: Tensor) -> Tensor:
         """float32 [N, C] or [N, C, H', W']."""
-        images = self.normalize_pixels(pixels)
-        features: Tensor = self.backbone(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        features: Tensor = self.backbone(self._images(pixels)).float()
         if self.normalize:
             # A vector of length 0 has no direction: it becomes NaN, and so a row of errors.
             features = features / features.norm(dim=1, keepdim=True)
         return features
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        images: Tensor = self.normalize_pixels(pixels)
+        return images.to(self.dtype, memory_format=torch.channels_last)
 
 
 def build_network(network: Network, weights: Weights) -> NetworkModule:
@@ -183,9 +193,11 @@ class TorchRunner:
         if placement.precision == "fp32":
             use_exact_fp32()
         self._crop = crop
-        self._network: Callable[[Tensor], Tensor] = (
-            network.as_precision(_DTYPES[placement.precision]).eval().to(self._device)
-        )
+        network = network.as_precision(_DTYPES[placement.precision]).eval().to(self._device)
+        # fp32 is what all else is compared with, and stays as plain as it can be.
+        if self.gpu is not None and placement.precision != "fp32" and not placement.compiled:
+            network = network.fused(crop)
+        self._network: Callable[[Tensor], Tensor] = network
         # What is copied in the stream that computes would wait for the batch before.
         self._copies = None if self.gpu is None else self.gpu.stream()
         # Each with what says when it has been copied from, which is waited for before it is filled again.

@@ -309,6 +309,9 @@ class SimulatedNetwork:
     def eval(self) -> SimulatedNetwork:
         return self
 
+    def fused(self, crop: tuple[int, int]) -> SimulatedNetwork:
+        return self
+
     def to(self, device: torch.device) -> SimulatedNetwork:
         return self
 
