@@ -6,7 +6,7 @@ its own way.
 
 from __future__ import annotations
 
-import threading
+import queue
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,7 +32,9 @@ from shard_embedder.pipeline.embedding.embedder import PartPixels
 from shard_embedder.pipeline.embedding.gpu import Gpu, Span, lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.tries import counted_try
 
-# Groups whose pixels the device still makes, while the next one is decoded: each holds memory until it is done.
+# Parts that are decoded at once: what one needs of the host keeps half of nvJPEG idle.
+_LANES = 2
+# Groups of a part whose pixels the device still makes, while the next one is decoded: each holds memory until then.
 _IN_FLIGHT = 2
 # Times that a part may end its process, or fail, while the device decodes it; then the CPU does, in a child process.
 _MOST_TRIES = 2
@@ -51,13 +53,64 @@ class _Part:
     refusal: str | None = None
 
 
+class _Lane:
+    """What one part at a time is decoded with: on a GPU, streams of its own, and its groups in flight."""
+
+    def __init__(self, gpu: Gpu | None) -> None:
+        self._gpu = gpu
+        self._decodes = None if gpu is None else gpu.stream()
+        self._resizes = None if gpu is None else gpu.stream()
+        # Groups, each of which ends with its span; what was decoded is not freed before it has been resized.
+        self._in_flight: deque[tuple[Span, list[Tensor]]] = deque()
+
+    def resizing(self) -> AbstractContextManager[Any]:
+        """Launch in the stream that resizes meanwhile."""
+        return nullcontext() if self._gpu is None or self._resizes is None else self._gpu.using(self._resizes)
+
+    def decoded(self, images: list[Tensor], device: torch.device) -> tuple[list[Tensor], Span | None]:
+        """Each image as uint8 [3, H, W] on the device, for the stream that resizes, and when that began.
+
+        Raises `RuntimeError`.
+        """
+        if self._gpu is None or self._decodes is None or self._resizes is None:
+            return decode_jpeg(images, device=device), None
+        self._finish(_IN_FLIGHT - 1)
+        # nvJPEG's hardware does not wait for the stream that it is given: memory that was freed there may be read by
+        # what is still to run.
+        self._decodes.synchronize()
+        with self._gpu.using(self._decodes):
+            span = self._gpu.span()
+            decoded: list[Tensor] = decode_jpeg(images, device=device)
+        self._resizes.wait_stream(self._decodes)
+        return decoded, span
+
+    def launched(self, span: Span | None, images: list[Tensor]) -> None:
+        """All that resizes a group is launched."""
+        if span is not None:
+            span.ended.record()
+            self._in_flight.append((span, images))
+
+    def finish(self) -> None:
+        """Wait for all groups."""
+        if self._resizes is not None:
+            # They are computed with in another stream.
+            self._resizes.synchronize()
+            self._finish(0)
+
+    def _finish(self, most: int) -> None:
+        """Wait until at most so many groups are in flight."""
+        while self._gpu is not None and len(self._in_flight) > most:
+            span, _ = self._in_flight.popleft()
+            span.ended.synchronize()
+            self._gpu.add_busy(span)
+
+
 class DeviceDecoder:
     """Makes the pixels of parts on one device; `decoder` takes what that refuses, so that errors are its own.
 
-    Threads take turns: `decoder` is of one thread, and so it is known which part was decoded when a process died. On
-    a GPU all is done in two streams, beside what the backbone computes: while one resizes a group of images, the
-    other decodes the next. `gpu` is told how long; what its decoder does on the host meanwhile counts, too, since
-    no event can be recorded inside it.
+    Up to two threads decode a part each, and others wait. On a GPU all is done in streams beside what the backbone
+    computes: while one resizes a group of images, another decodes the next. `gpu` is told how long; what its decoder
+    does on the host meanwhile counts, too, since no event can be recorded inside it.
 
     Raises:
         RuntimeError: the device decodes nothing, not even the JPEG that it is tried with.
@@ -68,28 +121,29 @@ class DeviceDecoder:
         self._preprocess = decoder.rules.preprocess
         self._gpu = Gpu(torch.device(device)) if gpu is None and torch.device(device).type == "cuda" else gpu
         self._device = torch.device(device) if self._gpu is None else self._gpu.device
-        self._decodes = None if self._gpu is None else self._gpu.stream()
-        self._resizes = None if self._gpu is None else self._gpu.stream()
-        # Groups, each of which ends with its span.
-        self._in_flight: deque[Span] = deque()
-        self._turn = threading.Lock()
+        self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         if self._gpu is not None:
             # TF32 would round the weights of pixels to 10 bits.
             use_exact_fp32()
+        for _ in range(_LANES):
+            self._lanes.put(_Lane(self._gpu))
+        lane = self._lanes.get()
         # Else each image would be refused, and decoded on the CPU one after the other.
-        self._decoded([from_dlpack(np.frombuffer(bytearray(_TINY), np.uint8))])
+        lane.decoded([from_dlpack(np.frombuffer(bytearray(_TINY), np.uint8))], self._device)
+        self._lanes.put(lane)
 
     def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> PartPixels:
         """As `pipeline.embedding.embedder.Intake` does; the pixels are a tensor on the device."""
-        with self._turn, counted_try(part) as num_tries, self._in_stream(self._resizes):
-            made = self._made(samples, rows, num_tries)
-            if self._resizes is not None:
-                # They are computed with in another stream.
-                self._resizes.synchronize()
-                self._finish(0)
-            return made
+        lane = self._lanes.get()
+        try:
+            with counted_try(part) as num_tries, lane.resizing():
+                made = self._made(lane, samples, rows, num_tries)
+                lane.finish()
+                return made
+        finally:
+            self._lanes.put(lane)
 
-    def _made(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], num_tries: int) -> PartPixels:
+    def _made(self, lane: _Lane, samples: pa.StructArray, rows: np.ndarray[Any, Any], num_tries: int) -> PartPixels:
         crop = self._preprocess.crop
         encoded = samples.field(ENCODED)
         orientations = _column(encoded, "orientation", rows)
@@ -116,7 +170,7 @@ class DeviceDecoder:
             part.refusal = f"{num_tries} times the process died, or failed, while its device decoded this part"
             refused = list(range(len(places)))
         else:
-            refused = [number for group in plan.groups for number in self._refused(part, group)]
+            refused = [number for group in plan.groups for number in self._refused(lane, part, group)]
         faults: dict[int, str] = {}
         num_refused = 0
         for place in places[refused]:
@@ -134,10 +188,10 @@ class DeviceDecoder:
     def _uploaded(self, values: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
 
-    def _refused(self, part: _Part, group: Group, *, may_retry: bool = True) -> list[int]:
+    def _refused(self, lane: _Lane, part: _Part, group: Group, *, may_retry: bool = True) -> list[int]:
         """Make the pixels of a group; those that the device refuses, each of them alone."""
         try:
-            self._make(part, group)
+            self._make(lane, part, group)
             return []
         except RuntimeError as error:
             is_of_memory = lacks_memory(error)
@@ -148,56 +202,25 @@ class DeviceDecoder:
         # Outside of the handler, whose traceback holds what fills the memory.
         if is_of_memory and may_retry:
             self._free_memory()
-            return self._refused(part, group, may_retry=False)
+            return self._refused(lane, part, group, may_retry=False)
         if group.end - group.start == 1:
             return [group.start]
-        return [number for half in group.halves() for number in self._refused(part, half, may_retry=may_retry)]
+        return [number for half in group.halves() for number in self._refused(lane, part, half, may_retry=may_retry)]
 
-    def _make(self, part: _Part, group: Group) -> None:
+    def _make(self, lane: _Lane, part: _Part, group: Group) -> None:
         """Decode and resize a group. Raises `RuntimeError` where the device refuses an image, or lacks the memory."""
         chosen = slice(group.start, group.end)
-        images, span = self._decoded(part.jpegs[chosen])
+        images, span = lane.decoded(part.jpegs[chosen], self._device)
         for image, size in zip(images, part.sizes[chosen], strict=True):
             if image.shape != size:
                 raise RuntimeError(f"decoded to {tuple(image.shape)}, and its header says {size}")
         part.pixels[part.places[chosen]] = resize_group(images, part.axes[chosen], group, self._preprocess)
-        if span is not None:
-            span.ended.record()
-            self._in_flight.append(span)
-
-    def _decoded(self, images: list[Tensor]) -> tuple[list[Tensor], Span | None]:
-        """Each image as uint8 [3, H, W] on the device, for the stream that resizes, and when that began.
-
-        Raises `RuntimeError`.
-        """
-        if self._gpu is None or self._decodes is None or self._resizes is None:
-            return decode_jpeg(images, device=self._device), None
-        self._finish(_IN_FLIGHT - 1)
-        # nvJPEG's hardware does not wait for the stream that it is given: memory that was freed there may be read by
-        # what is still to run. That of images that are being resized is not given away before they are.
-        self._decodes.synchronize()
-        with self._gpu.using(self._decodes):
-            span = self._gpu.span()
-            decoded: list[Tensor] = decode_jpeg(images, device=self._device)
-        self._resizes.wait_stream(self._decodes)
-        for image in decoded:
-            image.record_stream(self._resizes)
-        return decoded, span
-
-    def _finish(self, most: int) -> None:
-        """Wait until at most so many groups are in flight."""
-        while self._gpu is not None and len(self._in_flight) > most:
-            span = self._in_flight.popleft()
-            span.ended.synchronize()
-            self._gpu.add_busy(span)
+        lane.launched(span, images)
 
     def _free_memory(self) -> None:
         if self._gpu is not None:
             self._gpu.synchronize()
             self._gpu.free_cache()
-
-    def _in_stream(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
-        return nullcontext() if self._gpu is None or stream is None else self._gpu.using(stream)
 
 
 # What a device is tried with.

@@ -7,6 +7,7 @@ would wait for the host.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,8 @@ from shard_embedder.pipeline.decoding.resize import TURNS, is_height_first
 
 # What is resized at once: enough to fill the device, and bounded whatever the images' size. One image of
 # `MAX_DEVICE_PIXELS` takes nearly as many.
-_GROUP_IMAGES = 64
-_GROUP_FLOATS = 2**27
+_GROUP_IMAGES = 128
+_GROUP_FLOATS = 2**28
 # Tensors of the size of the weights that are needed to make them.
 _WEIGHTS_COPIES = 4
 
@@ -107,10 +108,14 @@ def resize_group(images: list[Tensor], axes: Tensor, group: Group, preprocess: P
     height, width = reversed(preprocess.crop) if group.is_turned else preprocess.crop
     num_rows, num_columns = (max(image.shape[side] for image in images) for side in (1, 2))
     # The colours of a row side by side, so that one layout is right for both products.
-    stride = 3 * num_columns
     pixels = torch.zeros((len(images), num_rows, 3, num_columns), device=axes.device)
-    for place, image in enumerate(images):
-        pixels.as_strided(image.shape, (num_columns, stride, 1), place * num_rows * stride).copy_(image)
+    start = 0
+    # Images of one size lie side by side in the order of a plan, and are copied at once.
+    for (_, rows_here, columns_here), alike in itertools.groupby(images, lambda image: image.shape):
+        stacked = torch.stack(list(alike))
+        end = start + len(stacked)
+        pixels[start:end, :rows_here, :, :columns_here] = stacked.transpose(1, 2)
+        start = end
     rows, columns = axes.unbind(1)
     down = _weights(rows, height, num_rows, preprocess.interpolation)
     across = _weights(columns, width, num_columns, preprocess.interpolation).transpose(1, 2)

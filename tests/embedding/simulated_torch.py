@@ -57,10 +57,9 @@ class Memory:
         self._gpu, self._stream = gpu, gpu.current_stream()
         self._bytes = gpu.allocate(self._stream, max(num_bytes, 1), writer)
         self.array = torch.from_numpy(self._bytes)[:num_bytes]
-        self.recorded: list[Stream] = []
 
     def __del__(self) -> None:
-        self._gpu.free(self._stream, self._bytes, self.recorded)
+        self._gpu.free(self._stream, self._bytes, [])
 
 
 class OnDevice(torch.Tensor):
@@ -85,10 +84,6 @@ class OnDevice(torch.Tensor):
         # Not before the memory is aligned: a view of another type asks for that.
         real = memory.array.view(shape.dtype)
         return OnDevice.of(gpu, real.as_strided(shape.shape, shape.stride()), memory)
-
-    def record_stream(self, stream: Stream) -> None:
-        if self.gpu.lacks != "record_stream":
-            self.memory.recorded.append(stream)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -20,8 +20,9 @@ from tests.embedding.simulated_torch import TorchGpu
 from tests.embedding.test_device_decode import decoder, samples_of
 
 SCHEDULES = [(seed, eagerness) for seed in range(6) for eagerness in (0.0, 0.5)]
-# The decoder's streams are the second and the third of its GPU.
-WAITS = ("wait_stream", "record_stream", "synchronize 1", "synchronize 2")
+# The second and the third stream of the GPU are those of the first part that is decoded. `fetch` is to wait for the
+# end of a group before its images are freed.
+WAITS = ("wait_stream", "fetch", "synchronize 1", "synchronize 2")
 
 
 NUM_IMAGES, REFUSED = 8, (44, 36)
@@ -30,7 +31,7 @@ NUM_IMAGES, REFUSED = 8, (44, 36)
 @pytest.fixture(scope="module", autouse=True)
 def _small_groups() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_resize, "_GROUP_IMAGES", 3)
+        patch.setattr(device_resize, "_GROUP_IMAGES", 2)
         yield
 
 
