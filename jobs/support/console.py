@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 import time
 import uuid
 from collections import deque
@@ -39,6 +40,8 @@ _STYLES = {GOOD: "bold green", WARN: "bold yellow", BAD: "bold red"}
 _SHOWN_APART = {"backbone", "weights", "features", "dtype", "precision", "image_size", "limit"}
 # A progress line mentions it when no part was stored for this long.
 _SILENT_S = 120.0
+# So many characters of the problems of a pass are shown when the next begins; the summary has them in full.
+_MAX_WHY = 300
 # The rate shown is that of the parts in this last window.
 _RATE_WINDOW_S = 60.0
 # NVIDIA's driver makes this file.
@@ -237,15 +240,18 @@ class Console:
         self._phase = what
         self._show()
 
-    def begin_pass(self, number: int, pending: list[Pending]) -> None:
-        """Say which pass begins, unless it is the first."""
+    def begin_pass(self, number: int, pending: list[Pending], problems: list[str]) -> None:
+        """Say which pass begins and which problems the one before had, unless it is the first."""
         self._phase = "waiting for the first part"
         self._before = self._sums()
         self._total_bytes = sum(shard.num_bytes for shard in pending) or 1
         self._num_shards = len(pending)
         self._show()
         if number > 1:
-            self._out.print(f"pass {number}: {format_count(len(pending), 'shard')} not complete, which run again")
+            again = f"pass {number}: {format_count(len(pending), 'shard')} not complete, which run again"
+            # Words stay whole: a secret is struck out of a URL, and may not be found in half of one.
+            why = textwrap.shorten("; ".join(problems), _MAX_WHY, placeholder=" ...", break_on_hyphens=False)
+            self._out.print("; ".join(filter(None, [again, why])))
 
     def part(self, tally: Tally) -> None:
         """Show that one more part is stored."""

@@ -44,7 +44,8 @@ class JsonConsole(Console):
     Events are `packing`, `plan`, `waiting`, `resources`, `pass`, `progress` (every 30 s), `problem`, `error`,
     `summary` or `nothing to do`, and at last `end` with the exit code. If the run came to its end, `end` also has
     what `happened` and what to do `next`. In `progress`, the shards and `left_s` are of the pass, the other numbers
-    of the run. Errors go to standard output too, in order with the rest.
+    of the run. In `pass`, `problems` are those of the pass before. Errors go to standard output too, in order with
+    the rest.
     """
 
     def __init__(self, config_file: str | None = None) -> None:
@@ -137,11 +138,13 @@ class JsonConsole(Console):
             left_s=None if self._left_s is None else round(self._left_s, 1),
         )
 
-    def begin_pass(self, number: int, pending: list[Pending]) -> None:
-        """Which pass begins."""
-        super().begin_pass(1, pending)
+    def begin_pass(self, number: int, pending: list[Pending], problems: list[str]) -> None:
+        """Which pass begins, and which problems the one before had."""
+        super().begin_pass(1, pending, [])
         level = _INFO if number == 1 else _WARNING
-        self._say(level, "pass", number=number, num_shards=len(pending), num_bytes=self._total_bytes)
+        self._say(
+            level, "pass", number=number, num_shards=len(pending), num_bytes=self._total_bytes, problems=problems
+        )
 
     def summary(self, report: dict[str, Any]) -> None:
         """What the run did."""

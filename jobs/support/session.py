@@ -147,10 +147,10 @@ def _run_held(job: Job, lease: Lease, console: Console, sigterm: _Sigterm) -> in
         lease.confirm()
         console.resources(decided, resources)
 
-    def on_pass(number: int, pending: list[Pending]) -> None:
+    def on_pass(number: int, pending: list[Pending], problems: list[str]) -> None:
         sigterm.check()
         lease.confirm()
-        console.begin_pass(number, pending)
+        console.begin_pass(number, pending, problems)
         metrics.begin_pass(len(pending))
 
     def on_part(tally: Tally) -> None:

@@ -40,7 +40,8 @@ class Watcher:
     """What a caller wants to hear of while a run goes on; `on_wait` from another thread, too."""
 
     on_resources: Callable[[Job, Resources], None]
-    on_pass: Callable[[int, list[Pending]], None]
+    # The number of the pass that begins, its shards, and the problems of the pass before.
+    on_pass: Callable[[int, list[Pending], list[str]], None]
     on_part: Callable[[Tally], None]
     on_wait: Callable[[str], object] = lambda why: None
     # Before what is stored of the run itself: the deletes at its end, and its report.
@@ -76,6 +77,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
     mark_uncounted(config.output)
     names = {shard.name for shard in plan.pending[: config.limit]}
     no_nodes = False
+    problems_before: list[str] = []
     # Passes in a row that stored nothing new, the first aside: a cluster that goes on losing machines may take many
     # passes, and one that cannot do the work few.
     num_idle = -1
@@ -83,7 +85,7 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
         pending = [shard for shard in plan.pending if shard.name in names and shard.name not in tally.damaged]
         if not pending:
             break
-        watcher.on_pass(number, pending)
+        watcher.on_pass(number, pending, problems_before)
         num_problems = len(problems)
         _clear(job, plan, [shard.name for shard in pending])
         try:
@@ -97,7 +99,8 @@ def run(job: Job, first_plan: Plan, watcher: Watcher, executor: Executor) -> dic
             problems.append(f"pass {number}: {error}")
         shards = _listed_again(job, shards, problems)
         plan = make_plan(shards, config.output)
-        if no_nodes or any(text in problem for problem in problems[num_problems:] for text in _FULL):
+        problems_before = problems[num_problems:]
+        if no_nodes or any(text in problem for problem in problems_before for text in _FULL):
             # Another pass would find no node, or pay for the same embeddings and have no place for them either.
             break
         num_idle = 0 if _has_got_on(pending, plan.pending) else num_idle + 1

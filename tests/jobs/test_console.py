@@ -45,7 +45,7 @@ def test_until_there_is_a_part_the_progress_says_what_happens(
     monkeypatch.setattr(console, "LINE_EVERY_S", 0.02)
     for shown in (Console(), JsonConsole()):
         with shown.progress():
-            for begin in (lambda: shown.phase("starting Ray"), lambda: shown.begin_pass(1, [])):  # noqa: B023
+            for begin in (lambda: shown.phase("starting Ray"), lambda: shown.begin_pass(1, [], [])):  # noqa: B023
                 begin()
                 time.sleep(0.3)
         said = capsys.readouterr().out
@@ -136,11 +136,11 @@ def test_progress_and_the_time_left_are_of_the_pass_and_images_of_the_run(
     # The start took 90 s, which do not come again.
     tally = Tally(started=time.monotonic() - 990, began_s=90.0, last_part_s=990.0, num_parts=1)
     for shown in (Console(), JsonConsole()):
-        shown.begin_pass(1, pending(100))
+        shown.begin_pass(1, pending(100), [])
         tally.num_shards, tally.num_embedded, tally.read_bytes = 90, 900, 90_000
         shown.part(tally)
         shown._progress_line(900.0, 0.0)
-        shown.begin_pass(2, pending(10))
+        shown.begin_pass(2, pending(10), [])
         shown._progress_line(900.0, 0.0)
         tally.num_shards, tally.num_embedded, tally.read_bytes = 91, 910, 91_000
         tally.started -= 1000
@@ -161,6 +161,31 @@ def test_progress_and_the_time_left_are_of_the_pass_and_images_of_the_run(
     assert told[2]["left_s"] == pytest.approx(9000, rel=0.01)
 
 
+def test_another_pass_says_on_one_line_why_the_one_before_did_not_complete(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    problems = ["pass 1: RayTaskError(ClusterError): Pillow must be\n  at least 13.0", "s3://key:hunter2@bkt gone"]
+    for shown in (Console(), JsonConsole()):
+        shown.begin_pass(1, pending(3), [])
+        shown.begin_pass(2, pending(2), problems)
+        shown.begin_pass(3, pending(1), [])
+    *text, _, machine, _ = capsys.readouterr().out.splitlines()
+    assert text == [
+        "pass 2: 2 shards not complete, which run again; pass 1: RayTaskError(ClusterError): Pillow must be at least "
+        "13.0; s3://***@bkt gone",
+        "pass 3: 1 shard not complete, which run again",
+    ]
+    assert json.loads(machine)["problems"] == [problems[0], "s3://***@bkt gone"]
+
+
+def test_of_long_problems_another_pass_shows_the_begin_and_no_half_of_a_secret(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = f"pass 1: {' '.join(['why'] * 65)}"
+    Console().begin_pass(2, pending(2), [first, f"s3://key:hunter{'-hunter' * 9}@bkt gone"])
+    assert capsys.readouterr().out == f"pass 2: 2 shards not complete, which run again; {first}; ...\n"
+
+
 def test_progress_for_machines_comes_even_when_nothing_moves_and_has_its_numbers_apart(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +193,7 @@ def test_progress_for_machines_comes_even_when_nothing_moves_and_has_its_numbers
     shown = JsonConsole()
     with shown.progress():
         time.sleep(0.2)
-        shown.begin_pass(1, [])
+        shown.begin_pass(1, [], [])
         shown.part(Tally(num_embedded=30, num_errors=2, num_shards=1, num_parts=1, began_s=0.5, last_part_s=2.5))
         time.sleep(0.3)
     lines = [line for line in lines_of(capsys.readouterr().out) if line["event"] == "progress"]

@@ -61,7 +61,7 @@ def test_a_scrape_tells_of_a_run_and_has_all_that_the_dashboard_and_the_alerts_a
     metrics = Metrics(job.run, _REPEAT_S)
     watcher = Watcher(
         lambda *_: None,
-        lambda number, pending: metrics.begin_pass(len(pending)),
+        lambda number, pending, problems: metrics.begin_pass(len(pending)),
         metrics.part,
     )
     report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay())

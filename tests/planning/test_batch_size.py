@@ -148,7 +148,7 @@ def embed(job: Job) -> tuple[dict[str, Any], list[Resources]]:
         told.append(resources)
 
     plan = make_plan(job.shards, job.config.output)
-    return run(job, plan, Watcher(on_resources, lambda number, pending: None, lambda tally: None), OnRay()), told
+    return run(job, plan, Watcher(on_resources, lambda *_: None, lambda tally: None), OnRay()), told
 
 
 def shown(job: Job, resources: Resources, capsys: pytest.CaptureFixture[str]) -> str:

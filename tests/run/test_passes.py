@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from shard_embedder.pipeline.core.errors import InputError, OutputError
 from shard_embedder.pipeline.output.names import UNCOUNTED_FILE
 from shard_embedder.pipeline.output.parts import vectors
 from shard_embedder.pipeline.planning.plan import check_names, make_plan
+from shard_embedder.pipeline.run.executor import PassError
 from shard_embedder.pipeline.run.passes import Watcher, run
 from shard_embedder.pipeline.run.report import Estimate, estimate, mark_uncounted
 from shard_embedder.pipeline.run.tally import Tally
@@ -40,10 +43,28 @@ def test_a_run_ends_where_what_it_stores_does_not_stay(tmp_path: Path) -> None:
         for path in (tmp_path / "out" / "embeddings").glob("*.parquet"):
             path.unlink()
 
-    watcher = Watcher(lambda job, resources: None, lambda number, pending: passes.append(number), lose)
+    watcher = Watcher(lambda job, resources: None, lambda number, *_: passes.append(number), lose)
     report = run(job, make_plan(job.shards, job.config.output), watcher, IN_PROCESS)
     assert not report["balanced"]
     assert passes == [1, 2]
+
+
+class FailingPasses:
+    """An executor whose passes fail before they store anything."""
+
+    prepare = staticmethod(IN_PROCESS.prepare)
+
+    def receipts(self, *_: object) -> Iterator[Any]:
+        raise PassError("no worker has a decoder")
+
+
+def test_a_pass_is_told_the_problems_of_the_one_before_and_no_older_ones(tmp_path: Path) -> None:
+    job = job_for(write_shards(tmp_path / "in", num_shards=1, samples_each=2), tmp_path / "out", max_passes=3)
+    told: list[list[str]] = []
+    watcher = replace(UNHEARD, on_pass=lambda number, pending, problems: told.append(problems))
+    report = run(job, make_plan(job.shards, job.config.output), watcher, FailingPasses())
+    assert told == [[], ["pass 1: no worker has a decoder"], ["pass 2: no worker has a decoder"]]
+    assert report["problems"] == [f"pass {number}: no worker has a decoder" for number in (1, 2, 3)]
 
 
 def test_a_second_run_reads_no_finished_shard_and_changes_nothing(tmp_path: Path) -> None:
@@ -227,7 +248,7 @@ def test_what_was_read_of_a_broken_shard_stays_when_it_can_no_longer_be_read(tmp
     job = job_for(tmp_path / "in", tmp_path / "out")
     times = shard.stat()
 
-    def spoil(number: int, pending: list[Pending]) -> None:
+    def spoil(*_: object) -> None:
         # Another content of the same size and time, which is the same version.
         shard.write_bytes(b"?" * times.st_size)
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -243,7 +264,7 @@ def test_a_shard_that_vanishes_during_a_run_is_told(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "in", num_shards=2, samples_each=2)
     job = job_for(shards, tmp_path / "out")
 
-    def remove(number: int, pending: list[Pending]) -> None:
+    def remove(*_: object) -> None:
         (shards / "photos-00001.tar").unlink(missing_ok=True)
 
     report = run(

@@ -31,7 +31,7 @@ def embed(folder: Path, at: int, num_broken: int) -> tuple[dict[str, Any], int, 
     job = job_for(
         write_shards(folder / "in", num_shards=1, samples_each=8), folder / "out", part_rows=2, max_passes=2
     )
-    watcher = replace(UNHEARD, on_pass=lambda number, pending: passes.append(number))
+    watcher = replace(UNHEARD, on_pass=lambda number, *_: passes.append(number))
     report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay(choose))
     return report, len(passes), len(list(made.iterdir()))
 

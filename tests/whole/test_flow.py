@@ -96,7 +96,7 @@ def test_a_full_disk_before_the_first_pass_ends_nothing(made: Made, tmp_path: Pa
                 path.unlink()
 
     engine = replace(made.engine, note="[Errno 28] No space left on device")
-    watcher = Watcher(lambda job, resources: None, lambda number, pending: passes.append(number), lose_first)
+    watcher = Watcher(lambda job, resources: None, lambda number, *_: passes.append(number), lose_first)
     report = run(job, make_plan(job.shards, job.config.output), watcher, OnRay(lambda *_: engine))
     assert report["balanced"]
     assert passes == [1, 2]
