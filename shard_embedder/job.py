@@ -68,7 +68,7 @@ def embed(input: str | Path | list[str | Path], output: str | Path, *, on_ray: b
     Raises:
         SettingsError: an option, the input, the weights or the output do not allow the run.
         OutputBusyError: another run holds the output.
-        ClusterError: the cluster lacks what the job needs.
+        ClusterError: Pillow or pillow-heif is too old here, or the cluster lacks what the job needs.
         StoreError: the disk or the object store failed; run it again to resume.
     """
     inputs = [os.fspath(one) for one in ([input] if isinstance(input, (str, Path)) else input)]

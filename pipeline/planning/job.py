@@ -17,7 +17,7 @@ from shard_embedder.pipeline.core.retries import LIMITS, StoreLimits
 from shard_embedder.pipeline.core.storage import join, locate, to_url
 from shard_embedder.pipeline.decoding.jpeg_forwarder import require_device_decoding
 from shard_embedder.pipeline.decoding.rules import DecodingRules
-from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, heif_version, torchcodec_version
+from shard_embedder.pipeline.decoding.versions import INSTALL_HEIF, heif_version, require_decoders, torchcodec_version
 from shard_embedder.pipeline.embedding.network import Network
 from shard_embedder.pipeline.output.fingerprint import (
     Fingerprint,
@@ -128,9 +128,11 @@ def prepare_job(config: Config) -> Job:
     """Look up backbone, weights, preprocessing, shards, and what the output was made with.
 
     Raises:
+        ClusterError: Pillow or pillow-heif is too old here. Other nodes are checked when they decode.
         SettingsError: one of these does not allow the run.
         StoreError: the output cannot be read.
     """
+    require_decoders(heif_version() is not None)
     # A relative path would mean another folder to workers.
     config = replace(config, output=to_url(*locate(config.output)))
     # Quick checks of what is often mistyped come first.

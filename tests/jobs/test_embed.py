@@ -31,6 +31,16 @@ RunJob = Callable[..., Done]
 SMALL = ("--backbone", "squeezenet1_1", "--weights", "random:3", "--device", "cpu")
 
 
+# PIL.Image comes first: it does not load under another version.
+_WITH_OLD_PILLOW = """
+import sys
+import PIL.Image
+PIL.__version__ = "12.3.0"
+from shard_embedder.jobs.embed import main
+print(main([*sys.argv[1:], "--dry-run"]), main(sys.argv[1:]))
+"""
+
+
 def begin_job(*arguments: object, stderr: int | None = None, **environment: str) -> subprocess.Popen[str]:
     """The job as a process of its own."""
     return subprocess.Popen(
@@ -113,6 +123,19 @@ def test_wrong_settings_end_with_2_before_ray_starts(
     assert message in done.stderr
     assert "secret-word" not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_an_old_pillow_where_the_job_starts_ends_it_with_2_before_any_work(tmp_path: Path) -> None:
+    write_shards(tmp_path / "in", num_shards=1, samples_each=2)
+    options = ("--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *SMALL)
+    command = [sys.executable, "-c", _WITH_OLD_PILLOW, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "2 2\n"
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    said = f"exit 2: Pillow must be at least 13.0 on every node, got 12.3.0 on {socket.gethostname()}: "
+    assert all(said in line for line in lines)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(run_job: RunJob, tmp_path: Path) -> None:
