@@ -29,7 +29,7 @@ def fuse_convolutions(backbone: nn.Module, images: Tensor) -> nn.Module:
         return backbone
     network = copy.deepcopy(backbone)
     shapes = _Shapes(network).of_nodes(images)
-    relus = [node for node in network.graph.nodes if _is_relu(node, network)]
+    relus = [node for node in network.graph.nodes if node.args and _is_relu(node, network)]
     if not sum([_fuse(node, network, shapes) for node in relus]):
         return backbone
     network.graph.eliminate_dead_code()

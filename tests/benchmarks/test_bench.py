@@ -144,6 +144,8 @@ def test_an_unknown_case_is_refused_with_the_known_ones(capsys: pytest.CaptureFi
     assert "no-model" in capsys.readouterr().err
     assert bench.main(["sizing", "--sized", "resnet18", "resnet5"]) == 2
     assert "unknown backbone 'resnet5'" in capsys.readouterr().err
+    assert bench.main(["gpu-job"]) == 2
+    assert "gpu-job needs --device cuda, got cpu" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -94,6 +94,8 @@ class Odd(nn.Module):
             return F.relu(first) + first
         if self.kind == "called twice":
             return F.relu(first) + F.relu(self.first(images * 2))
+        if self.kind == "by name":
+            return F.relu(input=first)
         if self.kind == "of a number":
             return torch.relu(first + 1.0)
         if self.kind == "twice itself":
@@ -112,6 +114,7 @@ class Odd(nn.Module):
         ("seen twice", 0, 0),
         ("called twice", 0, 0),
         ("of a number", 0, 0),
+        ("by name", 0, 0),
         ("twice itself", 0, 0),
         ("broadcast", 0, 0),
         ("a channel a group", 0, 0),
