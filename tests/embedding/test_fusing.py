@@ -95,7 +95,7 @@ class Odd(nn.Module):
         if self.kind == "called twice":
             return F.relu(first) + F.relu(self.first(images * 2))
         if self.kind == "by name":
-            return F.relu(input=first)
+            return torch.relu(input=first)
         if self.kind == "of a number":
             return torch.relu(first + 1.0)
         if self.kind == "twice itself":
