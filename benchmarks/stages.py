@@ -32,7 +32,7 @@ from shard_embedder.pipeline.core.schema import IMAGE, REASON, part_rows
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
 from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
-from shard_embedder.pipeline.embedding.embedder import Embedder
+from shard_embedder.pipeline.embedding.embedder import PARTS_AT_ONCE, Embedder
 from shard_embedder.pipeline.embedding.network import Placement
 from shard_embedder.pipeline.output.parts import PartWriter
 from shard_embedder.pipeline.planning.engine import Engine, choose_engine
@@ -48,8 +48,6 @@ _GPU_BATCHES = (128, 256, 512)
 # A rate is of so many seconds at least: a GPU is done with a part in some hundredths.
 _LEAST_S = 1.0
 _LARGE_ROUNDS = 5
-# Of an actor.
-_PARTS_AT_ONCE = 2
 
 
 class Stages:
@@ -243,10 +241,10 @@ def device_decode(settings: Settings) -> dict[str, float | str]:
             pixels.values.sum().item()
 
     num_images = num_samples(tables)
-    with ThreadPoolExecutor(_PARTS_AT_ONCE) as threads:
-        work = list(enumerate(forwarded * _PARTS_AT_ONCE))
-        list(threads.map(on_device, work[:_PARTS_AT_ONCE]))
-        rate = _rate(lambda: list(threads.map(on_device, work)), _PARTS_AT_ONCE * num_images)
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as threads:
+        work = list(enumerate(forwarded * PARTS_AT_ONCE))
+        list(threads.map(on_device, work[:PARTS_AT_ONCE]))
+        rate = _rate(lambda: list(threads.map(on_device, work)), PARTS_AT_ONCE * num_images)
     return {"device_decode_images_per_s": rate, "device_decode_forward_images_per_s": num_images / forward_s}
 
 

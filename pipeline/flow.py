@@ -16,7 +16,7 @@ from shard_embedder.pipeline.core.groups import grouped
 from shard_embedder.pipeline.core.schema import SHARD_SCHEMA
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import JpegForwarder
-from shard_embedder.pipeline.embedding.embedder import Embedder, Source
+from shard_embedder.pipeline.embedding.embedder import PARTS_AT_ONCE, Embedder, Source
 from shard_embedder.pipeline.output.parts import PartWriter
 from shard_embedder.pipeline.planning.resources import Resources
 from shard_embedder.pipeline.shards.find import Pending
@@ -36,7 +36,6 @@ _LONE_STORE_SHARE = 0.75
 # A flow in which nothing moves for so long is ended. One part may take as long: a backbone that embeds less than
 # part_rows images an hour needs smaller parts.
 _STALL_S = 3600
-_PARTS_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,8 @@ def _pool(resources: Resources) -> ActorPoolStrategy:
         return ActorPoolStrategy(min_size=smallest, max_size=largest)
     return ActorPoolStrategy(
         size=largest,
-        max_concurrent_calls_per_actor=_PARTS_AT_ONCE,
-        max_tasks_in_flight_per_actor=_PARTS_AT_ONCE + 1,
+        max_concurrent_calls_per_actor=PARTS_AT_ONCE,
+        max_tasks_in_flight_per_actor=PARTS_AT_ONCE + 1,
         enable_true_multi_threading=True,
     )
 

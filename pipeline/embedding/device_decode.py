@@ -28,12 +28,10 @@ from shard_embedder.pipeline.decoding import child
 from shard_embedder.pipeline.decoding.decoder import Decoder
 from shard_embedder.pipeline.decoding.jpeg_forwarder import PIXELS_ALREADY
 from shard_embedder.pipeline.embedding.device_resize import Group, Plan, plan_resizes, resize_group
-from shard_embedder.pipeline.embedding.embedder import PartPixels
+from shard_embedder.pipeline.embedding.embedder import PARTS_AT_ONCE, PartPixels
 from shard_embedder.pipeline.embedding.gpu import Gpu, Span, lacks_memory, use_exact_fp32
 from shard_embedder.pipeline.embedding.tries import counted_try
 
-# Parts that are decoded at once: what one needs of the host keeps half of nvJPEG idle.
-_LANES = 2
 # Groups of a part whose pixels the device still makes, while the next one is decoded: each holds memory until then.
 _IN_FLIGHT = 2
 # Times that a part may end its process, or fail, while the device decodes it; then the CPU does, in a child process.
@@ -54,7 +52,7 @@ class _Part:
 
 
 class _Lane:
-    """What one part at a time is decoded with: on a GPU, streams of its own, and its groups in flight."""
+    """Decodes one part at a time. On a GPU it has its own streams and its own groups in flight."""
 
     def __init__(self, gpu: Gpu | None) -> None:
         self._gpu = gpu
@@ -108,9 +106,9 @@ class _Lane:
 class DeviceDecoder:
     """Makes the pixels of parts on one device; `decoder` takes what that refuses, so that errors are its own.
 
-    Up to two threads decode a part each, and others wait. On a GPU all is done in streams beside what the backbone
-    computes: while one resizes a group of images, another decodes the next. `gpu` is told how long; what its decoder
-    does on the host meanwhile counts, too, since no event can be recorded inside it.
+    `PARTS_AT_ONCE` threads decode a part each, and others wait. On a GPU all is done in streams beside what the
+    backbone computes: while one resizes a group of images, another decodes the next. `gpu` is told how long; what its
+    decoder does on the host meanwhile counts, too, since no event can be recorded inside it.
 
     Raises:
         RuntimeError: the device decodes nothing, not even the JPEG that it is tried with.
@@ -125,12 +123,12 @@ class DeviceDecoder:
         if self._gpu is not None:
             # TF32 would round the weights of pixels to 10 bits.
             use_exact_fp32()
-        for _ in range(_LANES):
-            self._lanes.put(_Lane(self._gpu))
-        lane = self._lanes.get()
-        # Else each image would be refused, and decoded on the CPU one after the other.
-        lane.decoded([from_dlpack(np.frombuffer(bytearray(_TINY), np.uint8))], self._device)
-        self._lanes.put(lane)
+        # With one lane, the GPU waits while the host prepares the next group.
+        lanes = [_Lane(self._gpu) for _ in range(PARTS_AT_ONCE)]
+        # Otherwise a device that decodes nothing would refuse each image, and the CPU would decode them one by one.
+        lanes[0].decoded([from_dlpack(np.frombuffer(bytearray(_TINY), np.uint8))], self._device)
+        for lane in lanes:
+            self._lanes.put(lane)
 
     def __call__(self, samples: pa.StructArray, rows: np.ndarray[Any, Any], part: str) -> PartPixels:
         """As `pipeline.embedding.embedder.Intake` does; the pixels are a tensor on the device."""

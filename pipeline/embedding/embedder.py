@@ -32,6 +32,10 @@ if TYPE_CHECKING:  # whoever computes without torch shall not load it
     from shard_embedder.pipeline.embedding.gpu import Gpu
 
 
+# Parts that an actor has at once: while one is computed, another is fetched and taken apart.
+PARTS_AT_ONCE = 2
+
+
 class Runner(Protocol):
     """What computes embeddings."""
 

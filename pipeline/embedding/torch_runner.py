@@ -101,7 +101,7 @@ class NetworkModule(nn.Module):
         return self
 
     def fused(self, crop: tuple[int, int]) -> NetworkModule:
-        """Compute in fewer kernels from now on, on the GPU that it is on. One image of `crop` is tried."""
+        """Compute with fused convolutions from now on, on the GPU that holds it. Tries one image of size `crop`."""
         pixels = torch.zeros((1, *crop, 3), dtype=torch.uint8, device=self.normalize_pixels.scale.device)
         self.backbone = fuse_convolutions(self.backbone, self._images(pixels))
         return self

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shard_embedder.pipeline.backbones import build_backbone
+from shard_embedder.pipeline.backbones import build_backbone, load_weights
 from shard_embedder.pipeline.backbones.torchvision_models import output_shape, preprocess_for
 from shard_embedder.pipeline.core.errors import SampleError
 from shard_embedder.pipeline.core.schema import encoded_field
@@ -25,7 +25,7 @@ from shard_embedder.pipeline.decoding.rules import DecodingRules
 from shard_embedder.pipeline.embedding.device_decode import DeviceDecoder
 from shard_embedder.pipeline.embedding.embedder import Embedder
 from shard_embedder.pipeline.embedding.network import Network, Placement
-from shard_embedder.pipeline.embedding.torch_runner import SharedWeights
+from shard_embedder.pipeline.embedding.torch_runner import SharedWeights, build_network
 from shard_embedder.pipeline.planning.batch_size import best, ladder, measure
 from shard_embedder.pipeline.planning.probe import precisions_here, try_out
 
@@ -71,6 +71,13 @@ def test_the_device_gives_the_vectors_of_the_cpu(backbone: str, precision: str) 
     assert cosine(got, wanted).min() >= COSINE[precision]
     centre = wanted.mean(0)
     assert cosine(got - centre, wanted - centre).min() >= (0.999 if precision == "fp32" else 0.9)
+
+
+def test_convolutions_are_fused_on_the_device() -> None:
+    network = Network(backbone="resnet18", preprocess=preprocess_for("resnet18", "random"))
+    module = build_network(network, load_weights("resnet18", "random:0")).as_precision(torch.bfloat16).to("cuda")
+    plain = module.backbone
+    assert module.fused((224, 224)).backbone is not plain
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
